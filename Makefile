@@ -1,0 +1,42 @@
+# make demo   train a small ViT on handwritten digits, two minutes on two CPU cores
+# make test   the test suite
+# make lint   ruff's checks and format
+# All three make a virtual environment in .venv at first and keep it. PYTHON chooses the Python it is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+DEMO := train.py --name demo --overwrite --dataset digits --model_type ViT-Mini_4 --img_size 16 \
+	--min_crop_scale 0.6 --train_batch_size 64 --num_steps 1000 --warmup_steps 100 \
+	--optimizer adamw --learning_rate 1e-3 --weight_decay 0.05 --eval_every 100
+
+.PHONY: demo test lint format
+
+demo: .venv/installed
+	$(BIN)/python $(DEMO)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+
+# The stamps say which requirements are in the environment; a newer file is installed anew.
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
