@@ -1,0 +1,38 @@
+"""The models: `build_model` makes one by its published name."""
+
+import difflib
+
+from models.configs import CONFIGS
+from models.npz import CheckpointError
+from models.vision_transformer import VisionTransformer
+
+MODEL_TYPES = tuple(CONFIGS)
+
+__all__ = ["MODEL_TYPES", "CheckpointError", "build_model", "canonical_model_type"]
+
+
+def canonical_model_type(name):
+    """The name in MODEL_TYPES for `name`; Google writes hybrids with a plus: `R50+ViT-B_16`.
+
+    Raises ValueError with the nearest names for one that is unknown.
+    """
+    canonical = name.replace("+", "-")
+    if canonical in MODEL_TYPES:
+        return canonical
+    nearest = difflib.get_close_matches(canonical, MODEL_TYPES, n=3, cutoff=0.5) or MODEL_TYPES
+    raise ValueError(f"unknown model type {name!r}; did you mean {', '.join(nearest)}?")
+
+
+def build_model(model_type, img_size=224, num_classes=10, norm_type="LN", **overrides):
+    """A model with freshly initialised weights: (B, 3, H, W) images -> (B, num_classes) logits.
+
+    `img_size` is a side in pixels or (height, width). `overrides` replace fields of the model's config
+    (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`. Raises ValueError for an unknown
+    model type, field or norm, and for an image size that the patches do not divide.
+    """
+    config = CONFIGS[canonical_model_type(model_type)].copy_and_resolve_references()
+    unknown = sorted(set(overrides) - set(config))
+    if unknown:
+        raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
+    config.update(overrides)
+    return VisionTransformer(config, img_size=img_size, num_classes=num_classes, norm_type=norm_type)

@@ -1,0 +1,99 @@
+"""The ResNet in front of a hybrid ViT (google-research/vision_transformer `models_resnet.py`).
+
+Post-activation bottlenecks with GroupNorm and weight standardisation; all padding is TensorFlow's SAME.
+Modules carry the names of the checkpoint's keys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.norms import GroupNorm
+
+ROOT_WIDTH = 64
+
+
+class ResNetStem(nn.Module):
+    """Images (B, 3, H, W) -> features (B, out_channels, H / stride, W / stride)."""
+
+    def __init__(self, num_layers):
+        """`num_layers` counts the units of each stage; the first stage keeps the size, each later one halves it."""
+        super().__init__()
+        self.conv_root = StdConv2d(3, ROOT_WIDTH, kernel_size=7, stride=2)
+        self.gn_root = GroupNorm(ROOT_WIDTH, eps=1e-6)
+        self.stride = 4
+        self.out_channels = ROOT_WIDTH
+        self.stages = len(num_layers)
+        for i, units in enumerate(num_layers):
+            stage = nn.Sequential()
+            for j in range(units):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.add_module(f"unit{j + 1}", Bottleneck(self.out_channels, ROOT_WIDTH * 2**i, stride))
+                self.stride *= stride
+                self.out_channels = ROOT_WIDTH * 2**i * 4
+            self.add_module(f"block{i + 1}", stage)
+
+    def forward(self, x):
+        x = F.relu(self.gn_root(self.conv_root(x)))
+        # Activations are >= 0, so zeros pad the maximum as TensorFlow's -inf does.
+        x = F.max_pool2d(pad_same(x, kernel_size=3, stride=2), kernel_size=3, stride=2)
+        for i in range(self.stages):
+            x = getattr(self, f"block{i + 1}")(x)
+        return x
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (strided), 1x1 convolutions to `4 * width` channels, added to the (projected) input, then ReLU."""
+
+    def __init__(self, in_channels, width, stride):
+        super().__init__()
+        out_channels = 4 * width
+        self.conv1 = StdConv2d(in_channels, width, kernel_size=1)
+        self.gn1 = GroupNorm(width, eps=1e-6)
+        self.conv2 = StdConv2d(width, width, kernel_size=3, stride=stride)
+        self.gn2 = GroupNorm(width, eps=1e-6)
+        self.conv3 = StdConv2d(width, out_channels, kernel_size=1)
+        self.gn3 = GroupNorm(out_channels, eps=1e-6)
+        nn.init.zeros_(self.gn3.weight)
+        self.projects = stride != 1 or in_channels != out_channels
+        if self.projects:
+            self.conv_proj = StdConv2d(in_channels, out_channels, kernel_size=1, stride=stride)
+            self.gn_proj = GroupNorm(out_channels, eps=1e-6)
+
+    def forward(self, x):
+        residual = self.gn_proj(self.conv_proj(x)) if self.projects else x
+        x = F.relu(self.gn1(self.conv1(x)))
+        x = F.relu(self.gn2(self.conv2(x)))
+        return F.relu(residual + self.gn3(self.conv3(x)))
+
+
+class StdConv2d(nn.Conv2d):
+    """Convolution without bias, its kernels standardised by `std + 1e-5`, with SAME padding."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
+
+    def reset_parameters(self):
+        lecun_normal_(self.weight)
+
+    def forward(self, x):
+        weight = self.weight.float()
+        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        weight = ((weight - mean) / (variance.sqrt() + 1e-5)).to(self.weight.dtype)
+        x = pad_same(x, self.kernel_size[0], self.stride[0])
+        return F.conv2d(x, weight, stride=self.stride)
+
+
+def pad_same(x, kernel_size, stride):
+    """TensorFlow's SAME: the output has ceil(size / stride) pixels; the odd pixel goes to the bottom and right."""
+    height, width = (max(kernel_size - (stride if size % stride == 0 else size % stride), 0) for size in x.shape[-2:])
+    if height == width == 0:
+        return x
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+def lecun_normal_(weight):
+    """Flax's default initialiser: normal of variance 1 / fan_in, truncated at two standard deviations."""
+    fan_in = weight[0].numel()
+    std = fan_in**-0.5 / 0.87962566103423978  # the truncated normal's own standard deviation
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

@@ -1,0 +1,172 @@
+"""Google's checkpoint names <-> our state dict: one table, read both ways.
+
+Each row pairs a key with a view of our parameter in Google's layout. Loading copies the array into the
+view, exporting copies the view out, and the view's shape is what an error calls expected.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import nn
+
+# The released files count the modules of a block across types, later ones by type.
+SPELLINGS = (
+    (re.compile(r"(?<=/)MultiHeadDotProductAttention_0(?=/)"), "MultiHeadDotProductAttention_1"),
+    (re.compile(r"(?<=/)LayerNorm_1(?=/)"), "LayerNorm_2"),
+    (re.compile(r"(?<=/)MlpBlock_0(?=/)"), "MlpBlock_3"),
+)
+POS_EMBED = "Transformer/posembed_input/pos_embedding"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not fit the model; one line says which key and why."""
+
+
+class Entry(NamedTuple):
+    """`view` is our parameter, or a slice of it, in the layout of the array that Google keeps under `key`."""
+
+    key: str
+    view: torch.Tensor
+
+
+def table(model):
+    """The rows of a ViT or hybrid, head and `pre_logits` included."""
+    rows = [Entry("cls", model.cls_token), Entry(POS_EMBED, model.pos_embed)]
+    if model.patch_embed.stem:
+        rows += stem_rows(model.patch_embed.stem)
+    rows += conv_rows("embedding", model.patch_embed.proj)
+    for i, block in enumerate(model.blocks):
+        prefix = f"Transformer/encoderblock_{i}"
+        rows += norm_rows(f"{prefix}/LayerNorm_0", block.norm1)
+        rows += attention_rows(f"{prefix}/MultiHeadDotProductAttention_1", block.attn)
+        rows += norm_rows(f"{prefix}/LayerNorm_2", block.norm2)
+        rows += linear_rows(f"{prefix}/MlpBlock_3/Dense_0", block.mlp.fc1)
+        rows += linear_rows(f"{prefix}/MlpBlock_3/Dense_1", block.mlp.fc2)
+    rows += norm_rows("Transformer/encoder_norm", model.norm)
+    if model.pre_logits is not None:
+        rows += linear_rows("pre_logits", model.pre_logits)
+    return rows + linear_rows("head", model.head)
+
+
+def linear_rows(key, layer):
+    return [Entry(f"{key}/kernel", layer.weight.t()), Entry(f"{key}/bias", layer.bias)]  # (in, out)
+
+
+def conv_rows(key, layer):
+    rows = [Entry(f"{key}/kernel", layer.weight.permute(2, 3, 1, 0))]  # HWIO
+    return rows if layer.bias is None else [*rows, Entry(f"{key}/bias", layer.bias)]
+
+
+def norm_rows(key, norm):
+    return [Entry(f"{key}/scale", norm.weight), Entry(f"{key}/bias", norm.bias)]
+
+
+def attention_rows(key, attention):
+    rows = []
+    heads = attention.num_heads
+    parts = zip(("query", "key", "value"), attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
+    for part, weight, bias in parts:
+        kernel = weight.t().unflatten(1, (heads, -1))  # (hidden, heads, head_dim)
+        rows += [Entry(f"{key}/{part}/kernel", kernel), Entry(f"{key}/{part}/bias", bias.unflatten(0, (heads, -1)))]
+    kernel = attention.proj.weight.t().unflatten(0, (heads, -1))  # (heads, head_dim, hidden)
+    return [*rows, Entry(f"{key}/out/kernel", kernel), Entry(f"{key}/out/bias", attention.proj.bias)]
+
+
+def stem_rows(stem):
+    """The stem's modules carry the names of the keys; a GroupNorm's arrays are (1, 1, 1, C)."""
+    rows = []
+    for name, module in stem.named_modules():
+        key = name.replace(".", "/")
+        if isinstance(module, nn.Conv2d):
+            rows += conv_rows(key, module)
+        elif isinstance(module, nn.GroupNorm):
+            rows += [Entry(row.key, row.view.view(1, 1, 1, -1)) for row in norm_rows(key, module)]
+    return rows
+
+
+@torch.no_grad()
+def load(model, arrays, head):
+    """Fill `model` from `arrays`; see VisionTransformer.load_from. Holds one array at a time."""
+    if head not in ("zero", "keep"):
+        raise ValueError(f"head is 'zero' or 'keep', not {head!r}")
+    found = {canonical_key(key): key for key in arrays}
+    set_pre_logits(model, arrays, found, head)
+    rows = [row for row in table(model) if head == "keep" or not is_head(row.key)]
+    check_keys(rows, found)
+    for row in rows:
+        array = np.asarray(arrays[found[row.key]])
+        if not np.issubdtype(array.dtype, np.floating):
+            raise CheckpointError(f"{found[row.key]} holds {array.dtype}, expected floating-point numbers")
+        if row.key == POS_EMBED and array.ndim == 3 and array.shape != row.view.shape:
+            array = resize_pos_embed(array, model.patch_embed.grid_size)
+        if array.ndim == 1 and row.view.shape == (1, 1, 1, array.size):
+            array = array.reshape(row.view.shape)  # a GroupNorm as later versions of Flax store it
+        if array.shape != row.view.shape:
+            raise CheckpointError(shape_message(found[row.key], array.shape, row))
+        row.view.copy_(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)))
+    if head == "zero":
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+
+
+def export(model):
+    return {row.key: row.view.detach().float().cpu().numpy().copy() for row in table(model)}
+
+
+def canonical_key(key):
+    for pattern, released in SPELLINGS:
+        key = pattern.sub(released, key)
+    return key
+
+
+def is_head(key):
+    return key.startswith(("head/", "pre_logits/"))
+
+
+def set_pre_logits(model, arrays, found, head):
+    """A kept head needs the layer below it: ImageNet-21k checkpoints have one, others do not."""
+    model.pre_logits = None
+    if head == "keep" and "pre_logits/kernel" in found:
+        size_in, size_out = arrays[found["pre_logits/kernel"]].shape
+        weight = model.head.weight
+        model.pre_logits = nn.Linear(size_in, size_out, device=weight.device, dtype=weight.dtype)
+
+
+def check_keys(rows, found):
+    expected = {row.key: row for row in rows}
+    missing = [row for row in rows if row.key not in found]
+    if missing:
+        shape = tuple(missing[0].view.shape)
+        raise CheckpointError(f"{missing[0].key} is missing, expected shape {shape}{and_more(missing)}")
+    left_over = [key for canonical, key in found.items() if canonical not in expected and not is_head(canonical)]
+    if left_over:
+        raise CheckpointError(f"{left_over[0]} is left over, the model has no such weights{and_more(left_over)}")
+
+
+def and_more(keys):
+    return f" (and {len(keys) - 1} more keys)" if len(keys) > 1 else ""
+
+
+def shape_message(key, shape, row):
+    message = f"{key} has shape {tuple(shape)}, expected {tuple(row.view.shape)}"
+    if row.key.startswith("head/"):
+        message += f": the checkpoint has {shape[-1]} classes, the model {row.view.shape[-1]}"
+    return message
+
+
+def resize_pos_embed(array, grid_size):
+    """Position embeddings (1, 1 + h * h, hidden) of a square grid -> (1, 1 + H * W, hidden).
+
+    Linear interpolation between the outermost positions, as Google's `checkpoint.interpolate_posembed`;
+    the class token's is left alone.
+    """
+    cls, grid = array[:, :1], array[0, 1:]
+    side = round(len(grid) ** 0.5)
+    if side * side != len(grid) or not side:
+        raise CheckpointError(f"{POS_EMBED} has shape {array.shape}: its grid is not square, so it can't be resized")
+    zoom = (grid_size[0] / side, grid_size[1] / side, 1)
+    grid = ndimage.zoom(grid.reshape(side, side, -1), zoom, order=1)
+    return np.concatenate([cls, grid.reshape(1, -1, array.shape[-1])], axis=1)

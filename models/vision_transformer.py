@@ -1,0 +1,170 @@
+"""Vision Transformer and hybrid (Dosovitskiy et al., 2021), exact to google-research/vision_transformer.
+
+The state dict has timm's names, so a checkpoint of a ViT also loads there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import npz
+from models.dropout import Dropout
+from models.hybrid_stem import ResNetStem, lecun_normal_
+from models.norms import token_norm
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, 3, H, W) -> logits (B, num_classes), read from the class token."""
+
+    def __init__(self, config, img_size=224, num_classes=10, norm_type="LN"):
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.patch_embed = PatchEmbed(config, img_size)
+        num_tokens = 1 + self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, config.hidden_size).normal_(std=0.02))
+        self.pos_drop = Dropout(config.dropout_rate)
+        self.blocks = nn.ModuleList(Block(config, norm_type) for _ in range(config.num_layers))
+        self.norm = token_norm(norm_type, config.hidden_size)
+        self.pre_logits = None  # Linear and tanh, only where a pretrained head is kept together with it
+        self.head = nn.Linear(config.hidden_size, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
+
+    def forward_with_attention(self, images):
+        """Logits, and a list with one tensor of attention weights (B, heads, N, N) a block; rows sum to 1."""
+        x = self.embed(images)
+        attention = []
+        for block in self.blocks:
+            x, weights = block.forward_with_attention(x)
+            attention.append(weights)
+        return self.classify(x), attention
+
+    def embed(self, images):
+        """Patch and position embeddings, the class token first: (B, 3, H, W) -> (B, N, hidden)."""
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return self.pos_drop(x + self.pos_embed)
+
+    def classify(self, x):
+        x = self.norm(x[:, 0])  # (B, hidden): the other tokens' norms are never read
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))
+        return self.head(x)
+
+    def load_from(self, arrays, head="zero"):
+        """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("ViT-B_16.npz")`.
+
+        `head="zero"` starts a new task with a head of zeros; `head="keep"` takes the checkpoint's head and
+        its `pre_logits` layer, if it has one. Position embeddings of another grid are resized. Raises
+        CheckpointError, which names the key, the shape found and the shape expected, for a key that is
+        missing, left over or of another shape; the model's weights are then undefined.
+        """
+        npz.load(self, arrays, head)
+
+    def export_npz(self):
+        """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
+        return npz.export(self)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, 3, H, W) -> embedded patches (B, N, hidden), row by row."""
+
+    def __init__(self, config, img_size):
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.stem = None if config.resnet_layers is None else ResNetStem(config.resnet_layers)
+        self.patch_size = config.patch_size
+        stride = self.patch_size * (self.stem.stride if self.stem else 1)
+        if any(size < stride or size % stride for size in self.img_size):
+            raise ValueError(f"image size {img_size} is not a multiple of the model's patch size {stride}")
+        self.grid_size = tuple(size // stride for size in self.img_size)
+        in_channels = self.stem.out_channels if self.stem else 3
+        self.proj = nn.Conv2d(in_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
+        lecun_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, images):
+        if images.shape[-2:] != self.img_size:
+            raise ValueError(f"images are {tuple(images.shape[-2:])}, the model was built for {self.img_size}")
+        x = self.stem(images) if self.stem else images
+        x = self.proj(x)  # (B, hidden, H / patch, W / patch)
+        return x.flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block: attention, then MLP, each added to the residual stream (B, N, hidden)."""
+
+    def __init__(self, config, norm_type):
+        super().__init__()
+        self.norm1 = token_norm(norm_type, config.hidden_size)
+        self.attn = Attention(config)
+        self.norm2 = token_norm(norm_type, config.hidden_size)
+        self.mlp = Mlp(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def forward_with_attention(self, x):
+        out, weights = self.attn.forward_with_weights(self.norm1(x))
+        x = x + out
+        return x + self.mlp(self.norm2(x)), weights
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (B, N, hidden) -> (B, N, hidden); query, key and value in one projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj_drop = Dropout(config.dropout_rate)
+        for weight in (*self.qkv.weight.chunk(3), self.proj.weight):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):
+        q, k, v = self.project(x)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+    def forward_with_weights(self, x):
+        """The output and the attention weights (B, heads, N, N), which the fused kernel never forms."""
+        q, k, v = self.project(x)
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return self.merge(weights @ v), weights
+
+    def project(self, x):
+        """(B, N, hidden) -> query, key, value, each (B, heads, N, head_dim)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, x):
+        """(B, heads, N, head_dim) -> (B, N, hidden)"""
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the tanh approximation of GELU, Flax's default, between them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.drop1 = Dropout(config.dropout_rate)
+        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
+        self.drop2 = Dropout(config.dropout_rate)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=1e-6)
+
+    def forward(self, x):
+        x = F.gelu(self.fc1(x), approximate="tanh")
+        return self.drop2(self.fc2(self.drop1(x)))

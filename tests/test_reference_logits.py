@@ -1,0 +1,160 @@
+"""Logits against the official code: the fixtures, and timm's port of it for models without one."""
+
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scipy import ndimage
+
+from models import build_model
+from synthetic import load_fixture, make_checkpoint, make_images
+
+NO_PRETRAINED = {"num_classes": 10, "act_layer": partial(torch.nn.GELU, approximate="tanh")}
+
+
+def relative_error(ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@torch.no_grad()
+def logits_of(model, images):
+    return model.eval()(torch.from_numpy(images)).numpy()
+
+
+def later_spelling(key):
+    for released, later in (
+        ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
+        ("LayerNorm_2", "LayerNorm_1"),
+        ("MlpBlock_3", "MlpBlock_0"),
+    ):
+        key = key.replace(released, later)
+    return key
+
+
+@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5)])
+def test_logits_are_the_official_ones(name, bound):
+    fixture = load_fixture(name)
+    arrays = make_checkpoint(fixture["shapes"])
+    model = build_model(fixture["model"], fixture["img_size"], fixture["num_classes"])
+    assert sum(p.numel() for p in model.parameters()) == fixture["params"]
+    model.load_from(arrays, head="keep")
+    logits = logits_of(model, make_images(fixture["img_size"], fixture["batch"]))
+    assert relative_error(logits, fixture["logits"]) < bound
+
+
+@pytest.mark.parametrize("spelling", ["released", "later", "flat group norms"])
+def test_every_spelling_loads_the_same_weights(spelling):
+    shapes = {k: s for k, s in load_fixture("R50_ViT-B_16")["shapes"].items() if "encoderblock_1" not in k}
+    shapes = {key: shape for key, shape in shapes.items() if not re.search(r"encoderblock_[2-9]|unit[2-9]", key)}
+    arrays = make_checkpoint(shapes)
+    variant = arrays
+    if spelling == "later":
+        variant = {later_spelling(key): array for key, array in arrays.items()}
+    if spelling == "flat group norms":
+        variant = {key: array.reshape(array.shape[-1:]) if "gn" in key else array for key, array in arrays.items()}
+        assert any(variant[key].shape != arrays[key].shape for key in arrays)
+    model = build_model("R50-ViT-B_16", num_layers=1, resnet_layers=(1, 1, 1))
+    model.load_from(variant, head="keep")
+    exported = model.export_npz()
+    assert set(exported) == set(arrays)
+    assert all(np.array_equal(exported[key], arrays[key]) for key in arrays)
+
+
+def shapes_of(model):
+    return {key: array.shape for key, array in model.export_npz().items()}
+
+
+# Names, timm's names, and the depth compared: a block of a large model is like every other.
+TIMM = [
+    ("ViT-Ti_16", "vit_tiny_patch16_224", 12),
+    ("ViT-S_16", "vit_small_patch16_224", 12),
+    ("ViT-S_32", "vit_small_patch32_224", 12),
+    ("ViT-B_8", "vit_base_patch8_224", 2),
+    ("ViT-B_16", "vit_base_patch16_224", 12),
+    ("ViT-B_32", "vit_base_patch32_224", 3),
+    ("ViT-L_16", "vit_large_patch16_224", 2),
+    ("ViT-L_32", "vit_large_patch32_224", 2),
+    ("ViT-H_14", "vit_huge_patch14_224", 2),
+]
+
+
+@pytest.mark.parametrize("name, timm_name, depth", TIMM, ids=[name for name, _, _ in TIMM])
+def test_vit_agrees_with_timm(name, timm_name, depth, tmp_path):
+    ours = build_model(name, num_layers=depth)
+    arrays = make_checkpoint(shapes_of(ours))
+    np.savez(tmp_path / "weights.npz", **arrays)
+    ours.load_from(arrays, head="keep")
+    theirs = timm.create_model(timm_name, depth=depth, **NO_PRETRAINED)
+    theirs.load_pretrained(str(tmp_path / "weights.npz"))
+    images = make_images(224, 1)
+    assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 1e-5
+
+
+def test_state_dict_has_timms_names():
+    ours, theirs = build_model("ViT-Ti_16"), timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    theirs.load_state_dict(ours.state_dict())
+
+
+HYBRIDS = [
+    ("R-ViT-Ti_16", "vit_tiny_r_s16_p8_224", 12),
+    ("R26-ViT-S_32", "vit_small_r26_s32_224", 12),
+    ("R50-ViT-L_32", "vit_large_r50_s32_224", 2),
+]
+
+
+@pytest.mark.parametrize("name, timm_name, depth", HYBRIDS, ids=[name for name, _, _ in HYBRIDS])
+def test_hybrid_agrees_with_timm(name, timm_name, depth, tmp_path):
+    """timm divides by sqrt(var + 1e-8), Google by std + 1e-5; kernels scaled by 100 make the two the same."""
+    ours = build_model(name, num_layers=depth)
+    arrays = make_checkpoint(shapes_of(ours))
+    for key in arrays:
+        if re.search(r"conv\w*/kernel", key):
+            arrays[key] = 100 * arrays[key]
+    np.savez(tmp_path / "weights.npz", **arrays)
+    ours.load_from(arrays, head="keep")
+    theirs = timm.create_model(timm_name, depth=depth, **NO_PRETRAINED)
+    theirs.load_pretrained(str(tmp_path / "weights.npz"))
+    set_group_norm_epsilon(theirs, 1e-6)
+    images = make_images(224, 1)
+    assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 5e-5
+
+
+def set_group_norm_epsilon(model, eps):
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.eps = eps
+
+
+@pytest.mark.parametrize("name, timm_name", [("ViT-Ti_16", "vit_tiny_patch16_224")])
+def test_384_agrees_with_timm_on_position_embeddings_resized_the_official_way(name, timm_name):
+    ours = build_model(name, img_size=384)
+    arrays = make_checkpoint(load_fixture("ViT-Ti_16")["shapes"])
+    ours.load_from(arrays, head="keep")
+    pos_embed = arrays["Transformer/posembed_input/pos_embedding"]
+    grid = ndimage.zoom(pos_embed[0, 1:].reshape(14, 14, -1), (24 / 14, 24 / 14, 1), order=1)
+    expected = np.concatenate([pos_embed[0, :1], grid.reshape(576, -1)])
+    np.testing.assert_array_equal(ours.pos_embed[0].detach().numpy(), expected)
+    theirs = timm.create_model(timm_name, img_size=384, **NO_PRETRAINED)
+    theirs.load_state_dict(ours.state_dict())
+    images = make_images(384, 1)
+    assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 1e-5
+
+
+@pytest.mark.parametrize("grid_size", [(24, 24), (7, 7), (10, 20)])
+def test_position_embeddings_are_interpolated_linearly_between_the_corners(grid_size):
+    """Against numpy's one-dimensional interpolation along each axis."""
+    model = build_model("ViT-Ti_16", img_size=(16 * grid_size[0], 16 * grid_size[1]), num_layers=1)
+    arrays = make_checkpoint(shapes_of(build_model("ViT-Ti_16", num_layers=1)))
+    model.load_from(arrays)
+    pos_embed = arrays["Transformer/posembed_input/pos_embedding"][0]
+    grid = pos_embed[1:].reshape(14, 14, -1)
+    for axis, size in enumerate(grid_size):
+        points = np.linspace(0, 13, size)
+        grid = np.apply_along_axis(lambda line, at=points: np.interp(at, np.arange(14), line), axis, grid)
+    found = model.pos_embed[0].detach().numpy()
+    np.testing.assert_array_equal(found[0], pos_embed[0])
+    np.testing.assert_allclose(found[1:], grid.reshape(-1, 192), atol=1e-5)
