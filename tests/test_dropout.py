@@ -1,0 +1,58 @@
+"""Dropout masks: their statistics, and what they depend on."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.dropout import Dropout, dropout_mask
+from utils.datasets import dropout_keys
+
+
+def keys_at(*positions, seed=0):
+    return dropout_keys(seed, np.array(positions), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_rate_and_independence(rate):
+    mask = dropout_mask(keys_at(*range(256)), 4096, rate).double()
+    assert mask.mean() == pytest.approx(rate, abs=0.005)
+    centred = (mask - rate) / (rate * (1 - rate)) ** 0.5
+    between_samples = (centred @ centred.T / 4096).fill_diagonal_(0)
+    between_elements = (centred.T @ centred / 256).fill_diagonal_(0)
+    assert between_samples.abs().max() < 6 / 4096**0.5
+    assert between_elements.std() == pytest.approx(1 / 256**0.5, rel=0.05)
+
+
+def test_the_mask_follows_the_sample_wherever_it_stands():
+    layer = Dropout(0.5).train()
+    x = torch.ones(4, 8, 16)
+    layer.seed_samples(keys_at(3, 9, 27, 81), layer=5)
+    whole = layer(x)
+    layer.seed_samples(keys_at(81, 27), layer=5)
+    assert torch.equal(layer(x[:2]), whole[[3, 2]])
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+
+
+def test_layers_seeds_and_positions_differ():
+    masks = []
+    for position, seed, number in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
+        layer = Dropout(0.5).train()
+        layer.seed_samples(keys_at(position, seed=seed), number)
+        masks.append(layer(torch.ones(1, 1024)) == 0)
+    for i, mask in enumerate(masks):
+        for other in masks[:i]:
+            assert 0.4 < (mask == other).double().mean() < 0.6
+
+
+def test_gradient_flows_where_the_mask_lets_it():
+    layer = Dropout(0.25).train()
+    layer.seed_samples(keys_at(7), 0)
+    x = torch.ones(1, 100, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach())
+
+
+def test_nothing_is_dropped_in_evaluation():
+    x = torch.randn(2, 10)
+    assert torch.equal(Dropout(0.5).eval()(x), x)

@@ -1,0 +1,257 @@
+"""The training loop: against a plain loop, divided batches, resumption to the bit, precision, faults."""
+
+import csv
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import models
+import train
+from conftest import call_main, read_config
+from models import build_model
+from utils.augmentation import normalise, random_crops, resized_crops
+from utils.datasets import DATASETS
+from utils.random import samples_at
+
+
+def run(flags, monkeypatch, name="run"):
+    """Train in this process; returns (weights of the last checkpoint, rows of metrics.csv)."""
+    call_main(train, flags, monkeypatch)
+    folder = Path(flags[flags.index("--output_dir") + 1]) / name
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return load_file(folder / "last.safetensors"), rows
+
+
+def differences(weights, others):
+    assert weights.keys() == others.keys()
+    return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
+
+
+def plain_loop(steps, batch, one_process):
+    """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine."""
+    torch.manual_seed(42)
+    model = build_model("ViT-Mini_4", img_size=8).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data, _ = DATASETS["digits"].load("data", one_process, 0)
+    losses = []
+    for step in range(steps):
+        progress = (step - 3) / (steps - 3)
+        optimizer.param_groups[0]["lr"] = 0.1 * (step / 3 if step < 3 else (1 + math.cos(math.pi * progress)) / 2)
+        epochs, indices = samples_at(42, np.arange(step * batch, (step + 1) * batch), len(data))
+        boxes, _ = random_crops(42, epochs, indices, len(data), 8, 8, 0.05)
+        images = normalise(resized_crops(data.images[indices], boxes, (8, 8)))
+        loss = F.cross_entropy(model(images), data.labels[indices], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model.state_dict(), losses
+
+
+def test_the_loop_does_what_a_plain_loop_does(tiny_flags, monkeypatch, one_process):
+    flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1)
+    weights, rows = run(flags, monkeypatch)
+    expected, losses = plain_loop(12, 16, one_process)
+    assert max(differences(weights, expected).values()) < 1e-6
+    assert [row["step"] for row in rows] == [6, 12]
+    assert rows[0]["train_loss"] == pytest.approx(np.mean(losses[:6]), rel=1e-5)
+    assert rows[1]["train_loss"] == pytest.approx(np.mean(losses[6:]), rel=1e-5)
+    assert [row["lr"] for row in rows] == pytest.approx([0.1 * (1 + math.cos(math.pi / 3)) / 2, 0.0])
+    assert max(differences(weights, initial()).values()) > 0.01
+
+
+def initial():
+    torch.manual_seed(42)
+    return build_model("ViT-Mini_4", img_size=8).state_dict()
+
+
+def test_accumulation_equals_the_undivided_batch_with_dropout(tiny_flags, monkeypatch):
+    flags = ["--dropout_rate", 0.2, "--learning_rate", 0.1]
+    whole, rows = run(tiny_flags(*flags), monkeypatch)
+    parts, part_rows = run(tiny_flags(*flags, "--gradient_accumulation_steps", 4, "--overwrite"), monkeypatch)
+    assert max(differences(whole, parts).values()) < 2e-6
+    assert [row["train_loss"] for row in rows] == pytest.approx([row["train_loss"] for row in part_rows], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"], ["--bf16", "--fp16_opt_level", "O3"]], ids=["O0", "O2", "O3"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_ends_with_the_same_bits(optimizer, precision, tiny_flags, monkeypatch):
+    flags = ["--optimizer", optimizer, "--dropout_rate", 0.1, *precision]
+    whole, rows = run(tiny_flags(*flags), monkeypatch)
+    stop_after(4, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        run(tiny_flags(*flags, "--name", "broken"), monkeypatch)
+    assert stopped.value.code == 128 + 15
+    resumed, resumed_rows = run(tiny_flags(*flags, "--name", "broken", "--resume"), monkeypatch, "broken")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    timing = ("images_per_second", "seconds")
+    for row, other in zip(rows, resumed_rows, strict=True):
+        assert [row[key] for key in row if key not in timing] == [other[key] for key in row if key not in timing]
+
+
+def stop_after(step, monkeypatch):
+    """As if SIGTERM came while that step ran."""
+    from utils.distributed import StopSignal
+
+    calls = []
+
+    def agreed(self):
+        calls.append(None)
+        return 15 if len(calls) == step else 0
+
+    monkeypatch.setattr(StopSignal, "agreed", agreed)
+
+
+def test_resuming_without_a_checkpoint_starts_the_run(tiny_flags, monkeypatch):
+    run(tiny_flags("--resume"), monkeypatch)
+
+
+def test_resuming_with_other_flags_is_said(tiny_flags, monkeypatch, capsys):
+    run(tiny_flags(), monkeypatch)
+    run(tiny_flags("--resume", "--num_steps", 18), monkeypatch)
+    assert "warning: resuming with --num_steps 18; the run was started with 12" in capsys.readouterr().out
+
+
+def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
+    _, rows = run(tiny_flags("--num_steps", 13), monkeypatch)
+    folder = tmp_path / "output" / "run"
+    names = {path.name.split(".")[0] for path in folder.iterdir()}
+    assert names == {"last", "best", "state-13", "metrics", "config", "curves", "events"}
+    assert list(rows[0]) == [
+        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "images_per_second", "seconds")
+    ]
+    assert [row["step"] for row in rows] == [6, 12, 13]
+    config = read_config(folder)
+    assert config["flags"]["num_steps"] == 13
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["classes"] == [str(digit) for digit in range(10)]
+    assert "best test accuracy" in capsys.readouterr().out
+    model = build_model("ViT-Mini_4", img_size=8)
+    model.load_state_dict(load_file(folder / "best.safetensors"))
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["train/loss"] == list(range(1, 14))
+    assert steps["test/loss"] == steps["test/accuracy"] == [6, 12, 13]
+    assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", "test/loss", "test/accuracy"}
+
+
+def test_epochs_instead_of_steps(tiny_flags, monkeypatch, tmp_path):
+    flags = tiny_flags("--epochs", 0.1, "--eval_every", 100)
+    _, rows = run(flags, monkeypatch)
+    assert [row["step"] for row in rows] == [math.ceil(0.1 * 1437 / 16)]
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("flag", ["--fp16", "--bf16"])
+def test_16_bit_levels_learn_like_float32(level, flag, tiny_flags, monkeypatch):
+    flags = ["--num_steps", 40, "--eval_every", 40, "--learning_rate", 0.1, "--min_crop_scale", 1]
+    _, rows = run(tiny_flags(*flags), monkeypatch)
+    weights, half_rows = run(tiny_flags(*flags, flag, "--fp16_opt_level", level, "--overwrite"), monkeypatch)
+    assert half_rows[-1]["train_loss"] == pytest.approx(rows[-1]["train_loss"], rel=0.06)
+    kinds = {weight.dtype for weight in weights.values()}
+    assert kinds == ({torch.bfloat16} if level == "O3" else {torch.float32})
+
+
+def test_master_weights_take_updates_that_16_bits_would_lose(tiny_flags, monkeypatch):
+    flags = ["--bf16", "--learning_rate", 0.01, "--num_steps", 4, "--warmup_steps", 0, "--min_crop_scale", 1]
+    masters, _ = run(tiny_flags(*flags), monkeypatch)
+    changed = differences(masters, initial())
+    assert 0 < changed["blocks.0.norm1.weight"] < 1e-3  # bfloat16 has no number between 1 and 1.008
+    assert 0 < changed["blocks.0.attn.qkv.weight"] < 1e-3
+
+
+def test_a_static_loss_scale_changes_nothing_in_float32_and_little_in_bfloat16():
+    from utils.precision import Precision
+
+    for level, tolerance in (("O1", 1e-2), ("O2", 1e-2), ("O3", 1e-2)):
+        results = []
+        for scale in (0.0, 1024.0):
+            torch.manual_seed(0)
+            model = build_model("ViT-Mini_4", 8, num_layers=1).train()
+            torch.nn.init.normal_(model.head.weight)
+            precision = Precision(level, torch.bfloat16, torch.device("cpu"), scale)
+            optimizer = precision.prepare(model, lambda named: torch.optim.SGD([p for _, p in named], lr=0.1))
+            images = torch.randn(4, 3, 8, 8)
+            with precision.autocast():
+                loss = model(precision.inputs(images)).float().square().mean()
+            precision.backward(loss)
+            precision.step(optimizer, max_grad_norm=1.0)
+            results.append(precision.weights()["head.weight"].float())
+        torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+
+
+def test_norms_stay_in_float32_at_o2():
+    from utils.precision import Precision
+
+    model = build_model("R26-ViT-S_32", 64, num_layers=1)
+    Precision("O2", torch.bfloat16, torch.device("cpu")).prepare(model)
+    for module in model.modules():
+        if hasattr(module, "weight"):
+            is_norm = isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))
+            assert module.weight.dtype == (torch.float32 if is_norm else torch.bfloat16), module
+    assert model(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("eval_every", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run(eval_every, tiny_flags, monkeypatch, capsys, tmp_path):
+    flags = tiny_flags("--learning_rate", 1e30, "--max_grad_norm", 0, "--eval_every", eval_every, "--warmup_steps", 2)
+    with pytest.raises(SystemExit) as stopped:
+        run(flags, monkeypatch)
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    kept = tmp_path / "output" / "run" / "last.safetensors"
+    assert re.search(
+        r"(the loss is nan at|the weights are not finite after) step \d \(learning rate \d.*e\+\d+\)", message
+    )
+    assert f"last good checkpoint: {kept}" in message
+    assert all(torch.isfinite(weight).all() for weight in load_file(kept).values())
+
+
+def test_apex_is_used_where_an_old_build_is_installed(tiny_flags, monkeypatch):
+    calls = []
+
+    class ScaledLoss:
+        def __init__(self, loss, optimizer):
+            self.loss = loss
+
+        def __enter__(self):
+            calls.append("scale")
+            return self.loss
+
+        def __exit__(self, *error):
+            return False
+
+    amp = types.ModuleType("apex.amp")
+    amp.initialize = lambda model, optimizer, opt_level, loss_scale: calls.append((opt_level, loss_scale))
+    amp.scale_loss = ScaledLoss
+    amp.master_params = lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]]
+    amp.state_dict = dict
+    apex = types.ModuleType("apex")
+    apex.amp = amp
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.amp", amp)
+    by_apex, _ = run(tiny_flags("--fp16", "--amp_backend", "apex"), monkeypatch)
+    assert calls[0] == ("O2", "dynamic")
+    assert calls.count("scale") == 12
+    plain, _ = run(tiny_flags("--overwrite"), monkeypatch)
+    assert max(differences(by_apex, plain).values()) < 1e-6
+
+
+def test_compiled_training_is_the_same(tiny_flags, monkeypatch):
+    monkeypatch.setitem(models.CONFIGS["ViT-Mini_4"], "num_layers", 1)
+    eager, _ = run(tiny_flags("--num_steps", 3), monkeypatch)
+    compiled, _ = run(tiny_flags("--num_steps", 3, "--compile", "--overwrite"), monkeypatch)
+    assert max(differences(eager, compiled).values()) < 1e-5

@@ -1,0 +1,23 @@
+"""Fine-tune a ViT or hybrid from Google's checkpoint, or train one from scratch."""
+
+from models import MODEL_TYPES, build_model, canonical_model_type
+from utils.arguments import add_vit_flags, check_training_flags, training_parser
+from utils.errors import run_script
+from utils.training import run_training
+
+
+def main():
+    parser = training_parser(__doc__)
+    add_vit_flags(parser, MODEL_TYPES, canonical_model_type)
+    args = parser.parse_args()
+
+    def make_model(num_classes):
+        overrides = {} if args.dropout_rate is None else {"dropout_rate": args.dropout_rate}
+        return build_model(args.model_type, args.img_size, num_classes, args.norm_type, **overrides)
+
+    check_training_flags(args, make_model)
+    run_training(args, make_model)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,299 @@
+"""The flags of the scripts, their help, and the checks that need no work to be started."""
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+
+import torch
+
+from utils.datasets import DATASETS, image_folders
+from utils.errors import UserError
+from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
+from utils.pretrained import check_exists, published_url
+from utils.scheduler import DECAY_TYPES
+from utils.tracking import resumes
+from utils.training import OPTIMIZERS
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; help shows the defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds "(default: ...)" where a flag has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=38, width=118)
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS) or action.default is False or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def training_parser(description):
+    """The flags that all training scripts share."""
+    parser = Parser(description)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--name", required=True, help="name of the run, and of its folder below --output_dir")
+    run.add_argument("--output_dir", default="output", metavar="DIR", help="where runs are kept")
+    run.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
+    run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    run.add_argument("--seed", type=natural, default=42, help="of the weights, the sample order, crops and dropout")
+
+    weights = parser.add_argument_group("pretrained weights")
+    weights.add_argument(
+        "--pretrained_dir", metavar="FILE", help="path of Google's .npz to fine-tune; none: from scratch"
+    )
+    weights.add_argument("--download", action="store_true", help="fetch --pretrained_dir where it does not exist yet")
+
+    data = parser.add_argument_group("data")
+    add_data_flags(data, default="cifar10")
+    data.add_argument("--img_size", type=positive, default=224, help="side of the square input images in pixels")
+    data.add_argument(
+        "--min_crop_scale",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="smallest random crop as a share of the image's area; 1: no cropping but of the aspect ratio",
+    )
+    data.add_argument("--horizontal_flip", action="store_true", help="mirror half of the training images")
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--train_batch_size",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="images a step, over all processes and accumulation parts",
+    )
+    training.add_argument(
+        "--eval_batch_size", type=positive, default=64, metavar="N", help="test images at once, each process"
+    )
+    training.add_argument("--num_steps", type=positive, default=10000, metavar="N", help="optimizer steps")
+    training.add_argument(
+        "--epochs", type=positive_float, metavar="N", help="passes over the training set, instead of --num_steps"
+    )
+    training.add_argument(
+        "--eval_every",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="steps between two evaluations, each with a checkpoint",
+    )
+    training.add_argument(
+        "--gradient_accumulation_steps",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="parts that a batch is worked through in",
+    )
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument(
+        "--optimizer",
+        type=one_of("optimizer", OPTIMIZERS),
+        default="sgd",
+        metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}; sgd has momentum 0.9",
+    )
+    optimisation.add_argument(
+        "--learning_rate", type=positive_float, default=3e-2, metavar="LR", help="the highest, after warm-up"
+    )
+    optimisation.add_argument(
+        "--weight_decay",
+        type=natural_float,
+        default=0.0,
+        metavar="WD",
+        help="not on biases, norms, class token and position embeddings",
+    )
+    optimisation.add_argument(
+        "--warmup_steps", type=natural, default=500, metavar="N", help="steps of linear warm-up from 0"
+    )
+    optimisation.add_argument(
+        "--decay_type",
+        type=one_of("decay type", DECAY_TYPES),
+        default="cosine",
+        metavar="TYPE",
+        help=f"{' or '.join(DECAY_TYPES)}, to 0 at the last step",
+    )
+    optimisation.add_argument(
+        "--max_grad_norm",
+        type=natural_float,
+        default=1.0,
+        metavar="NORM",
+        help="clip the gradients' global norm to this; 0: never",
+    )
+    optimisation.add_argument(
+        "--label_smoothing", type=fraction, default=0.0, metavar="SHARE", help="probability spread over all classes"
+    )
+
+    precision = parser.add_argument_group("precision and speed")
+    add_precision_flags(precision)
+    precision.add_argument(
+        "--amp_backend",
+        type=one_of("AMP backend", AMP_BACKENDS),
+        default="torch",
+        metavar="NAME",
+        help="torch, or apex for an old build that still has apex.amp",
+    )
+    precision.add_argument(
+        "--loss_scale",
+        type=natural_float,
+        default=0.0,
+        metavar="SCALE",
+        help="for float16; 0: dynamic at O1 and O2, 1 at O3",
+    )
+    precision.add_argument(
+        "--compile", action="store_true", help="compile the model by torch.compile: slow to start, then faster"
+    )
+
+    processes = parser.add_argument_group("processes")
+    processes.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        metavar="RANK",
+        help="set by torch.distributed.launch; torchrun needs none",
+    )
+    return parser
+
+
+def add_data_flags(group, default):
+    names = ", ".join(DATASETS)
+    group.add_argument("--dataset", type=one_of("dataset", DATASETS), default=default, metavar="NAME", help=names)
+    group.add_argument(
+        "--data_dir",
+        default=default and "data",
+        metavar="DIR",
+        help="where CIFAR is downloaded to; for imagefolder: the folder with train/ and val/ or test/",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=natural,
+        default=min(8, os.cpu_count()),
+        metavar="N",
+        help="processes that read pictures which do not fit in memory",
+    )
+
+
+def add_precision_flags(group):
+    group.add_argument("--fp16", action="store_true", help="16-bit numbers: float16 on a GPU, bfloat16 on a CPU")
+    group.add_argument("--bf16", action="store_true", help="16-bit numbers: bfloat16 everywhere")
+    group.add_argument(
+        "--fp16_opt_level",
+        type=one_of("opt level", OPT_LEVELS),
+        default="O2",
+        metavar="LEVEL",
+        help="with --fp16 or --bf16: O0 float32; O1 autocast; O2 16-bit weights with float32 masters; O3 all 16-bit",
+    )
+
+
+def add_vit_flags(parser, model_types, canonical):
+    """The flags of scripts that train ViTs; `canonical` finds a name in `model_types` or raises ValueError."""
+    group = parser.add_argument_group("ViT")
+    group.add_argument(
+        "--model_type", type=argument(canonical), default="ViT-B_16", metavar="NAME", help=", ".join(model_types)
+    )
+    group.add_argument("--norm_type", default="LN", metavar="NORM", help="normalisation of the tokens: LN")
+    group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="default: the published model's")
+
+
+def check_training_flags(args, make_model):
+    """What a parser can't see flag by flag; `make_model(num_classes)` is tried out, without its weights.
+
+    Raises UserError.
+    """
+    if args.name in (".", "..") or Path(args.name).name != args.name:
+        raise UserError(f"--name {args.name!r} is not a plain folder name")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parts = processes * args.gradient_accumulation_steps
+    if args.train_batch_size % parts:
+        raise UserError(
+            f"--train_batch_size {args.train_batch_size} is not divisible by {processes} processes x "
+            f"{args.gradient_accumulation_steps} accumulation steps; "
+            f"{args.train_batch_size // parts * parts or parts} would be"
+        )
+    if args.epochs:
+        args.num_steps = None
+    if args.dataset == "imagefolder":
+        image_folders(args.data_dir)
+    if args.amp_backend == "apex":
+        import_apex_amp()
+    if args.download and not args.pretrained_dir:
+        raise UserError("--download needs --pretrained_dir, the path to download to")
+    if args.pretrained_dir and not resumes(args) and not (args.download and published_url(args.pretrained_dir)):
+        check_exists(args.pretrained_dir)
+    try:
+        with torch.device("meta"):
+            make_model(num_classes=1)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def positive(text):
+    return number(text, int, "a whole number above 0", lambda n: n > 0)
+
+
+def natural(text):
+    return number(text, int, "a whole number, 0 or above", lambda n: n >= 0)
+
+
+def positive_float(text):
+    return number(text, float, "a number above 0", lambda x: 0 < x < float("inf"))
+
+
+def natural_float(text):
+    return number(text, float, "a number, 0 or above", lambda x: 0 <= x < float("inf"))
+
+
+def fraction(text):
+    return number(text, float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+
+
+def share(text):
+    return number(text, float, "a number above 0, 1 at most", lambda x: 0 < x <= 1)
+
+
+def number(text, kind, what, fits):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return value
+
+
+def one_of(what, names):
+    """A parser of one of `names`, whose error offers the nearest."""
+
+    def parse(text):
+        if text in names:
+            return text
+        nearest = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names
+        raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; did you mean {', '.join(nearest)}?")
+
+    return parse
+
+
+def argument(parse):
+    """A flag's parser out of a function that raises ValueError with a message for the user."""
+
+    def parse_argument(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from error
+
+    return parse_argument

@@ -1,0 +1,254 @@
+"""Images and labels: small sets as one uint8 tensor on the training device, folders of pictures by worker processes.
+
+Both kinds have the same two methods: `train_batches`, the endless shuffled stream from a given step on, and
+`eval_batches`, each image once. A dataset's name is written once, in DATASETS.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms.v2 import functional as tv
+
+from utils.augmentation import normalise, random_crops, resized_crops
+from utils.distributed import first_on_each_machine
+from utils.errors import UserError
+from utils.random import DROPOUT, random_words, samples_at
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IN_MEMORY_BYTES = 2 * 2**30
+DIGITS_SPLIT_SEED = 0
+
+
+class Source(NamedTuple):
+    """`count_classes(data_dir)` is quick; `load(data_dir, world, num_workers)` returns (training set, test set)."""
+
+    count_classes: Callable
+    load: Callable
+
+
+def load_digits(data_dir, world, num_workers):
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed stratified 80/20 split."""
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = sklearn_digits(return_X_y=True)
+    pixels = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8).repeat(3, axis=1)
+    splits = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED)
+    classes = [str(digit) for digit in range(10)]
+    return tuple(TensorImages(pixels[rows], labels[rows], classes, world.device) for rows in splits)
+
+
+def load_cifar(dataset, data_dir, world, num_workers):
+    """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
+    sets = []
+    for train in (True, False):
+        try:
+            with first_on_each_machine(world):
+                data = dataset(data_dir, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"could not get {dataset.__name__} into {data_dir}: {error}; "
+                f"download {dataset.url} there by hand, or give the folder that holds it with --data_dir"
+            ) from error
+        images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
+        sets.append(TensorImages(images, data.targets, data.classes, world.device))
+    return tuple(sets)
+
+
+def load_imagefolder(data_dir, world, num_workers):
+    """`train/` and `val/` or `test/` below `data_dir`, one folder a class."""
+    train_dir, test_dir = image_folders(data_dir)
+    classes = class_folders(train_dir)
+    unknown = sorted(set(class_folders(test_dir)) - set(classes))
+    if unknown:
+        raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
+    return tuple(read_folder(folder, classes, world, num_workers) for folder in (train_dir, test_dir))
+
+
+DATASETS = {
+    "cifar10": Source(lambda data_dir: 10, functools.partial(load_cifar, CIFAR10)),
+    "cifar100": Source(lambda data_dir: 100, functools.partial(load_cifar, CIFAR100)),
+    "digits": Source(lambda data_dir: 10, load_digits),
+    "imagefolder": Source(lambda data_dir: len(class_folders(image_folders(data_dir)[0])), load_imagefolder),
+}
+
+
+def image_folders(data_dir):
+    """The training folder and the test folder of an image folder, checked for existence."""
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; give one with train/ and val/ or test/ by --data_dir")
+    tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        raise UserError(f"{root} needs the folders train/ and val/ or test/, with one folder a class in each")
+    return root / "train", tests[0]
+
+
+def class_folders(folder):
+    """Sorted names of the classes. Raises UserError where there is none."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} can't be read: {error.strerror}") from error
+    if not names:
+        raise UserError(f"{folder} has no folders; it needs one folder a class")
+    return names
+
+
+def read_folder(folder, classes, world, num_workers):
+    """TensorImages where all pictures are of one size and fit into memory, otherwise FolderImages."""
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            continue  # a test set may lack a class
+        try:
+            files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        except OSError as error:
+            raise UserError(f"{folder / name} can't be read: {error.strerror}") from error
+        if not files:
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"{folder / name} has no pictures (looked for {kinds})")
+        paths += files
+        labels += [label] * len(files)
+    first = read_image(paths[0])
+    if first.numel() * len(paths) <= IN_MEMORY_BYTES:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            images = []
+            for image in pool.map(read_image, paths):
+                if image.shape != first.shape:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+                images.append(image)
+        if len(images) == len(paths):
+            return TensorImages(torch.stack(images), labels, classes, world.device)
+    return FolderImages(paths, labels, classes, world.device, num_workers)
+
+
+def read_image(path):
+    """uint8 (3, H, W). Raises UserError that names a file which is no readable picture."""
+    try:
+        with Image.open(path) as image:
+            return tv.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # Pillow raises nearly every type for one or the other broken file
+        raise UserError(f"{path} is not a readable picture: {error}") from error
+
+
+class TensorImages:
+    """Images of one size in memory, uint8 (n, 3, h, w) on the training device, augmented there as a batch."""
+
+    def __init__(self, images, labels, classes, device):
+        self.images = torch.as_tensor(images).to(device)
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64)).to(device)
+        self.classes = list(classes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def train_batches(self, batches, seed, img_size, min_crop_scale, flip):
+        """For each array of stream positions: images float32 (B, 3, *img_size) in [-1, 1], labels int64 (B,)."""
+        for positions in batches:
+            epochs, indices = samples_at(seed, positions, len(self))
+            height, width = self.images.shape[2:]
+            boxes, flips = random_crops(seed, epochs, indices, len(self), height, width, min_crop_scale)
+            rows = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+            images = resized_crops(self.images[rows], boxes, img_size, flips if flip else None)
+            yield normalise(images), self.labels[rows]
+
+    def eval_batches(self, img_size, batch_size, world):
+        """This process's share of the images, resized: images float32 (B, 3, *img_size), labels int64 (B,)."""
+        images, labels = self.images[world.rank :: world.size], self.labels[world.rank :: world.size]
+        whole = torch.tensor([[0, 0, *images.shape[2:]]])
+        for some, their_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            yield normalise(resized_crops(some, whole.expand(len(some), -1), img_size)), their_labels
+
+
+class FolderImages:
+    """Pictures on disk, decoded, cropped and resized by worker processes."""
+
+    def __init__(self, paths, labels, classes, device, num_workers):
+        self.paths, self.labels, self.classes = paths, labels, list(classes)
+        self.device = device
+        self.num_workers = num_workers
+
+    def __len__(self):
+        return len(self.paths)
+
+    def train_batches(self, batches, seed, img_size, min_crop_scale, flip):
+        """As TensorImages.train_batches."""
+        crops = TrainCrops(self.paths, self.labels, seed, img_size, min_crop_scale, flip)
+        return self.load(crops, batches)
+
+    def eval_batches(self, img_size, batch_size, world):
+        """As TensorImages.eval_batches."""
+        share = range(world.rank, len(self), world.size)
+        batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
+        return self.load(ResizedImages(self.paths, self.labels, img_size), batches)
+
+    def load(self, dataset, batches):
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            for images, labels in loader:
+                yield normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+        except UserError as error:  # from a worker it comes with that process's traceback in front
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.errors.UserError: ")) from error
+
+
+class TrainCrops(Dataset):
+    """Item p is the sample at position p of the shuffled stream, cropped: uint8 (3, H, W) and its label."""
+
+    def __init__(self, paths, labels, seed, img_size, min_crop_scale, flip):
+        self.paths, self.labels, self.seed = paths, labels, seed
+        self.img_size, self.min_crop_scale, self.flip = img_size, min_crop_scale, flip
+
+    def __getitem__(self, position):
+        epochs, indices = samples_at(self.seed, [position], len(self.paths))
+        image = read_image(self.paths[indices[0]])
+        boxes, flips = random_crops(
+            self.seed, epochs, indices, len(self.paths), *image.shape[1:], min_scale=self.min_crop_scale
+        )
+        image = tv.resized_crop(image, *boxes[0].tolist(), size=list(self.img_size), antialias=True)
+        return image.flip(2) if self.flip and flips[0] else image, self.labels[indices[0]]
+
+
+class ResizedImages(Dataset):
+    """Item i is picture i, resized: uint8 (3, H, W) and its label."""
+
+    def __init__(self, paths, labels, img_size):
+        self.paths, self.labels, self.img_size = paths, labels, img_size
+
+    def __getitem__(self, index):
+        image = tv.resize(read_image(self.paths[index]), list(self.img_size), antialias=True)
+        return image, self.labels[index]
+
+
+def stream_positions(batch_size, accumulation_steps, world, first_step, num_steps):
+    """For each step from `first_step` on and each of its accumulation steps, this process's stream positions.
+
+    All processes together take the positions [step * batch_size, (step + 1) * batch_size).
+    """
+    share = batch_size // world.size
+    part = share // accumulation_steps
+    for step in range(first_step, num_steps):
+        start = step * batch_size + world.rank * share
+        for i in range(accumulation_steps):
+            yield np.arange(start + i * part, start + (i + 1) * part)
+
+
+def dropout_keys(seed, positions, device):
+    """Random words for the samples at these stream positions, int32 (B, 2): what their dropout masks derive from."""
+    words = random_words(seed, DROPOUT, positions, 1)  # one uint64 is two int32
+    return torch.from_numpy(words.view(np.int32)).to(device, non_blocking=True)

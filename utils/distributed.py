@@ -1,0 +1,108 @@
+"""The processes of a run: one, or as many as `torchrun` or `torch.distributed.launch` started."""
+
+import contextlib
+import os
+import signal
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class World(NamedTuple):
+    """This process among all: its number, how many there are, its number on this machine, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def world(local_rank=None):
+    """Join the process group that the launcher's environment describes, if any, and leave it at the end.
+
+    `local_rank` is what an old launcher gives as a flag; the environment's wins.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    if "RANK" not in os.environ:
+        yield World(0, 1, 0, device)
+        return
+    if device.type == "cuda":
+        # Gloo carries the few words that the hosts exchange without waiting for the GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor):
+    """Sum `tensor` over all processes in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier():
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first_on_each_machine(world):
+    """The body runs in one process of each machine before it runs in the others: for what is written once."""
+    if world.local_rank != 0:
+        barrier()
+    try:
+        yield
+    finally:  # after an error too: the others then meet it themselves instead of waiting for ever
+        if world.local_rank == 0:
+            barrier()
+
+
+class StopSignal:
+    """Tells all processes, at the same step, that one of them was asked to stop.
+
+    The answer to a step's question is read a step later, so that nobody waits for it.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self.pending = None
+
+    @contextlib.contextmanager
+    def listening(self):
+        """SIGTERM and Ctrl-C are noted inside; a second one interrupts at once."""
+        previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def agreed(self):
+        """The signal's number, or 0. To be called once a step by every process."""
+        if not dist.is_initialized():
+            return self.number
+        answer = 0
+        if self.pending is not None:
+            work, flag = self.pending
+            work.wait()
+            answer = int(flag)
+        flag = torch.tensor(self.number)
+        self.pending = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag)
+        return answer

@@ -1,0 +1,207 @@
+"""The records of a run: config.json, metrics.csv, TensorBoard, curves.png, and what the terminal shows."""
+
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from utils.checkpoint import BEST, LAST, replace_file
+from utils.errors import UserError
+
+CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "curves.png"
+COLUMNS = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "lr",
+    "images_per_second",
+    "seconds",
+)
+
+
+def open_run_folder(args):
+    """`<output_dir>/<name>/`, made and checked for writing.
+
+    Raises UserError where the folder can't be written, or holds a run and neither --resume nor --overwrite is given.
+    """
+    run_dir = Path(args.output_dir) / args.name
+    if int(os.environ.get("RANK", 0)):
+        return run_dir  # the first process looks after it
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the output folder {run_dir} can't be written: {error.strerror}") from error
+    if (run_dir / CONFIG).exists() and not (args.resume or args.overwrite):
+        raise UserError(f"{run_dir} holds a run already; give --resume, --overwrite or another --name")
+    return run_dir
+
+
+def resumes(args):
+    """Whether there is a checkpoint that --resume continues; without one it starts the run."""
+    return args.resume and (Path(args.output_dir) / args.name / LAST).exists()
+
+
+def prepare_run_folder(run_dir, args, classes):
+    """Write config.json; before that, delete what an earlier run has written, or name the flags that differ from it."""
+    if resumes(args):
+        report_changed_flags(read_config(run_dir), args)
+    else:
+        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "state-*.pt", "events.out.tfevents.*"):
+            for path in run_dir.glob(pattern):
+                path.unlink()
+    config = {
+        "flags": vars(args),
+        "classes": classes,
+        "command": sys.argv,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+            "device": device_name(),
+            "platform": platform.platform(),
+        },
+    }
+    replace_file(run_dir / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def report_changed_flags(config, args):
+    before = config["flags"] if config else vars(args)
+    for flag, value in vars(args).items():
+        if flag not in ("resume", "overwrite", "local_rank") and before.get(flag) != value:
+            print(f"warning: resuming with --{flag} {value}; the run was started with {before.get(flag)}")
+
+
+def read_config(run_dir):
+    """The config.json of a run, or None. Raises UserError for one that is no JSON."""
+    path = Path(run_dir) / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON: {error}") from error
+
+
+def device_name():
+    """The GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Tracker:
+    """Writes the records, in the first process only; elsewhere its methods do nothing."""
+
+    def __init__(self, run_dir, first_step, num_steps, seconds, enabled):
+        """`seconds` is what the run has taken before it was resumed at `first_step`."""
+        self.run_dir = run_dir
+        self.enabled = enabled
+        self.started = time.monotonic() - seconds
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # a slow import that other processes need not pay
+
+        self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
+        self.rows = kept_rows(run_dir / METRICS, first_step)
+        self.write_metrics()
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def say(self, message):
+        """A line in the terminal, above the progress bar."""
+        if self.enabled:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def log_steps(self, last_step, losses, lr, images_per_second):
+        """The losses of the steps up to `last_step`, just read back from the device."""
+        if not self.enabled:
+            return
+        for step, loss in enumerate(losses, start=last_step - len(losses) + 1):
+            self.tensorboard.add_scalar("train/loss", loss, step)
+        self.tensorboard.add_scalar("train/lr", lr, last_step)
+        self.tensorboard.add_scalar("train/images_per_second", images_per_second, last_step)
+        self.bar.update(len(losses))
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.2e}, {images_per_second:.1f} img/s")
+
+    def log_evaluation(self, row):
+        """A row of metrics.csv (see COLUMNS), the same in TensorBoard and as a line in the terminal."""
+        if not self.enabled:
+            return
+        self.rows.append({name: format(row[name], ".8g") for name in COLUMNS})
+        self.write_metrics()
+        self.tensorboard.add_scalar("test/loss", row["test_loss"], row["step"])
+        self.tensorboard.add_scalar("test/accuracy", row["test_accuracy"], row["step"])
+        self.tensorboard.flush()
+        width = len(str(self.bar.total))
+        self.say(
+            f"step {row['step']:>{width}}/{self.bar.total}"
+            f"  train loss {row['train_loss']:.4f} accuracy {100 * row['train_accuracy']:6.2f} %"
+            f"  test loss {row['test_loss']:.4f} accuracy {100 * row['test_accuracy']:6.2f} %"
+            f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s"
+        )
+
+    def write_metrics(self):
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        replace_file(self.run_dir / METRICS, write)
+
+    def seconds(self):
+        """Since the run began, the time of earlier sittings included."""
+        return time.monotonic() - self.started
+
+    def close(self):
+        if self.enabled:
+            self.bar.close()
+            self.tensorboard.close()
+
+    def finish(self, best_accuracy, best_step):
+        """Draw the curves and say where everything lies."""
+        if not self.enabled:
+            return
+        from utils.visualize import plot_curves, read_metrics
+
+        plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, self.run_dir.name)
+        self.say(
+            f"\nbest test accuracy {100 * best_accuracy:.2f} % at step {best_step}\n"
+            f"  weights      {self.run_dir / BEST}\n"
+            f"               {self.run_dir / LAST}\n"
+            f"  metrics      {self.run_dir / METRICS}\n"
+            f"  curves       {self.run_dir / CURVES}\n"
+            f"  TensorBoard  tensorboard --logdir {self.run_dir}"
+        )
+
+
+def kept_rows(path, first_step):
+    """The rows of an earlier sitting that the checkpoint at `first_step` still stands for."""
+    if not first_step or not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]

@@ -1,0 +1,253 @@
+"""The training loop of every script.
+
+A step is a pure function of the weights, the optimizer's state, the seed and the step's number; so resuming is
+exact, and any number of processes sees the same global batch.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.checkpoint import LAST, load_checkpoint, load_into, save_checkpoint
+from utils.datasets import DATASETS, dropout_keys, stream_positions
+from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
+from utils.errors import RunStoppedError
+from utils.evaluation import evaluate
+from utils.precision import make_precision
+from utils.pretrained import download, load_pretrained
+from utils.scheduler import learning_rate
+from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
+
+OPTIMIZERS = {
+    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True),
+    "adam": lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True),
+    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
+}
+READ_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the sums are over the steps since the last evaluation."""
+
+    step: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    images: int = 0
+    training_seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    total_seconds: float = 0.0
+
+
+def run_training(args, make_model):
+    """What a training script does once its flags are checked: `make_model(num_classes)` is trained on the data."""
+    run_dir = open_run_folder(args)
+    with world(args.local_rank) as processes:
+        source = DATASETS[args.dataset]
+        torch.manual_seed(args.seed)
+        model = make_model(source.count_classes(args.data_dir))
+        if args.pretrained_dir and not resumes(args):
+            with first_on_each_machine(processes):
+                if args.download and not os.path.exists(args.pretrained_dir):
+                    download(args.pretrained_dir)
+            load_pretrained(model, args.pretrained_dir, args.model_type)
+        train_set, test_set = source.load(args.data_dir, processes, args.num_workers)
+        if processes.rank == 0:
+            prepare_run_folder(run_dir, args, train_set.classes)
+        barrier()
+        train(model, train_set, test_set, args, processes, run_dir)
+
+
+def train(model, train_set, test_set, args, processes, run_dir):
+    """Train `model`, any module from images (B, 3, H, W) to logits (B, num_classes), as the flags in `args` say.
+
+    Leaves the run's records in `run_dir`. Raises RunStoppedError when it is asked to stop or the loss is not finite.
+    """
+    num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
+    img_size = (args.img_size, args.img_size)
+    precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale)
+    checkpoint = load_checkpoint(run_dir) if resumes(args) else None
+    progress = Progress()
+    if checkpoint:
+        weights, state = checkpoint
+        load_into(model, weights, run_dir / LAST)
+        progress = Progress(**state["progress"])
+    model.to(processes.device).train()
+    optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
+    if checkpoint:
+        optimizer.load_state_dict(state["optimizer"])
+        precision.load_state_dict(state["precision"])
+    if args.compile:
+        model.compile()
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
+    dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples")]
+
+    def batches():
+        parts = args.gradient_accumulation_steps
+        plan = [(args.train_batch_size, parts, processes, progress.step, num_steps)] * 2
+        positions, same_positions = (stream_positions(*arguments) for arguments in plan)
+        return zip(
+            positions,
+            train_set.train_batches(same_positions, args.seed, img_size, args.min_crop_scale, args.horizontal_flip),
+            strict=True,
+        )
+
+    def lr_at(step):
+        return learning_rate(step, args.learning_rate, args.warmup_steps, num_steps, args.decay_type)
+
+    def read_back():
+        """Look at the losses since the last look, which waits for the device; they must be finite."""
+        nonlocal window_start
+        values = sum_over_processes(torch.stack([*losses, *hits]).double()).tolist()
+        step_losses, step_hits = values[: len(losses)], values[len(losses) :]
+        step_losses = [loss / processes.size for loss in step_losses]
+        seconds = time.monotonic() - window_start
+        images = len(losses) * args.train_batch_size
+        for step, loss in enumerate(step_losses, start=progress.step - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise not_finite(f"the loss is {loss} at step {step}", lr_at(step - 1), run_dir)
+        tracker.log_steps(progress.step, step_losses, lr_at(progress.step), images / seconds)
+        progress.loss += sum(step_losses) * args.train_batch_size
+        progress.correct += int(sum(step_hits))
+        progress.images += images
+        progress.training_seconds += seconds
+        losses.clear()
+        hits.clear()
+        window_start = time.monotonic()
+
+    def check_weights():
+        """A finite loss may still have led to weights that are not, and those must not be saved."""
+        if not torch.stack([weight.isfinite().all() for weight in precision.weights().values()]).all():
+            raise not_finite(
+                f"the weights are not finite after step {progress.step}", lr_at(progress.step - 1), run_dir
+            )
+
+    def evaluate_and_record():
+        result = evaluate(model, test_set, img_size, args.eval_batch_size, precision, processes)
+        if result["accuracy"] > progress.best_accuracy:
+            progress.best_accuracy, progress.best_step = result["accuracy"], progress.step
+        tracker.log_evaluation(
+            {
+                "step": progress.step,
+                "train_loss": progress.loss / progress.images,
+                "train_accuracy": progress.correct / progress.images,
+                "test_loss": result["loss"],
+                "test_accuracy": result["accuracy"],
+                "lr": lr_at(progress.step),
+                "images_per_second": progress.images / progress.training_seconds,
+                "seconds": tracker.seconds(),
+            }
+        )
+        progress.loss = progress.correct = progress.images = progress.training_seconds = 0
+
+    def save():
+        progress.total_seconds = tracker.seconds()
+        if processes.rank == 0:
+            state = {
+                "optimizer": optimizer.state_dict(),
+                "precision": precision.state_dict(),
+                "progress": asdict(progress),
+            }
+            save_checkpoint(run_dir, progress.step, precision.weights(), state)
+
+    tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=processes.rank == 0)
+    tracker.say(opening_line(args, model, train_set, test_set, processes, progress.step, num_steps))
+    stop = StopSignal()
+    losses, hits = [], []  # of the steps since the last look, on the device
+    window_start = time.monotonic()
+    stream = batches()
+    try:
+        with stop.listening():
+            while progress.step < num_steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(progress.step)
+                step_loss = step_hits = 0
+                for part in range(args.gradient_accumulation_steps):
+                    positions, (images, labels) = next(stream)
+                    seed_samples(dropouts, args.seed, positions, processes.device)
+                    with gradients_summed(network, last=part == args.gradient_accumulation_steps - 1):
+                        with precision.autocast():
+                            logits = network(precision.inputs(images)).float()
+                        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+                        loss = loss / args.gradient_accumulation_steps
+                        precision.backward(loss)
+                    step_loss += loss.detach()
+                    step_hits += (logits.argmax(dim=1) == labels).sum()
+                precision.step(optimizer, args.max_grad_norm)
+                losses.append(step_loss)
+                hits.append(step_hits)
+                progress.step += 1
+
+                signal_number = stop.agreed()
+                evaluates = progress.step % args.eval_every == 0 or progress.step == num_steps
+                if len(losses) == READ_EVERY or evaluates or signal_number:
+                    read_back()
+                if evaluates or signal_number:
+                    check_weights()
+                if evaluates:
+                    evaluate_and_record()
+                if evaluates or signal_number:
+                    save()
+                    window_start = time.monotonic()
+                if signal_number and progress.step < num_steps:
+                    raise RunStoppedError(stopped(signal_number, progress.step, run_dir), status=128 + signal_number)
+        tracker.finish(progress.best_accuracy, progress.best_step)
+    finally:
+        tracker.close()
+        network = None  # gloo may abort at exit while the wrapper lives
+
+
+def make_optimizer(args, named_parameters):
+    """The optimizer by its flag; biases, norms, the class token and position embeddings are not decayed."""
+    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in named_parameters:
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        groups[0 if decays else 1]["params"].append(parameter)
+    return OPTIMIZERS[args.optimizer](groups, args.learning_rate)
+
+
+def gradients_summed(network, last):
+    """Gradients are summed over the processes once a step, with its last accumulation part."""
+    if last or not isinstance(network, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return network.no_sync()
+
+
+def seed_samples(layers, seed, positions, device):
+    """Tell the layers that draw random numbers which samples come."""
+    if layers:
+        keys = dropout_keys(seed, positions, device)
+        for number, layer in enumerate(layers):
+            layer.seed_samples(keys, number)
+
+
+def opening_line(args, model, train_set, test_set, processes, first_step, num_steps):
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    begins = f"resuming at step {first_step} of {num_steps}" if first_step else f"{num_steps} steps"
+    processes = (
+        f"{processes.size} processes on {processes.device.type}" if processes.size > 1 else str(processes.device)
+    )
+    return (
+        f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
+        f"{len(test_set)} test images, {len(train_set.classes)} classes\n"
+        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {processes}"
+    )
+
+
+def not_finite(what, lr, run_dir):
+    kept = f"last good checkpoint: {run_dir / LAST}" if (run_dir / LAST).exists() else "there is no checkpoint yet"
+    way_out = "try a lower --learning_rate or a longer --warmup_steps"
+    return RunStoppedError(f"{what} (learning rate {lr:.3g}); {kept}; {way_out}", status=1)
+
+
+def stopped(signal_number, step, run_dir):
+    name = signal.Signals(signal_number).name
+    return f"stopped by {name} after step {step}; saved {run_dir / LAST}; the same command with --resume continues"
