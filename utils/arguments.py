@@ -281,7 +281,7 @@ def one_of(what, names):
     def parse(text):
         if text in names:
             return text
-        nearest = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names
+        nearest = difflib.get_close_matches(text, names, n=3, cutoff=0.6) or names
         raise argparse.ArgumentTypeError(f"unknown {what} {text!r}; did you mean {', '.join(nearest)}?")
 
     return parse

@@ -1,0 +1,186 @@
+"""Accuracy of a run's checkpoint or of Google's .npz on a data set, or its five best classes for single images."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from models import build_model, canonical_model_type
+from utils.arguments import Parser, add_data_flags, add_precision_flags, argument, positive
+from utils.augmentation import normalise
+from utils.checkpoint import load_into, load_weights
+from utils.datasets import DATASETS, read_image
+from utils.distributed import world
+from utils.errors import UserError, run_script
+from utils.evaluation import evaluate
+from utils.precision import make_precision
+from utils.pretrained import load_pretrained, model_type_of, open_npz
+from utils.tracking import read_config
+
+
+def main():
+    args = parse_flags()
+    with world() as processes, torch.no_grad():
+        model, classes, img_size = load_model(args)
+        model.to(processes.device).eval()
+        precision = make_precision(args, processes.device)
+        precision.prepare(model)
+        if args.images:
+            report = classify(model, args.images, classes, img_size, precision, processes.device)
+            text = classification_text(report)
+        else:
+            report = measure(model, classes, img_size, precision, processes, args)
+            text = accuracy_text(report)
+        if processes.rank == 0:
+            print(json.dumps(report, indent=2) if args.json else text)
+
+
+def parse_flags():
+    parser = Parser(__doc__)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files to classify, instead of a data set")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint", required=True, metavar="FILE", help="a run's best.safetensors or last.safetensors, or an .npz"
+    )
+    model.add_argument(
+        "--model_type",
+        type=argument(canonical_model_type),
+        metavar="NAME",
+        help="default: the run's own, or what the .npz is named after",
+    )
+    model.add_argument("--img_size", type=positive, metavar="PIXELS", help="default: the run's own, or 224 for an .npz")
+    data = parser.add_argument_group("data")
+    add_data_flags(data, default=None)
+    data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images at once")
+    add_precision_flags(parser.add_argument_group("precision"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the results as JSON, for scripts")
+    output.add_argument(
+        "--confusion_matrix", metavar="PNG", help="default: confusion_matrix.png in the folder of the checkpoint"
+    )
+    return parser.parse_args()
+
+
+def load_model(args):
+    """(model, names of its classes, image size). Data flags that were not given are filled in from the run's."""
+    path = Path(args.checkpoint)
+    if path.suffix == ".npz":
+        return load_published(args, path)
+    weights, _ = load_weights(path)
+    config = read_config(path.parent)
+    if config is None:
+        raise UserError(f"{path.parent} has no config.json, so the model of {path.name} is unknown")
+    flags = config["flags"]
+    if args.dataset is None:
+        args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
+    model_type = args.model_type or flags["model_type"]
+    img_size = args.img_size or flags["img_size"]
+    model = make_model(model_type, img_size, len(config["classes"]), norm_type=flags["norm_type"])
+    load_into(model, weights, path)
+    return model, config["classes"], img_size
+
+
+def load_published(args, path):
+    arrays = open_npz(path)
+    model_type = args.model_type or model_type_of(path)
+    if model_type is None:
+        raise UserError(f"{path} is not named after a model; name it with --model_type")
+    if "head/bias" not in arrays:
+        raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
+    num_classes = len(arrays["head/bias"])
+    img_size = args.img_size or 224
+    model = make_model(canonical_model_type(model_type), img_size, num_classes)
+    load_pretrained(model, path, model_type, head="keep")
+    return model, class_names(num_classes), img_size
+
+
+def make_model(*arguments, **keywords):
+    try:
+        return build_model(*arguments, **keywords)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def class_names(num_classes):
+    """ImageNet's names for 1000 classes (from torchvision), numbers otherwise."""
+    if num_classes == 1000:
+        from torchvision.models import ResNet50_Weights
+
+        return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    return [f"class {number}" for number in range(num_classes)]
+
+
+def measure(model, classes, img_size, precision, processes, args):
+    """Evaluate on the test set and draw the confusion matrix."""
+    dataset = args.dataset or "cifar10"
+    source = DATASETS[dataset]
+    data_dir = args.data_dir or "data"
+    found = source.count_classes(data_dir)
+    if found != len(classes):
+        raise UserError(f"{args.checkpoint} tells {len(classes)} classes apart, {dataset} has {found}")
+    _, test_set = source.load(data_dir, processes, args.num_workers)
+    start = time.perf_counter()
+    size = (img_size, img_size)
+    result = evaluate(model, test_set, size, args.eval_batch_size, precision, processes, per_class=True)
+    seconds = time.perf_counter() - start
+    confusion = result["confusion"]
+    picture = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
+    if processes.rank == 0:
+        from utils.visualize import plot_confusion_matrix
+
+        title = f"{Path(args.checkpoint).parent.name}/{Path(args.checkpoint).name} on {dataset}"
+        plot_confusion_matrix(confusion, test_set.classes, picture, title)
+    per_class = confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
+    return {
+        "checkpoint": str(args.checkpoint),
+        "dataset": dataset,
+        "images": len(test_set),
+        "loss": result["loss"],
+        "top1_accuracy": result["accuracy"],
+        "top5_accuracy": result["top5_accuracy"],
+        "per_class_accuracy": dict(zip(test_set.classes, per_class.tolist(), strict=True)),
+        "images_per_second": len(test_set) / seconds,
+        "confusion_matrix": str(picture),
+    }
+
+
+def accuracy_text(report):
+    per_class = sorted(report["per_class_accuracy"].items(), key=lambda item: item[1])
+    shown = per_class if len(per_class) <= 20 else per_class[:10]
+    width = max(len(name) for name, _ in shown)
+    lines = [
+        f"{report['checkpoint']} on {report['dataset']}: {report['images']} test images",
+        f"top-1 {100 * report['top1_accuracy']:.2f} %   top-5 {100 * report['top5_accuracy']:.2f} %   "
+        f"loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
+        f"accuracy of {'each class' if shown is per_class else 'the ten hardest classes'}, lowest first:",
+        *(f"  {name:<{width}}  {100 * accuracy:6.2f} %" for name, accuracy in shown),
+        f"confusion matrix: {report['confusion_matrix']}",
+    ]
+    return "\n".join(lines)
+
+
+def classify(model, paths, classes, img_size, precision, device):
+    """[{"image": path, "classes": [{"class": name, "probability": p}, ...]}, ...], the five best first."""
+    report = []
+    for path in paths:
+        image = tv.resize(read_image(path), [img_size, img_size], antialias=True)
+        with precision.autocast():
+            logits = model(precision.inputs(normalise(image[None].to(device))))
+        best = logits.float().softmax(dim=1)[0].topk(min(5, len(classes)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        report.append({"image": path, "classes": [{"class": classes[i], "probability": p} for i, p in pairs]})
+    return report
+
+
+def classification_text(report):
+    lines = []
+    for item in report:
+        lines.append(item["image"])
+        lines += [f"  {100 * best['probability']:6.2f} %  {best['class']}" for best in item["classes"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main)

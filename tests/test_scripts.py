@@ -1,0 +1,195 @@
+"""The scripts as a user runs them: from the shell, on several processes, broken off and continued."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import ROOT, script, succeed
+from models import build_model
+from synthetic import make_checkpoint
+
+
+def run_dir(flags):
+    return Path(flags[flags.index("--output_dir") + 1]) / flags[flags.index("--name") + 1]
+
+
+def metrics(flags):
+    with open(run_dir(flags) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_bits(flags, others):
+    ours, theirs = (load_file(run_dir(f) / "last.safetensors") for f in (flags, others))
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_fine_tune_then_evaluate_then_classify(tiny_flags, tmp_path):
+    """The README's path: a checkpoint, a run, its accuracy, a single picture."""
+    weights = tmp_path / "ViT-Mini_4.npz"
+    shapes = {key: array.shape for key, array in build_model("ViT-Mini_4", 8, num_classes=21).export_npz().items()}
+    np.savez(weights, **make_checkpoint(shapes))
+    flags = tiny_flags("--pretrained_dir", weights, "--img_size", 16)  # the grid is resized, the head is new
+    printed = succeed("train.py", *flags)
+    assert "ViT-Mini_4, 1.20 M parameters, on digits: 1437 training and 360 test images, 10 classes" in printed
+    assert str(run_dir(flags) / "best.safetensors") in printed
+
+    checkpoint = run_dir(flags) / "last.safetensors"
+    report = json.loads(succeed("evaluate.py", "--checkpoint", checkpoint, "--json"))
+    assert report["top1_accuracy"] == pytest.approx(float(metrics(flags)[-1]["test_accuracy"]))
+    assert report["loss"] == pytest.approx(float(metrics(flags)[-1]["test_loss"]), rel=1e-5)
+    assert report["images"] == 360
+    assert report["top1_accuracy"] <= report["top5_accuracy"] <= 1
+    assert list(report["per_class_accuracy"]) == [str(digit) for digit in range(10)]
+    with Image.open(report["confusion_matrix"]) as picture:
+        assert picture.width > 300
+
+    Image.fromarray(np.full((50, 40), 200, np.uint8)).save(tmp_path / "grey.png")
+    printed = succeed("evaluate.py", "--checkpoint", checkpoint, tmp_path / "grey.png")
+    best = [float(share) for share in re.findall(r"([\d.]+) %", printed)]
+    assert len(best) == 5
+    assert best == sorted(best, reverse=True)
+
+
+def test_evaluating_a_published_checkpoint(tmp_path, image_folder):
+    model = build_model("ViT-Ti_16", 224, num_classes=2)
+    weights = tmp_path / "Ti_16-i1k.npz"
+    np.savez(weights, **make_checkpoint({key: array.shape for key, array in model.export_npz().items()}))
+    flags = ("--checkpoint", weights, "--dataset", "imagefolder", "--data_dir", image_folder)
+    printed = succeed("evaluate.py", *flags, "--num_workers", "0")
+    assert re.search(r"top-1 [\d.]+ %   top-5 100.00 %", printed)
+    assert (tmp_path / "confusion_matrix.png").exists()
+    done = script("evaluate.py", "--checkpoint", weights, "--dataset", "digits")
+    assert done.returncode == 2
+    assert done.stderr.endswith("tells 2 classes apart, digits has 10\n")
+
+
+def test_an_image_folder_from_worker_processes(tiny_flags, image_folder):
+    flags = tiny_flags("--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 2, "--horizontal_flip")
+    assert "16 training and 8 test images, 2 classes" in succeed("train.py", *flags)
+    others = tiny_flags(*flags[flags.index("--dataset") :], "--num_workers", 0, "--name", "others")
+    succeed("train.py", *others)
+    assert same_bits(flags, others)
+
+
+def test_two_processes_train_as_one(tiny_flags):
+    """Also with dropout and accumulation; 360 test images over 2 processes, then over 1."""
+    common = ["--dropout_rate", 0.1, "--learning_rate", 0.1, "--min_crop_scale", 0.5]
+    one = tiny_flags(*common, "--name", "one")
+    two = tiny_flags(*common, "--name", "two", "--gradient_accumulation_steps", 2)
+    succeed("train.py", *one)
+    printed = succeed("train.py", *two, processes=2)
+    assert printed.count("12 steps of 16 images at 8x8, 2 processes on cpu") == 1
+    for mine, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert float(mine["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-5)
+        assert float(mine["test_loss"]) == pytest.approx(float(theirs["test_loss"]), rel=1e-4)
+        assert mine["test_accuracy"] == theirs["test_accuracy"]
+    succeed("train.py", *two, "--resume", "--num_steps", 14)  # two processes' checkpoint goes on in one
+    assert [row["step"] for row in metrics(two)] == ["6", "12", "14"]
+
+
+def test_the_old_launcher_works_too(tiny_flags):
+    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29617"]
+    printed = succeed(*launcher, "train.py", *tiny_flags())
+    assert "2 processes on cpu" in printed
+
+
+def test_wrong_flags_are_said_once_by_several_processes(tiny_flags):
+    done = script("train.py", *tiny_flags("--train_batch_size", 15), processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: error: --train_batch_size 15 is not divisible by 2 processes") == 1
+
+
+def start(flags):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_checkpoint(process, flags, step):
+    deadline = time.monotonic() + 120
+    while not any(int(row["step"]) >= step for row in (metrics(flags) if has_metrics(flags) else [])):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def has_metrics(flags):
+    return (run_dir(flags) / "metrics.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of 300 steps that nobody disturbs."""
+    folder = str(tmp_path_factory.mktemp("whole"))
+    flags = [*LONG, "--name", "whole", "--output_dir", folder]
+    succeed("train.py", *flags)
+    return flags
+
+
+LONG = [
+    *("--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", "8", "--train_batch_size", "8"),
+    *("--num_steps", "300", "--eval_every", "10", "--warmup_steps", "10", "--dropout_rate", "0.1"),
+]
+
+
+def test_a_run_that_was_killed_twice_ends_with_the_same_bits(uninterrupted, tmp_path):
+    flags = [*LONG, "--name", "killed", "--output_dir", str(tmp_path), "--resume"]
+    for step in (40, 150):
+        process = start(flags)
+        wait_for_checkpoint(process, flags, step)
+        process.kill()
+        process.communicate()
+        assert int(metrics(flags)[-1]["step"]) < 300
+    printed = succeed("train.py", *flags)
+    assert re.search(r"resuming at step \d+ of 300", printed)
+    assert same_bits(flags, uninterrupted)
+    assert [row["step"] for row in metrics(flags)] == [str(step) for step in range(10, 301, 10)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(number, uninterrupted, tmp_path):
+    flags = [*LONG, "--name", "stopped", "--output_dir", str(tmp_path)]
+    process = start(flags)
+    wait_for_checkpoint(process, flags, 30)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    match = re.search(rf"stopped by {number.name} after step (\d+); saved .*last.safetensors; .*--resume", errors)
+    assert match
+    assert (run_dir(flags) / f"state-{match[1]}.pt").exists()
+    succeed("train.py", *flags, "--resume")
+    assert same_bits(flags, uninterrupted)
+
+
+def test_a_half_written_checkpoint_is_never_taken(tiny_flags):
+    flags = tiny_flags()
+    succeed("train.py", *flags)
+    folder = run_dir(flags)
+    (folder / ".last.safetensors.tmp").write_bytes(b"half")
+    (folder / "state-18.pt").write_bytes(b"half")  # written, but its weights were not
+    succeed("train.py", *flags, "--resume", "--num_steps", 18)
+    assert metrics(flags)[-1]["step"] == "18"
+
+
+def test_the_makefile_prints_a_demo_of_ordinary_flags():
+    make = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = make.stdout.replace("\\\n", " ").split("train.py", 1)[1].split()
+    assert "--dataset" in command
+    done = script("train.py", *command, "--epochs", "0")  # the flags are all known; 0 epochs are none
+    assert "--epochs: 0 is not a number above 0" in done.stderr
