@@ -135,7 +135,7 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     assert config["flags"]["num_steps"] == 13
     assert config["versions"]["torch"] == torch.__version__
     assert config["classes"] == [str(digit) for digit in range(10)]
-    assert "best test accuracy" in capsys.readouterr().out
+    assert ", best " in capsys.readouterr().out
     model = build_model("ViT-Mini_4", img_size=8)
     model.load_state_dict(load_file(folder / "best.safetensors"))
 
@@ -146,6 +146,13 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     assert steps["train/loss"] == list(range(1, 14))
     assert steps["test/loss"] == steps["test/accuracy"] == [6, 12, 13]
     assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", "test/loss", "test/accuracy"}
+
+
+def test_resuming_a_finished_run_says_where_it_lies(tiny_flags, monkeypatch, capsys):
+    run(tiny_flags(), monkeypatch)
+    before = capsys.readouterr().out.splitlines()[-6:]
+    run(tiny_flags("--resume"), monkeypatch)
+    assert capsys.readouterr().out.splitlines()[-6:] == before
 
 
 def test_epochs_instead_of_steps(tiny_flags, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from typing import NamedTuple
 
 import torch
@@ -77,11 +78,12 @@ class StopSignal:
 
     def __init__(self):
         self.number = 0
+        self.received = 0.0
         self.pending = None
 
     @contextlib.contextmanager
     def listening(self):
-        """SIGTERM and Ctrl-C are noted inside; a second one interrupts at once."""
+        """SIGTERM and Ctrl-C are noted inside; a second one, two seconds later, interrupts at once."""
         previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -90,9 +92,10 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def receive(self, number, frame):
-        if self.number:
+        # A launcher forwards what the terminal has sent already; a second Ctrl-C of the user comes later.
+        if self.number and time.monotonic() - self.received > 2:
             raise KeyboardInterrupt
-        self.number = number
+        self.number, self.received = number, time.monotonic()
 
     def agreed(self):
         """The signal's number, or 0. To be called once a step by every process."""

@@ -144,8 +144,8 @@ class Tracker:
             self.tensorboard.add_scalar("train/loss", loss, step)
         self.tensorboard.add_scalar("train/lr", lr, last_step)
         self.tensorboard.add_scalar("train/images_per_second", images_per_second, last_step)
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.2e}, {images_per_second:.1f} img/s", refresh=False)
         self.bar.update(len(losses))
-        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.2e}, {images_per_second:.1f} img/s")
 
     def log_evaluation(self, row):
         """A row of metrics.csv (see COLUMNS), the same in TensorBoard and as a line in the terminal."""
@@ -186,11 +186,12 @@ class Tracker:
         """Draw the curves and say where everything lies."""
         if not self.enabled:
             return
+        self.bar.close()
         from utils.visualize import plot_curves, read_metrics
 
         plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, self.run_dir.name)
         self.say(
-            f"\nbest test accuracy {100 * best_accuracy:.2f} % at step {best_step}\n"
+            f"\ntest accuracy {100 * float(self.rows[-1]['test_accuracy']):.2f} %, best {100 * best_accuracy:.2f} % at step {best_step}\n"
             f"  weights      {self.run_dir / BEST}\n"
             f"               {self.run_dir / LAST}\n"
             f"  metrics      {self.run_dir / METRICS}\n"

@@ -30,7 +30,7 @@ OPTIMIZERS = {
     "adam": lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True),
     "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
 }
-READ_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between two looks at the loss, each of which waits for the device
 
 
 @dataclass
@@ -91,14 +91,13 @@ def train(model, train_set, test_set, args, processes, run_dir):
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples")]
 
     def batches():
+        """(stream positions, (images, labels)) of each accumulation part from here on."""
         parts = args.gradient_accumulation_steps
-        plan = [(args.train_batch_size, parts, processes, progress.step, num_steps)] * 2
-        positions, same_positions = (stream_positions(*arguments) for arguments in plan)
-        return zip(
-            positions,
-            train_set.train_batches(same_positions, args.seed, img_size, args.min_crop_scale, args.horizontal_flip),
-            strict=True,
+        for_us, for_the_data = (
+            stream_positions(args.train_batch_size, parts, processes, progress.step, num_steps) for _ in range(2)
         )
+        augmentation = (args.seed, img_size, args.min_crop_scale, args.horizontal_flip)
+        return zip(for_us, train_set.train_batches(for_the_data, *augmentation), strict=True)
 
     def lr_at(step):
         return learning_rate(step, args.learning_rate, args.warmup_steps, num_steps, args.decay_type)
@@ -109,16 +108,15 @@ def train(model, train_set, test_set, args, processes, run_dir):
         values = sum_over_processes(torch.stack([*losses, *hits]).double()).tolist()
         step_losses, step_hits = values[: len(losses)], values[len(losses) :]
         step_losses = [loss / processes.size for loss in step_losses]
-        seconds = time.monotonic() - window_start
-        images = len(losses) * args.train_batch_size
         for step, loss in enumerate(step_losses, start=progress.step - len(losses) + 1):
             if not math.isfinite(loss):
                 raise not_finite(f"the loss is {loss} at step {step}", lr_at(step - 1), run_dir)
-        tracker.log_steps(progress.step, step_losses, lr_at(progress.step), images / seconds)
         progress.loss += sum(step_losses) * args.train_batch_size
         progress.correct += int(sum(step_hits))
-        progress.images += images
-        progress.training_seconds += seconds
+        progress.images += len(losses) * args.train_batch_size
+        progress.training_seconds += time.monotonic() - window_start
+        images_per_second = progress.images / progress.training_seconds
+        tracker.log_steps(progress.step, step_losses, lr_at(progress.step), images_per_second)
         losses.clear()
         hits.clear()
         window_start = time.monotonic()
@@ -159,7 +157,7 @@ def train(model, train_set, test_set, args, processes, run_dir):
             save_checkpoint(run_dir, progress.step, precision.weights(), state)
 
     tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=processes.rank == 0)
-    tracker.say(opening_line(args, model, train_set, test_set, processes, progress.step, num_steps))
+    tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
     losses, hits = [], []  # of the steps since the last look, on the device
     window_start = time.monotonic()
@@ -188,7 +186,7 @@ def train(model, train_set, test_set, args, processes, run_dir):
 
                 signal_number = stop.agreed()
                 evaluates = progress.step % args.eval_every == 0 or progress.step == num_steps
-                if len(losses) == READ_EVERY or evaluates or signal_number:
+                if len(losses) == READ_EVERY[processes.device.type] or evaluates or signal_number:
                     read_back()
                 if evaluates or signal_number:
                     check_weights()
@@ -229,17 +227,18 @@ def seed_samples(layers, seed, positions, device):
             layer.seed_samples(keys, number)
 
 
-def opening_line(args, model, train_set, test_set, processes, first_step, num_steps):
+def opening_lines(args, model, train_set, test_set, processes, first_step, num_steps):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    begins = f"resuming at step {first_step} of {num_steps}" if first_step else f"{num_steps} steps"
-    processes = (
-        f"{processes.size} processes on {processes.device.type}" if processes.size > 1 else str(processes.device)
-    )
-    return (
+    begins = f"resuming at step {first_step} of {num_steps}, steps" if first_step else f"{num_steps} steps"
+    device = f"{processes.size} processes on {processes.device.type}" if processes.size > 1 else str(processes.device)
+    lines = [
         f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
-        f"{len(test_set)} test images, {len(train_set.classes)} classes\n"
-        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {processes}"
-    )
+        f"{len(test_set)} test images, {len(train_set.classes)} classes",
+        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {device}",
+    ]
+    if args.warmup_steps >= num_steps:
+        lines.append(f"warning: the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps")
+    return "\n".join(lines)
 
 
 def not_finite(what, lr, run_dir):
