@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import npz
+from models.attention import attend, attention_weights
 from models.dropout import Dropout
 from models.hybrid_stem import ResNetStem, lecun_normal_
 from models.norms import token_norm
@@ -135,12 +136,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.project(x)
-        return self.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.merge(attend(q, k, v))
 
     def forward_with_weights(self, x):
         """The output and the attention weights (B, heads, N, N), which the fused kernel never forms."""
         q, k, v = self.project(x)
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        weights = attention_weights(q, k)
         return self.merge(weights @ v), weights
 
     def project(self, x):

@@ -6,8 +6,8 @@ Both kinds have the same two methods: `train_batches`, the endless shuffled stre
 
 import functools
 import os
+import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms.v2 import functional as tv
+from tqdm import tqdm
 
 from utils.augmentation import normalise, random_crops, resized_crops
 from utils.distributed import first_on_each_machine
@@ -110,34 +111,52 @@ def read_folder(folder, classes, world, num_workers):
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
             continue  # a test set may lack a class
-        try:
-            files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        except OSError as error:
-            raise UserError(f"{folder / name} can't be read: {error.strerror}") from error
-        if not files:
-            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"{folder / name} has no pictures (looked for {kinds})")
+        files = pictures_below(folder / name)
         paths += files
         labels += [label] * len(files)
+    images = read_images_of_one_size(paths, quiet=world.rank > 0)
+    if images is None:
+        return FolderImages(paths, labels, classes, world.device, num_workers)
+    return TensorImages(images, labels, classes, world.device)
+
+
+def pictures_below(folder):
+    """Sorted paths of the pictures in `folder` and its folders. Raises UserError where there is none."""
+
+    def unreadable(error):
+        raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
+
+    paths = sorted(
+        os.path.join(place, file)
+        for place, _, files in os.walk(folder, onerror=unreadable)
+        for file in files
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+    )
+    if not paths:
+        raise UserError(f"{folder} has no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return paths
+
+
+def read_images_of_one_size(paths, quiet):
+    """uint8 (n, 3, h, w), or None where the sizes differ or it would be more than IN_MEMORY_BYTES."""
     first = read_image(paths[0])
-    if first.numel() * len(paths) <= IN_MEMORY_BYTES:
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            images = []
-            for image in pool.map(read_image, paths):
-                if image.shape != first.shape:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
-                images.append(image)
-        if len(images) == len(paths):
-            return TensorImages(torch.stack(images), labels, classes, world.device)
-    return FolderImages(paths, labels, classes, world.device, num_workers)
+    if first.numel() * len(paths) > IN_MEMORY_BYTES:
+        return None
+    images = first.new_empty(len(paths), *first.shape)
+    hidden = quiet or not sys.stderr.isatty()
+    for i, path in enumerate(tqdm(paths, desc="reading pictures", unit="img", delay=2, leave=False, disable=hidden)):
+        image = read_image(path)
+        if image.shape != first.shape:
+            return None
+        images[i] = image
+    return images
 
 
 def read_image(path):
     """uint8 (3, H, W). Raises UserError that names a file which is no readable picture."""
     try:
         with Image.open(path) as image:
-            return tv.pil_to_tensor(image.convert("RGB"))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow raises nearly every type for one or the other broken file
         raise UserError(f"{path} is not a readable picture: {error}") from error
 

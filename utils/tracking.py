@@ -190,8 +190,9 @@ class Tracker:
         from utils.visualize import plot_curves, read_metrics
 
         plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, self.run_dir.name)
+        accuracy = float(self.rows[-1]["test_accuracy"])
         self.say(
-            f"\ntest accuracy {100 * float(self.rows[-1]['test_accuracy']):.2f} %, best {100 * best_accuracy:.2f} % at step {best_step}\n"
+            f"\ntest accuracy {100 * accuracy:.2f} %, best {100 * best_accuracy:.2f} % at step {best_step}\n"
             f"  weights      {self.run_dir / BEST}\n"
             f"               {self.run_dir / LAST}\n"
             f"  metrics      {self.run_dir / METRICS}\n"
