@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/python $(DEMO)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

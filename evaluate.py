@@ -26,7 +26,7 @@ def main():
         model, classes, img_size = load_model(args)
         model.to(processes.device).eval()
         precision = make_precision(args, processes.device)
-        precision.prepare(model)
+        precision.cast(model)
         if args.images:
             report = classify(model, args.images, classes, img_size, precision, processes.device)
             text = classification_text(report)

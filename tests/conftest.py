@@ -28,6 +28,9 @@ TINY = {
 }
 
 
+torch.set_num_threads(1)  # several test processes share the cores; threads that wait for each other would crawl
+
+
 @pytest.fixture
 def one_process():
     return World(0, 1, 0, torch.device("cpu"))

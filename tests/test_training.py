@@ -204,7 +204,7 @@ def test_norms_stay_in_float32_at_o2():
     from utils.precision import Precision
 
     model = build_model("R26-ViT-S_32", 64, num_layers=1)
-    Precision("O2", torch.bfloat16, torch.device("cpu")).prepare(model)
+    Precision("O2", torch.bfloat16, torch.device("cpu")).cast(model)
     for module in model.modules():
         if hasattr(module, "weight"):
             is_norm = isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))

@@ -42,24 +42,26 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dynamic)
         self.static_scale = loss_scale or 1.0 if level != "O0" else 1.0
 
-    def prepare(self, model, make_optimizer=None):
-        """Cast the float32 `model` in place; returns `make_optimizer([(name, parameter), ...])` over its masters."""
+    def cast(self, model):
+        """Give the float32 `model` the level's types in place."""
+        for module in model.modules():
+            if self.level == "O3" or (self.level == "O2" and not isinstance(module, NORMS)):
+                for p in module.parameters(recurse=False):
+                    p.data = p.data.to(self.dtype)
+
+    def prepare(self, model, make_optimizer):
+        """Cast `model` for training; returns `make_optimizer([(name, parameter), ...])` over its master weights."""
+        float32 = {name: p.detach() for name, p in model.named_parameters()}
+        self.cast(model)
         self.model = model
         self.masters = {}  # {name: float32 master} of the 16-bit parameters
-        if self.level in ("O2", "O3"):
-            originals = {name: p.detach().clone() for name, p in model.named_parameters()}
-            for module in model.modules():
-                if self.level == "O3" or not isinstance(module, NORMS):
-                    for p in module.parameters(recurse=False):
-                        p.data = p.data.to(self.dtype)
-            if self.level == "O2":
-                self.masters = {name: originals[name] for name, p in model.named_parameters() if p.dtype == self.dtype}
-                for master in self.masters.values():
-                    master.grad = torch.zeros_like(master)
-        if make_optimizer is None:
-            return None
-        self.parameters = [self.masters.get(name, p) for name, p in model.named_parameters()]
-        return make_optimizer([(name, self.masters.get(name, p)) for name, p in model.named_parameters()])
+        if self.level == "O2":
+            self.masters = {name: float32[name] for name, p in model.named_parameters() if p.dtype == self.dtype}
+            for master in self.masters.values():
+                master.grad = torch.zeros_like(master)
+        named = [(name, self.masters.get(name, p)) for name, p in model.named_parameters()]
+        self.parameters = [p for _, p in named]
+        return make_optimizer(named)
 
     def autocast(self):
         if self.level == "O1":
@@ -110,12 +112,11 @@ class ApexPrecision:
         self.level = level
         self.loss_scale = loss_scale or "dynamic"
 
-    def prepare(self, model, make_optimizer=None):
+    def prepare(self, model, make_optimizer):
         self.model = model
-        optimizer = make_optimizer(list(model.named_parameters())) if make_optimizer else None
-        self.optimizer = optimizer
-        self.amp.initialize(model, optimizer, opt_level=self.level, loss_scale=self.loss_scale)
-        return optimizer
+        self.optimizer = make_optimizer(list(model.named_parameters()))
+        self.amp.initialize(model, self.optimizer, opt_level=self.level, loss_scale=self.loss_scale)
+        return self.optimizer
 
     def autocast(self):
         return contextlib.nullcontext()

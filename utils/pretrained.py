@@ -153,12 +153,13 @@ def fetch(url, part):
     with response:
         continues = response.status == 206
         have = have if continues else 0
-        total = have + int(response.headers["Content-Length"])
+        length = response.headers["Content-Length"]  # None where the server does not know
+        total = length and have + int(length)
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem)
         with open(part, "ab" if continues else "wb") as file, bar:
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
     size = part.stat().st_size
-    if size != total:
+    if total and size != total:
         raise OSError(f"the connection broke after {size} of {total} bytes")

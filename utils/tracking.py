@@ -189,7 +189,9 @@ class Tracker:
         self.bar.close()
         from utils.visualize import plot_curves, read_metrics
 
-        plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, self.run_dir.name)
+        flags = read_config(self.run_dir)["flags"]
+        title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
+        plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, title)
         accuracy = float(self.rows[-1]["test_accuracy"])
         self.say(
             f"\ntest accuracy {100 * accuracy:.2f} %, best {100 * best_accuracy:.2f} % at step {best_step}\n"
