@@ -29,11 +29,12 @@ format: .venv/installed-dev
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is not Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
+	@rm -rf .venv
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
 		echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 
 # The stamps say which requirements are in the environment; a newer file is installed anew.
-.venv/installed: requirements.txt | .venv/bin/python
+.venv/installed: requirements.txt .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

@@ -1,13 +1,14 @@
 """Accuracy of a run's checkpoint or of Google's .npz on a data set, or its five best classes for single images."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from models import build_model, canonical_model_type
+from models import MODEL_TYPES, build_model, canonical_model_type
 from utils.arguments import Parser, add_data_flags, add_precision_flags, argument, positive
 from utils.augmentation import normalise
 from utils.checkpoint import load_into, load_weights
@@ -16,7 +17,7 @@ from utils.distributed import world
 from utils.errors import UserError, run_script
 from utils.evaluation import evaluate
 from utils.precision import make_precision
-from utils.pretrained import load_pretrained, model_type_of, open_npz
+from utils.pretrained import download, load_pretrained, model_type_of, open_npz
 from utils.tracking import read_config
 
 
@@ -50,7 +51,8 @@ def parse_flags():
         metavar="NAME",
         help="default: the run's own, or what the .npz is named after",
     )
-    model.add_argument("--img_size", type=positive, metavar="PIXELS", help="default: the run's own, or 224 for an .npz")
+    model.add_argument("--img_size", type=positive, metavar="PIXELS", help="default: what the model was trained at")
+    model.add_argument("--download", action="store_true", help="fetch Google's .npz where it does not exist yet")
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images at once")
@@ -69,31 +71,45 @@ def load_model(args):
     if path.suffix == ".npz":
         return load_published(args, path)
     weights, _ = load_weights(path)
-    config = read_config(path.parent)
-    if config is None:
-        raise UserError(f"{path.parent} has no config.json, so the model of {path.name} is unknown")
-    flags = config["flags"]
+    config = read_config(path.parent) or {}
+    if not {"flags", "classes"} <= config.keys():
+        raise UserError(f"{path.parent} has no config.json of a run, so the model of {path.name} is unknown")
+    flags, classes = config["flags"], config["classes"]
     if args.dataset is None:
         args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
     model_type = args.model_type or flags["model_type"]
-    img_size = args.img_size or flags["img_size"]
-    model = make_model(model_type, img_size, len(config["classes"]), norm_type=flags["norm_type"])
+    model = make_model(model_type, flags["img_size"], len(classes), norm_type=flags["norm_type"])
     load_into(model, weights, path)
-    return model, config["classes"], img_size
+    img_size = args.img_size or flags["img_size"]
+    if img_size != flags["img_size"]:
+        resized = make_model(model_type, img_size, len(classes), norm_type=flags["norm_type"])
+        resized.load_from(model.export_npz(), head="keep")
+        model = resized
+    return model, classes, img_size
 
 
 def load_published(args, path):
+    if args.download and not path.exists():
+        download(path)
     arrays = open_npz(path)
-    model_type = args.model_type or model_type_of(path)
+    model_type = args.model_type or model_type_of(path, MODEL_TYPES)
     if model_type is None:
         raise UserError(f"{path} is not named after a model; name it with --model_type")
     if "head/bias" not in arrays:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
     num_classes = len(arrays["head/bias"])
-    img_size = args.img_size or 224
-    model = make_model(canonical_model_type(model_type), img_size, num_classes)
+    img_size = args.img_size or pretrained_img_size(arrays, model_type)
+    model = make_model(model_type, img_size, num_classes)
     load_pretrained(model, path, model_type, head="keep")
     return model, class_names(num_classes), img_size
+
+
+def pretrained_img_size(arrays, model_type):
+    """The side in pixels of the square images that the checkpoint's position embeddings are for, or 224."""
+    with torch.device("meta"):
+        rows, _ = make_model(model_type, img_size=224).patch_embed.grid_size
+    key = "Transformer/posembed_input/pos_embedding"
+    return 224 // rows * round((arrays[key].shape[1] - 1) ** 0.5) if key in arrays else 224
 
 
 def make_model(*arguments, **keywords):
@@ -114,25 +130,33 @@ def class_names(num_classes):
 
 def measure(model, classes, img_size, precision, processes, args):
     """Evaluate on the test set and draw the confusion matrix."""
+    picture = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
+    if picture.suffix != ".png" or not os.access(picture.parent, os.W_OK):
+        raise UserError(f"the confusion matrix can't be written as {picture}; give a .png file by --confusion_matrix")
     dataset = args.dataset or "cifar10"
     source = DATASETS[dataset]
     data_dir = args.data_dir or "data"
     found = source.count_classes(data_dir)
     if found != len(classes):
         raise UserError(f"{args.checkpoint} tells {len(classes)} classes apart, {dataset} has {found}")
-    _, test_set = source.load(data_dir, processes, args.num_workers)
+    test_set = source.load(False, data_dir, processes, args.num_workers)
+    if not args.checkpoint.endswith(".npz") and classes != test_set.classes:
+        mine, theirs = next(pair for pair in zip(classes, test_set.classes, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"{args.checkpoint} was trained on other classes: {mine!r} stands where {dataset} has {theirs!r}"
+        )
     start = time.perf_counter()
     size = (img_size, img_size)
     result = evaluate(model, test_set, size, args.eval_batch_size, precision, processes, per_class=True)
     seconds = time.perf_counter() - start
     confusion = result["confusion"]
-    picture = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
     if processes.rank == 0:
         from utils.visualize import plot_confusion_matrix
 
         title = f"{Path(args.checkpoint).parent.name}/{Path(args.checkpoint).name} on {dataset}"
         plot_confusion_matrix(confusion, test_set.classes, picture, title)
-    per_class = confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
+    images = confusion.sum(dim=1)
+    per_class = zip(test_set.classes, (confusion.diagonal() / images).tolist(), images.tolist(), strict=True)
     return {
         "checkpoint": str(args.checkpoint),
         "dataset": dataset,
@@ -140,7 +164,7 @@ def measure(model, classes, img_size, precision, processes, args):
         "loss": result["loss"],
         "top1_accuracy": result["accuracy"],
         "top5_accuracy": result["top5_accuracy"],
-        "per_class_accuracy": dict(zip(test_set.classes, per_class.tolist(), strict=True)),
+        "per_class_accuracy": {name: accuracy for name, accuracy, count in per_class if count},
         "images_per_second": len(test_set) / seconds,
         "confusion_matrix": str(picture),
     }

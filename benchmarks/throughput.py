@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import MODEL_TYPES, build_model, canonical_model_type
 from utils.arguments import Parser, argument, one_of, positive
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.precision import OPT_LEVELS, Precision
 from utils.tracking import device_name
 
@@ -36,6 +36,7 @@ TIMM = {
     "ViT-H_14": "vit_huge_patch14_224",
     "R-ViT-Ti_16": "vit_tiny_r_s16_p8_224",
     "R26-ViT-S_32": "vit_small_r26_s32_224",
+    "R26-ViT-B_32": "vit_base_r26_s32_224",
     "R50-ViT-B_16": "vit_base_r50_s16_224",
     "R50-ViT-L_32": "vit_large_r50_s32_224",
 }
@@ -45,6 +46,10 @@ NUM_CLASSES = 10
 
 def main():
     args = parse_flags()
+    try:
+        flops = forward_flops(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
@@ -55,7 +60,7 @@ def main():
             contenders[name, "forward"], contenders[name, "training step"] = steps
     contenders["matrix product", ""] = matrix_product(args, device)
     seconds = take_turns(contenders, args.rounds, device)
-    print(report(args, seconds))
+    print(report(args, seconds, flops))
 
 
 def parse_flags():
@@ -206,16 +211,17 @@ def forward_flops(args):
     return counter.get_total_flops()
 
 
-def report(args, seconds):
+def report(args, seconds, flops):
     """A Markdown table; `x timm` is the median over the rounds of timm's time divided by this one's."""
     tokens, hidden, mlp = matrix_product_shape(args)
     peak = 20 * 2 * tokens * hidden * mlp / statistics.median(seconds["matrix product", ""])
-    flops = {"forward": forward_flops(args)}
-    flops["training step"] = 3 * flops["forward"]
+    flops = {"forward": flops, "training step": 3 * flops}
     level = "" if args.precision == "fp32" else f" (this project at {args.fp16_opt_level}, the others by autocast)"
+    optimizers = "momentum SGD, by this project PyTorch's fused one, by the others its default"
     lines = [
         f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}",
         f"{device_name()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, timm {timm.__version__}; "
+        f"{optimizers}; "
         f"median of {args.rounds} rounds; a matrix product of {tokens} x {hidden} x {mlp} runs at "
         f"{peak / 1e9:.0f} GFLOP/s",
         "",

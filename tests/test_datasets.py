@@ -10,15 +10,19 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import write_pictures
-from utils.datasets import DATASETS, FolderImages, TensorImages, stream_positions
+from utils.datasets import DATASETS, FolderImages, TensorImages, read_image, stream_positions
 from utils.distributed import World
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
 
+def load_both(name, data_dir, world):
+    return [DATASETS[name].load(train, data_dir, world, 0) for train in (True, False)]
+
+
 def test_digits_are_split_once_and_for_all(one_process):
-    train, test = DATASETS["digits"].load("data", one_process, 0)
+    train, test = load_both("digits", "data", one_process)
     assert (len(train), len(test)) == (1437, 360)
     counts = torch.bincount(test.labels)
     assert counts.min() >= 35
@@ -47,12 +51,12 @@ def test_each_test_image_comes_exactly_once_over_all_processes():
 
 
 def test_pictures_of_one_size_are_kept_in_memory_others_are_not(image_folder, one_process, tmp_path):
-    train, test = DATASETS["imagefolder"].load(image_folder, one_process, 0)
+    train, test = load_both("imagefolder", image_folder, one_process)
     assert isinstance(train, FolderImages)
     assert (len(train), len(test), train.classes) == (16, 8, ["cat", "dog"])
     for split in ("train", "test"):
         write_pictures(tmp_path / "even" / split / "one", [(6, 5)] * 3)
-    train, _ = DATASETS["imagefolder"].load(tmp_path / "even", one_process, 0)
+    train = DATASETS["imagefolder"].load(True, tmp_path / "even", one_process, 0)
     assert isinstance(train, TensorImages)
     assert train.images.shape == (3, 3, 6, 5)
     with Image.open(tmp_path / "even/train/one/001.png") as image:
@@ -79,7 +83,7 @@ def test_files_in_memory_and_from_workers_give_the_same_batches(tmp_path, one_pr
 @pytest.mark.parametrize("name, classes, size", [("cifar10", 10, 20), ("cifar100", 100, 15)])
 def test_cifar_is_read_from_the_official_archive(name, classes, size, tmp_path, one_process, monkeypatch):
     make_cifar_archive(name, classes, tmp_path, monkeypatch)
-    train, test = DATASETS[name].load(tmp_path, one_process, 0)
+    train, test = load_both(name, tmp_path, one_process)
     assert train.images.shape[1:] == test.images.shape[1:] == (3, 32, 32)
     assert len(train.classes) == DATASETS[name].count_classes(tmp_path) == classes
     assert int(train.images[3, 1, 2, 4]) == (3 + 1024 + 2 * 32 + 4) % 256  # image 3, green, row 2, column 4
@@ -114,7 +118,7 @@ def test_an_unreachable_cifar_says_where_to_put_it(tmp_path, one_process, monkey
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(UserError, match="could not get CIFAR10 into .* by hand"):
-        DATASETS["cifar10"].load(tmp_path, one_process, 0)
+        DATASETS["cifar10"].load(True, tmp_path, one_process, 0)
 
 
 def spoil(root, fault):
@@ -160,7 +164,7 @@ FAULTS = [
 def test_faults_of_a_folder_are_named(fault, image_folder, one_process):
     root, message = spoil(image_folder, fault)
     with pytest.raises(UserError, match=message):
-        DATASETS["imagefolder"].load(root, one_process, 0)
+        DATASETS["imagefolder"].load(True, root, one_process, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -172,3 +176,23 @@ def test_a_broken_picture_met_by_a_worker_is_named_in_one_line(workers, tmp_path
         list(data.train_batches([np.arange(2)], 0, (8, 8), 0.5, False))
     assert str(error.value).startswith(f"{paths[1]} is not a readable picture")
     assert "\n" not in str(error.value)
+
+
+def test_pictures_of_every_mode_become_rgb(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for mode in ("L", "RGB", "RGBA", "P", "LA", "CMYK", "1"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / f"{mode}.tif")
+        assert read_image(tmp_path / f"{mode}.tif").shape == (3, 8, 8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    assert np.array_equal(read_image(tmp_path / "grey16.png"), np.stack([grey] * 3))
+
+
+def test_hidden_files_and_large_pictures(tmp_path, one_process):
+    write_pictures(tmp_path / "train" / "one", [(300, 300)] * 2)
+    write_pictures(tmp_path / "val" / "one", [(8, 8)] * 2)
+    (tmp_path / "train" / "one" / "._000.png").write_bytes(b"what macOS leaves")
+    (tmp_path / "train" / "__MACOSX").mkdir()
+    train, test = load_both("imagefolder", tmp_path, one_process)
+    assert isinstance(train, FolderImages)
+    assert isinstance(test, TensorImages)
+    assert (len(train), train.classes) == (2, ["one"])

@@ -102,24 +102,29 @@ def test_state_dict_has_timms_names():
 HYBRIDS = [
     ("R-ViT-Ti_16", "vit_tiny_r_s16_p8_224", 12),
     ("R26-ViT-S_32", "vit_small_r26_s32_224", 12),
+    ("R26-ViT-B_32", "vit_base_r26_s32_224", 3),
     ("R50-ViT-L_32", "vit_large_r50_s32_224", 2),
 ]
 
 
 @pytest.mark.parametrize("name, timm_name, depth", HYBRIDS, ids=[name for name, _, _ in HYBRIDS])
-def test_hybrid_agrees_with_timm(name, timm_name, depth, tmp_path):
-    """timm divides by sqrt(var + 1e-8), Google by std + 1e-5; kernels scaled by 100 make the two the same."""
-    ours = build_model(name, num_layers=depth)
-    arrays = make_checkpoint(shapes_of(ours))
+@pytest.mark.parametrize("img_size", [224, 384])
+def test_hybrid_agrees_with_timm(name, timm_name, depth, img_size, tmp_path):
+    """timm divides by sqrt(var + 1e-8), Google by std + 1e-5; kernels scaled by 100 make the two the same.
+
+    At 384 timm gets the position embeddings that were resized here.
+    """
+    arrays = make_checkpoint(shapes_of(build_model(name, 224, num_layers=depth)))
     for key in arrays:
         if re.search(r"conv\w*/kernel", key):
             arrays[key] = 100 * arrays[key]
-    np.savez(tmp_path / "weights.npz", **arrays)
+    ours = build_model(name, img_size, num_layers=depth)
     ours.load_from(arrays, head="keep")
-    theirs = timm.create_model(timm_name, depth=depth, **NO_PRETRAINED)
+    np.savez(tmp_path / "weights.npz", **ours.export_npz())
+    theirs = timm.create_model(timm_name, depth=depth, img_size=img_size, **NO_PRETRAINED)
     theirs.load_pretrained(str(tmp_path / "weights.npz"))
     set_group_norm_epsilon(theirs, 1e-6)
-    images = make_images(224, 1)
+    images = make_images(img_size, 1)
     assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 5e-5
 
 

@@ -56,6 +56,9 @@ def test_fine_tune_then_evaluate_then_classify(tiny_flags, tmp_path):
     with Image.open(report["confusion_matrix"]) as picture:
         assert picture.width > 300
 
+    larger = json.loads(succeed("evaluate.py", "--checkpoint", checkpoint, "--img_size", 24, "--json"))
+    assert larger["loss"] != report["loss"]  # the position embeddings are resized
+
     Image.fromarray(np.full((50, 40), 200, np.uint8)).save(tmp_path / "grey.png")
     printed = succeed("evaluate.py", "--checkpoint", checkpoint, tmp_path / "grey.png")
     best = [float(share) for share in re.findall(r"([\d.]+) %", printed)]
@@ -64,7 +67,7 @@ def test_fine_tune_then_evaluate_then_classify(tiny_flags, tmp_path):
 
 
 def test_evaluating_a_published_checkpoint(tmp_path, image_folder):
-    model = build_model("ViT-Ti_16", 224, num_classes=2)
+    model = build_model("ViT-Ti_16", 64, num_classes=2)
     weights = tmp_path / "Ti_16-i1k.npz"
     np.savez(weights, **make_checkpoint({key: array.shape for key, array in model.export_npz().items()}))
     flags = ("--checkpoint", weights, "--dataset", "imagefolder", "--data_dir", image_folder)
@@ -110,6 +113,15 @@ def test_wrong_flags_are_said_once_by_several_processes(tiny_flags):
     done = script("train.py", *tiny_flags("--train_batch_size", 15), processes=2)
     assert done.returncode != 0
     assert done.stderr.count("train.py: error: --train_batch_size 15 is not divisible by 2 processes") == 1
+
+
+def test_a_broken_picture_that_only_the_second_process_meets_is_named(tiny_flags, image_folder):
+    (image_folder / "val" / "cat" / "001.png").write_bytes(
+        b"broken"
+    )  # of the test pictures, the odd ones are its share
+    done = script("train.py", *tiny_flags("--dataset", "imagefolder", "--data_dir", image_folder), processes=2)
+    assert done.returncode != 0
+    assert re.search(r"train.py: process 1: error: .*001.png is not a readable picture", done.stderr)
 
 
 def start(flags):

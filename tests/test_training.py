@@ -41,7 +41,7 @@ def plain_loop(steps, batch, one_process):
     torch.manual_seed(42)
     model = build_model("ViT-Mini_4", img_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    data, _ = DATASETS["digits"].load("data", one_process, 0)
+    data = DATASETS["digits"].load(True, "data", one_process, 0)
     losses = []
     for step in range(steps):
         progress = (step - 3) / (steps - 3)
@@ -146,6 +146,45 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     assert steps["train/loss"] == list(range(1, 14))
     assert steps["test/loss"] == steps["test/accuracy"] == [6, 12, 13]
     assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", "test/loss", "test/accuracy"}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model_type", "ViT-Ti_16", "--img_size", 16], "does not fit the model"),
+        (["--optimizer", "adamw"], "started with --optimizer sgd, so it can't be resumed with adamw"),
+        (["--num_steps", 3], "is at step 12 already, beyond the 3 asked for"),
+    ],
+)
+def test_a_resumption_that_cannot_be_leaves_the_record_as_it_is(
+    flags, message, tiny_flags, monkeypatch, capsys, tmp_path
+):
+    run(tiny_flags(), monkeypatch)
+    before = read_config(tmp_path / "output" / "run")
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, tiny_flags("--resume", *flags), monkeypatch)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert read_config(tmp_path / "output" / "run") == before
+
+
+def test_a_damaged_state_is_named(tiny_flags, monkeypatch, capsys, tmp_path):
+    run(tiny_flags(), monkeypatch)
+    (tmp_path / "output" / "run" / "state-12.pt").write_bytes(b"abc")
+    with pytest.raises(SystemExit):
+        call_main(train, tiny_flags("--resume"), monkeypatch)
+    assert "state-12.pt can't be read, so" in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_the_weight_decay_of_the_flags(tiny_flags, monkeypatch):
+    run(tiny_flags("--num_steps", 6), monkeypatch)
+    weights, _ = run(tiny_flags("--resume", "--weight_decay", 10, "--learning_rate", 0.01), monkeypatch)
+    plain, _ = run(tiny_flags("--overwrite", "--learning_rate", 0.01), monkeypatch)
+    assert weights["blocks.0.mlp.fc1.weight"].norm() < 0.9 * plain["blocks.0.mlp.fc1.weight"].norm()
+
+
+def test_names_with_a_dollar_sign(tiny_flags, monkeypatch):
+    run(tiny_flags("--name", "$a_{$"), monkeypatch, "$a_{$")
 
 
 def test_resuming_a_finished_run_says_where_it_lies(tiny_flags, monkeypatch, capsys):

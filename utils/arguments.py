@@ -47,7 +47,9 @@ def training_parser(description):
     run.add_argument("--output_dir", default="output", metavar="DIR", help="where runs are kept")
     run.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
-    run.add_argument("--seed", type=natural, default=42, help="of the weights, the sample order, crops and dropout")
+    run.add_argument(
+        "--seed", type=seed, default=42, metavar="N", help="of the weights, the sample order, crops and dropout"
+    )
 
     weights = parser.add_argument_group("pretrained weights")
     weights.add_argument(
@@ -57,7 +59,9 @@ def training_parser(description):
 
     data = parser.add_argument_group("data")
     add_data_flags(data, default="cifar10")
-    data.add_argument("--img_size", type=positive, default=224, help="side of the square input images in pixels")
+    data.add_argument(
+        "--img_size", type=positive, default=224, metavar="PIXELS", help="side of the square input images in pixels"
+    )
     data.add_argument(
         "--min_crop_scale",
         type=share,
@@ -212,7 +216,7 @@ def check_training_flags(args, make_model):
 
     Raises UserError.
     """
-    if args.name in (".", "..") or Path(args.name).name != args.name:
+    if args.name in ("", ".", "..") or Path(args.name).name != args.name:
         raise UserError(f"--name {args.name!r} is not a plain folder name")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
@@ -230,6 +234,8 @@ def check_training_flags(args, make_model):
         image_folders(args.data_dir)
     if args.amp_backend == "apex":
         import_apex_amp()
+        if args.bf16:
+            raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
     if args.download and not args.pretrained_dir:
         raise UserError("--download needs --pretrained_dir, the path to download to")
     if args.pretrained_dir and not resumes(args) and not (args.download and published_url(args.pretrained_dir)):
@@ -247,6 +253,10 @@ def positive(text):
 
 def natural(text):
     return number(text, int, "a whole number, 0 or above", lambda n: n >= 0)
+
+
+def seed(text):
+    return number(text, int, "a whole number from 0 to 2**32 - 1", lambda n: 0 <= n < 2**32)
 
 
 def positive_float(text):

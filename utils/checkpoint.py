@@ -33,9 +33,11 @@ def load_checkpoint(run_dir):
     path = Path(run_dir) / LAST
     weights, step = load_weights(path)
     state_file = state_path(run_dir, step)
-    if not state_file.exists():
-        raise UserError(f"{state_file} is missing, so {path} can't be resumed; start anew with --overwrite")
-    return weights, torch.load(state_file, map_location="cpu", weights_only=True)
+    try:
+        return weights, torch.load(state_file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is not torch.save's raises nearly every type
+        what = "can't be read" if state_file.exists() else "is missing"
+        raise UserError(f"{state_file} {what}, so {path} can't be resumed; start anew with --overwrite") from error
 
 
 def state_path(run_dir, step):
@@ -49,12 +51,12 @@ def save_weights(path, weights, step):
 
 def load_weights(path):
     """({name: tensor}, step) of a .safetensors file. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}")
     try:
         with safe_open(path, framework="pt") as file:
             step = int((file.metadata() or {}).get("step", 0))
             return {name: file.get_tensor(name) for name in file.keys()}, step  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable .safetensors file: {error}") from error
 
@@ -76,6 +78,9 @@ def replace_file(path, write):
     write(temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
+    if os.name == "posix":
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors lets nobody else read its files
     os.replace(temporary, path)
     if os.name == "posix":  # the new name is durable once its folder is
         folder = os.open(path.parent, os.O_RDONLY)

@@ -26,17 +26,22 @@ from utils.random import DROPOUT, random_words, samples_at
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IN_MEMORY_BYTES = 2 * 2**30
+IN_MEMORY_SIDE = 256  # pixels; a batch of larger pictures would be large itself before it is cropped
+IGNORED_FOLDERS = {"__MACOSX"}
 DIGITS_SPLIT_SEED = 0
 
 
 class Source(NamedTuple):
-    """`count_classes(data_dir)` is quick; `load(data_dir, world, num_workers)` returns (training set, test set)."""
+    """Where a data set comes from; both raise UserError that names the folder or file at fault.
+
+    `count_classes(data_dir)` is quick; `load(train, data_dir, world, num_workers)` reads the training or the test set.
+    """
 
     count_classes: Callable
     load: Callable
 
 
-def load_digits(data_dir, world, num_workers):
+def load_digits(train, data_dir, world, num_workers):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -44,35 +49,32 @@ def load_digits(data_dir, world, num_workers):
     pixels, labels = sklearn_digits(return_X_y=True)
     pixels = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8).repeat(3, axis=1)
     splits = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED)
-    classes = [str(digit) for digit in range(10)]
-    return tuple(TensorImages(pixels[rows], labels[rows], classes, world.device) for rows in splits)
+    rows = splits[0 if train else 1]
+    return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device)
 
 
-def load_cifar(dataset, data_dir, world, num_workers):
+def load_cifar(dataset, train, data_dir, world, num_workers):
     """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
-    sets = []
-    for train in (True, False):
-        try:
-            with first_on_each_machine(world):
-                data = dataset(data_dir, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"could not get {dataset.__name__} into {data_dir}: {error}; "
-                f"download {dataset.url} there by hand, or give the folder that holds it with --data_dir"
-            ) from error
-        images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
-        sets.append(TensorImages(images, data.targets, data.classes, world.device))
-    return tuple(sets)
+    try:
+        with first_on_each_machine(world):
+            data = dataset(data_dir, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"could not get {dataset.__name__} into {data_dir}: {error}; "
+            f"download {dataset.url} there by hand, or give the folder that holds it with --data_dir"
+        ) from error
+    images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
+    return TensorImages(images, data.targets, data.classes, world.device)
 
 
-def load_imagefolder(data_dir, world, num_workers):
+def load_imagefolder(train, data_dir, world, num_workers):
     """`train/` and `val/` or `test/` below `data_dir`, one folder a class."""
     train_dir, test_dir = image_folders(data_dir)
     classes = class_folders(train_dir)
     unknown = sorted(set(class_folders(test_dir)) - set(classes))
     if unknown:
         raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
-    return tuple(read_folder(folder, classes, world, num_workers) for folder in (train_dir, test_dir))
+    return read_folder(train_dir if train else test_dir, classes, world, num_workers)
 
 
 DATASETS = {
@@ -97,9 +99,10 @@ def image_folders(data_dir):
 def class_folders(folder):
     """Sorted names of the classes. Raises UserError where there is none."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from error
+    names = sorted(name for name in folders if name not in IGNORED_FOLDERS and not name.startswith("."))
     if not names:
         raise UserError(f"{folder} has no folders; it needs one folder a class")
     return names
@@ -130,7 +133,7 @@ def pictures_below(folder):
         os.path.join(place, file)
         for place, _, files in os.walk(folder, onerror=unreadable)
         for file in files
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
     )
     if not paths:
         raise UserError(f"{folder} has no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -138,9 +141,9 @@ def pictures_below(folder):
 
 
 def read_images_of_one_size(paths, quiet):
-    """uint8 (n, 3, h, w), or None where the sizes differ or it would be more than IN_MEMORY_BYTES."""
+    """uint8 (n, 3, h, w), or None where the sizes differ, or are too large to be kept in memory."""
     first = read_image(paths[0])
-    if first.numel() * len(paths) > IN_MEMORY_BYTES:
+    if first.numel() * len(paths) > IN_MEMORY_BYTES or max(first.shape) > IN_MEMORY_SIDE:
         return None
     images = first.new_empty(len(paths), *first.shape)
     hidden = quiet or not sys.stderr.isatty()
@@ -156,6 +159,8 @@ def read_image(path):
     """uint8 (3, H, W). Raises UserError that names a file which is no readable picture."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                return torch.from_numpy((np.array(image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow raises nearly every type for one or the other broken file
         raise UserError(f"{path} is not a readable picture: {error}") from error

@@ -3,11 +3,14 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from utils.errors import UserError
 
 
 class World(NamedTuple):
@@ -41,6 +44,9 @@ def world(local_rank=None):
         dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    except UserError as error:
+        error.met_at_work = True
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -95,6 +101,9 @@ class StopSignal:
         # A launcher forwards what the terminal has sent already; a second Ctrl-C of the user comes later.
         if self.number and time.monotonic() - self.received > 2:
             raise KeyboardInterrupt
+        if not self.number and not (dist.is_initialized() and dist.get_rank()):
+            name = signal.Signals(number).name
+            print(f"\n{name}: stopping at the end of this step; once more to lose what is not saved", file=sys.stderr)
         self.number, self.received = number, time.monotonic()
 
     def agreed(self):

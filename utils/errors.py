@@ -8,6 +8,8 @@ import sys
 class UserError(Exception):
     """Wrong flags, files or data; the message names the thing and the way out. Exit status 2."""
 
+    met_at_work = False  # by one process perhaps, not by all of them in their checks of the same flags
+
 
 class RunStoppedError(Exception):
     """A run that ended early, with its checkpoint kept; the message says where it stands."""
@@ -24,15 +26,17 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        leave(f"error: {error}", 2)
+        leave(f"error: {error}", 2, one_is_enough=not error.met_at_work)
     except RunStoppedError as stop:
         leave(str(stop), stop.status)
     except KeyboardInterrupt:
-        leave("interrupted; nothing was saved since the last checkpoint", 130)
+        leave("interrupted", 130)
 
 
-def leave(message, status):
-    """Every process of a run fails alike; the first one says why."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+def leave(message, status, one_is_enough=True):
+    """Where all processes of a run fail alike, only the first one says why."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or not one_is_enough:
+        process = f"process {rank}: " if rank else ""
+        print(f"{os.path.basename(sys.argv[0])}: {process}{message}", file=sys.stderr)
     sys.exit(status)

@@ -39,16 +39,13 @@ def published_url(path, storage=STORAGE):
     return f"{storage}/{urllib.parse.quote(folder, safe='/+')}/{urllib.parse.quote(name, safe='+')}"
 
 
-def model_type_of(path):
-    """The model that a published file's name stands for, in Google's spelling, or None."""
-    name = Path(path).name
-    match = re.match(r"((R\d+[-+])?ViT-(Ti|S|B|L|H)_\d+)", name)
-    if match:
-        return match[1]
-    match = re.match(r"(?:(R\d*)_)?((?:Ti|S|B|L)_\d+)-i", name)  # AugReg leaves "ViT-" out
-    if match:
-        return f"{match[1]}-ViT-{match[2]}" if match[1] else f"ViT-{match[2]}"
-    return None
+def model_type_of(path, model_types):
+    """The one of `model_types` that a published file is named after, or None."""
+    name = Path(path).name.replace("+", "-")
+    name = re.sub(
+        r"^(?:(R\d*)_)?((?:Ti|S|B|L)_\d+-i)", lambda m: f"{m[1] + '-' if m[1] else ''}ViT-{m[2]}", name
+    )  # AugReg
+    return next((model_type for model_type in model_types if re.match(rf"{model_type}[-.]", name)), None)
 
 
 def download_command(path):

@@ -43,7 +43,7 @@ def open_run_folder(args):
         probe.unlink()
     except OSError as error:
         raise UserError(f"the output folder {run_dir} can't be written: {error.strerror}") from error
-    if (run_dir / CONFIG).exists() and not (args.resume or args.overwrite):
+    if any((run_dir / file).exists() for file in (CONFIG, LAST)) and not (args.resume or args.overwrite):
         raise UserError(f"{run_dir} holds a run already; give --resume, --overwrite or another --name")
     return run_dir
 
@@ -58,7 +58,7 @@ def prepare_run_folder(run_dir, args, classes):
     if resumes(args):
         report_changed_flags(read_config(run_dir), args)
     else:
-        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "state-*.pt", "events.out.tfevents.*"):
+        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "state-*.pt", "events.out.tfevents.*", ".*.tmp"):
             for path in run_dir.glob(pattern):
                 path.unlink()
     config = {
@@ -178,23 +178,26 @@ class Tracker:
         return time.monotonic() - self.started
 
     def close(self):
-        if self.enabled:
-            self.bar.close()
-            self.tensorboard.close()
-
-    def finish(self, best_accuracy, best_step):
-        """Draw the curves and say where everything lies."""
+        """Draw the curves, however the run has ended."""
         if not self.enabled:
             return
         self.bar.close()
-        from utils.visualize import plot_curves, read_metrics
+        self.tensorboard.close()
+        if self.rows:
+            from utils.visualize import plot_curves, read_metrics
 
-        flags = read_config(self.run_dir)["flags"]
-        title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
-        plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, title)
-        accuracy = float(self.rows[-1]["test_accuracy"])
+            flags = read_config(self.run_dir)["flags"]
+            title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
+            plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, title)
+
+    def summarise(self, best_accuracy, best_step):
+        """Say how well the run has ended and where everything lies."""
+        if not self.enabled:
+            return
+        last = f"test accuracy {100 * float(self.rows[-1]['test_accuracy']):.2f} %, " if self.rows else ""
+        self.bar.close()
         self.say(
-            f"\ntest accuracy {100 * accuracy:.2f} %, best {100 * best_accuracy:.2f} % at step {best_step}\n"
+            f"\n{last}best {100 * best_accuracy:.2f} % at step {best_step}\n"
             f"  weights      {self.run_dir / BEST}\n"
             f"               {self.run_dir / LAST}\n"
             f"  metrics      {self.run_dir / METRICS}\n"

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.checkpoint import LAST, load_checkpoint, load_into, save_checkpoint
 from utils.datasets import DATASETS, dropout_keys, stream_positions
 from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
-from utils.errors import RunStoppedError
+from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
 from utils.precision import make_precision
 from utils.pretrained import download, load_pretrained
@@ -54,44 +54,52 @@ def run_training(args, make_model):
         source = DATASETS[args.dataset]
         torch.manual_seed(args.seed)
         model = make_model(source.count_classes(args.data_dir))
-        if args.pretrained_dir and not resumes(args):
+        state = None
+        if resumes(args):
+            weights, state = load_checkpoint(run_dir)
+            load_into(model, weights, run_dir / LAST)
+        elif args.pretrained_dir:
             with first_on_each_machine(processes):
                 if args.download and not os.path.exists(args.pretrained_dir):
                     download(args.pretrained_dir)
             load_pretrained(model, args.pretrained_dir, args.model_type)
-        train_set, test_set = source.load(args.data_dir, processes, args.num_workers)
-        if processes.rank == 0:
-            prepare_run_folder(run_dir, args, train_set.classes)
-        barrier()
-        train(model, train_set, test_set, args, processes, run_dir)
+        train_set, test_set = (
+            source.load(train, args.data_dir, processes, args.num_workers) for train in (True, False)
+        )
+        train(model, train_set, test_set, args, processes, run_dir, state)
 
 
-def train(model, train_set, test_set, args, processes, run_dir):
+def train(model, train_set, test_set, args, processes, run_dir, state=None):
     """Train `model`, any module from images (B, 3, H, W) to logits (B, num_classes), as the flags in `args` say.
 
-    Leaves the run's records in `run_dir`. Raises RunStoppedError when it is asked to stop or the loss is not finite.
+    `state` is that of the checkpoint whose weights the model holds, if the run goes on from one. Leaves the run's
+    records in `run_dir`. Raises RunStoppedError when it is asked to stop or its numbers are not finite.
     """
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
     img_size = (args.img_size, args.img_size)
     precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale)
-    checkpoint = load_checkpoint(run_dir) if resumes(args) else None
-    progress = Progress()
-    if checkpoint:
-        weights, state = checkpoint
-        load_into(model, weights, run_dir / LAST)
-        progress = Progress(**state["progress"])
     model.to(processes.device).train()
     optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
-    if checkpoint:
-        optimizer.load_state_dict(state["optimizer"])
+    progress = Progress()
+    if state:
+        progress = Progress(**state["progress"])
+        restore_optimizer(optimizer, state["optimizer"], args.optimizer)
         precision.load_state_dict(state["precision"])
+    if progress.step > num_steps:
+        raise UserError(f"{run_dir} is at step {progress.step} already, beyond the {num_steps} asked for")
+    barrier()  # every process has seen whether there is a run to resume
+    if processes.rank == 0:
+        prepare_run_folder(run_dir, args, train_set.classes)
     if args.compile:
         model.compile()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples")]
 
     def batches():
-        """(stream positions, (images, labels)) of each accumulation part from here on."""
+        """(stream positions, (images, labels)) of each accumulation part from here on.
+
+        Workers read ahead in their copy of the positions, so there are two.
+        """
         parts = args.gradient_accumulation_steps
         for_us, for_the_data = (
             stream_positions(args.train_batch_size, parts, processes, progress.step, num_steps) for _ in range(2)
@@ -105,6 +113,8 @@ def train(model, train_set, test_set, args, processes, run_dir):
     def read_back():
         """Look at the losses since the last look, which waits for the device; they must be finite."""
         nonlocal window_start
+        if not losses:
+            return
         values = sum_over_processes(torch.stack([*losses, *hits]).double()).tolist()
         step_losses, step_hits = values[: len(losses)], values[len(losses) :]
         step_losses = [loss / processes.size for loss in step_losses]
@@ -150,7 +160,7 @@ def train(model, train_set, test_set, args, processes, run_dir):
         progress.total_seconds = tracker.seconds()
         if processes.rank == 0:
             state = {
-                "optimizer": optimizer.state_dict(),
+                "optimizer": {"name": args.optimizer, **optimizer.state_dict()},
                 "precision": precision.state_dict(),
                 "progress": asdict(progress),
             }
@@ -184,20 +194,21 @@ def train(model, train_set, test_set, args, processes, run_dir):
                 hits.append(step_hits)
                 progress.step += 1
 
-                signal_number = stop.agreed()
                 evaluates = progress.step % args.eval_every == 0 or progress.step == num_steps
-                if len(losses) == READ_EVERY[processes.device.type] or evaluates or signal_number:
+                if len(losses) == READ_EVERY[processes.device.type] or evaluates:
                     read_back()
-                if evaluates or signal_number:
-                    check_weights()
                 if evaluates:
+                    check_weights()
                     evaluate_and_record()
+                signal_number = stop.agreed()
                 if evaluates or signal_number:
+                    read_back()
+                    check_weights()
                     save()
                     window_start = time.monotonic()
                 if signal_number and progress.step < num_steps:
                     raise RunStoppedError(stopped(signal_number, progress.step, run_dir), status=128 + signal_number)
-        tracker.finish(progress.best_accuracy, progress.best_step)
+        tracker.summarise(progress.best_accuracy, progress.best_step)
     finally:
         tracker.close()
         network = None  # gloo may abort at exit while the wrapper lives
@@ -210,6 +221,13 @@ def make_optimizer(args, named_parameters):
         decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
         groups[0 if decays else 1]["params"].append(parameter)
     return OPTIMIZERS[args.optimizer](groups, args.learning_rate)
+
+
+def restore_optimizer(optimizer, state, name):
+    """Take a checkpoint's momenta; rates and decay are the flags'. Raises UserError for another kind of optimizer."""
+    if state["name"] != name:
+        raise UserError(f"the run was started with --optimizer {state['name']}, so it can't be resumed with {name}")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def gradients_summed(network, last):

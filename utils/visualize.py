@@ -17,6 +17,11 @@ def read_metrics(path):
     return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
+def plain(text):
+    """A dollar sign begins a formula in matplotlib; names are none."""
+    return text.replace("$", r"\$")
+
+
 def plot_curves(metrics, path, title):
     """Loss and accuracy over the steps, training and test, as a PNG."""
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -29,7 +34,7 @@ def plot_curves(metrics, path, title):
     accuracy.set_ylabel("top-1 accuracy (%)")
     best = max(metrics["test_accuracy"])
     accuracy.set_title(f"best test accuracy {100 * best:.2f} %", fontsize="medium")
-    loss.set_title(title, fontsize="medium")
+    loss.set_title(plain(title), fontsize="medium")
     for axes in (loss, accuracy):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
@@ -47,10 +52,11 @@ def plot_confusion_matrix(confusion, classes, path, title):
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     picture = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="share of the true class (%)", shrink=0.8)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set(xlabel="predicted class", ylabel="true class", title=plain(title))
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        labels = [plain(name) for name in classes]
+        axes.set_xticks(range(len(classes)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), labels)
         for row, column in confusion.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, int(confusion[row, column]), ha="center", va="center", color=colour, fontsize=7)
