@@ -136,11 +136,12 @@ class Tracker:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
-    def log_steps(self, last_step, losses, lr, images_per_second):
-        """The losses of the steps up to `last_step`, just read back from the device."""
+    def log_steps(self, first_step, losses, lr, images_per_second):
+        """The losses of the steps from `first_step` on, just read back from the device."""
         if not self.enabled:
             return
-        for step, loss in enumerate(losses, start=last_step - len(losses) + 1):
+        last_step = first_step + len(losses) - 1
+        for step, loss in enumerate(losses, start=first_step):
             self.tensorboard.add_scalar("train/loss", loss, step)
         self.tensorboard.add_scalar("train/lr", lr, last_step)
         self.tensorboard.add_scalar("train/images_per_second", images_per_second, last_step)

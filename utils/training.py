@@ -5,6 +5,7 @@ exact, and any number of processes sees the same global batch.
 """
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -26,9 +27,9 @@ from utils.scheduler import learning_rate
 from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
 
 OPTIMIZERS = {
-    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True),
-    "adam": lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True),
-    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between two looks at the loss, each of which waits for the device
 
@@ -45,6 +46,30 @@ class Progress:
     best_accuracy: float = -1.0
     best_step: int = 0
     total_seconds: float = 0.0
+
+
+class Window:
+    """The steps since the last look at them: their losses and hits, which stay on the device until then."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self):
+        """An empty window; the time of the steps that follow counts from now."""
+        self.losses, self.hits, self.started = [], [], time.monotonic()
+
+    def add(self, loss, hits):
+        self.losses.append(loss)
+        self.hits.append(hits)
+
+    def read(self, processes):
+        """(losses of the steps, hits in all of them, seconds), over all processes; a new window begins."""
+        values = sum_over_processes(torch.stack([*self.losses, *self.hits]).double()).tolist()
+        losses = [loss / processes.size for loss in values[: len(self.losses)]]
+        hits = int(sum(values[len(self.losses) :]))
+        seconds = time.monotonic() - self.started
+        self.start()
+        return losses, hits, seconds
 
 
 def run_training(args, make_model):
@@ -95,41 +120,22 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples")]
 
-    def batches():
-        """(stream positions, (images, labels)) of each accumulation part from here on.
-
-        Workers read ahead in their copy of the positions, so there are two.
-        """
-        parts = args.gradient_accumulation_steps
-        for_us, for_the_data = (
-            stream_positions(args.train_batch_size, parts, processes, progress.step, num_steps) for _ in range(2)
-        )
-        augmentation = (args.seed, img_size, args.min_crop_scale, args.horizontal_flip)
-        return zip(for_us, train_set.train_batches(for_the_data, *augmentation), strict=True)
-
     def lr_at(step):
         return learning_rate(step, args.learning_rate, args.warmup_steps, num_steps, args.decay_type)
 
     def read_back():
-        """Look at the losses since the last look, which waits for the device; they must be finite."""
-        nonlocal window_start
-        if not losses:
-            return
-        values = sum_over_processes(torch.stack([*losses, *hits]).double()).tolist()
-        step_losses, step_hits = values[: len(losses)], values[len(losses) :]
-        step_losses = [loss / processes.size for loss in step_losses]
-        for step, loss in enumerate(step_losses, start=progress.step - len(losses) + 1):
+        """Look at the steps since the last look, which waits for the device; their losses must be finite."""
+        step_losses, step_hits, seconds = window.read(processes)
+        first = progress.step - len(step_losses) + 1
+        for step, loss in enumerate(step_losses, start=first):
             if not math.isfinite(loss):
                 raise not_finite(f"the loss is {loss} at step {step}", lr_at(step - 1), run_dir)
         progress.loss += sum(step_losses) * args.train_batch_size
-        progress.correct += int(sum(step_hits))
-        progress.images += len(losses) * args.train_batch_size
-        progress.training_seconds += time.monotonic() - window_start
+        progress.correct += step_hits
+        progress.images += len(step_losses) * args.train_batch_size
+        progress.training_seconds += seconds
         images_per_second = progress.images / progress.training_seconds
-        tracker.log_steps(progress.step, step_losses, lr_at(progress.step), images_per_second)
-        losses.clear()
-        hits.clear()
-        window_start = time.monotonic()
+        tracker.log_steps(first, step_losses, lr_at(progress.step), images_per_second)
 
     def check_weights():
         """A finite loss may still have led to weights that are not, and those must not be saved."""
@@ -169,9 +175,8 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=processes.rank == 0)
     tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
-    losses, hits = [], []  # of the steps since the last look, on the device
-    window_start = time.monotonic()
-    stream = batches()
+    window = Window()
+    batches = training_batches(train_set, args, processes, progress.step, num_steps)
     try:
         with stop.listening():
             while progress.step < num_steps:
@@ -179,7 +184,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                     group["lr"] = lr_at(progress.step)
                 step_loss = step_hits = 0
                 for part in range(args.gradient_accumulation_steps):
-                    positions, (images, labels) = next(stream)
+                    positions, (images, labels) = next(batches)
                     seed_samples(dropouts, args.seed, positions, processes.device)
                     with gradients_summed(network, last=part == args.gradient_accumulation_steps - 1):
                         with precision.autocast():
@@ -190,22 +195,22 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                     step_loss += loss.detach()
                     step_hits += (logits.argmax(dim=1) == labels).sum()
                 precision.step(optimizer, args.max_grad_norm)
-                losses.append(step_loss)
-                hits.append(step_hits)
+                window.add(step_loss, step_hits)
                 progress.step += 1
 
                 evaluates = progress.step % args.eval_every == 0 or progress.step == num_steps
-                if len(losses) == READ_EVERY[processes.device.type] or evaluates:
+                if len(window.losses) == READ_EVERY[processes.device.type] or evaluates:
                     read_back()
                 if evaluates:
                     check_weights()
                     evaluate_and_record()
                 signal_number = stop.agreed()
-                if evaluates or signal_number:
+                if signal_number and window.losses:
                     read_back()
+                if evaluates or signal_number:
                     check_weights()
                     save()
-                    window_start = time.monotonic()
+                    window.start()
                 if signal_number and progress.step < num_steps:
                     raise RunStoppedError(stopped(signal_number, progress.step, run_dir), status=128 + signal_number)
         tracker.summarise(progress.best_accuracy, progress.best_step)
@@ -214,13 +219,23 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         network = None  # gloo may abort at exit while the wrapper lives
 
 
+def training_batches(train_set, args, processes, first_step, num_steps):
+    """(stream positions, (images, labels)) of each step's accumulation parts, from `first_step` on."""
+    steps = (args.train_batch_size, args.gradient_accumulation_steps, processes, first_step, num_steps)
+    augmentation = (args.seed, (args.img_size, args.img_size), args.min_crop_scale, args.horizontal_flip)
+    images_and_labels = train_set.train_batches(stream_positions(*steps), *augmentation)
+    return zip(stream_positions(*steps), images_and_labels, strict=True)
+
+
 def make_optimizer(args, named_parameters):
     """The optimizer by its flag; biases, norms, the class token and position embeddings are not decayed."""
     groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in named_parameters:
         decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
         groups[0 if decays else 1]["params"].append(parameter)
-    return OPTIMIZERS[args.optimizer](groups, args.learning_rate)
+    # The fused SGD of torch 2.9 leaves bfloat16 weights on a CPU (level O3) as they are.
+    fused = all(parameter.dtype == torch.float32 for _, parameter in named_parameters)
+    return OPTIMIZERS[args.optimizer](groups, lr=args.learning_rate, fused=fused)
 
 
 def restore_optimizer(optimizer, state, name):
