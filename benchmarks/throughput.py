@@ -81,7 +81,7 @@ def parse_flags():
 def ours(args, device, images, labels):
     """(forward, training step) as train.py runs them."""
     torch.manual_seed(0)
-    model = build_model(args.model_type, args.img_size, NUM_CLASSES).to(device)
+    model = build_model(args.model_type, args.img_size, NUM_CLASSES, dropout_rate=0.0).to(device)  # timm's default
     level = "O0" if args.precision == "fp32" else args.fp16_opt_level
     precision = Precision(level, DTYPES[args.precision], device)
 

@@ -34,6 +34,7 @@ class ResNetStem(nn.Module):
             self.add_module(f"block{i + 1}", stage)
 
     def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)  # what convolutions and the tokens after them like best
         x = F.relu(self.gn_root(self.conv_root(x)))
         # Activations are >= 0, so zeros pad the maximum as TensorFlow's -inf does.
         x = F.max_pool2d(pad_same(x, kernel_size=3, stride=2), kernel_size=3, stride=2)
