@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 DEMO := train.py --name demo --overwrite --dataset digits --model_type ViT-Mini_4 --img_size 16 \
-	--min_crop_scale 0.6 --train_batch_size 64 --num_steps 1000 --warmup_steps 100 \
+	--min_crop_scale 0.6 --train_batch_size 64 --num_steps 1200 --warmup_steps 100 \
 	--optimizer adamw --learning_rate 1e-3 --weight_decay 0.05 --eval_every 100
 
 .PHONY: demo test lint format
