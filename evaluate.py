@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from models import MODEL_TYPES, build_model, canonical_model_type
+from models import MODEL_TYPES, build_model, canonical_model_type, num_classes_of
 from utils.arguments import Parser, add_data_flags, add_precision_flags, argument, positive
 from utils.augmentation import normalise
 from utils.checkpoint import load_into, load_weights
@@ -78,11 +78,12 @@ def load_model(args):
     if args.dataset is None:
         args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
     model_type = args.model_type or flags["model_type"]
-    model = make_model(model_type, flags["img_size"], len(classes), norm_type=flags["norm_type"])
+    norm_type = flags.get("norm_type", "LN")
+    model = make_model(model_type, flags["img_size"], len(classes), norm_type=norm_type)
     load_into(model, weights, path)
     img_size = args.img_size or flags["img_size"]
     if img_size != flags["img_size"]:
-        resized = make_model(model_type, img_size, len(classes), norm_type=flags["norm_type"])
+        resized = make_model(model_type, img_size, len(classes), norm_type=norm_type)
         resized.load_from(model.export_npz(), head="keep")
         model = resized
     return model, classes, img_size
@@ -95,9 +96,9 @@ def load_published(args, path):
     model_type = args.model_type or model_type_of(path, MODEL_TYPES)
     if model_type is None:
         raise UserError(f"{path} is not named after a model; name it with --model_type")
-    if "head/bias" not in arrays:
+    num_classes = num_classes_of(arrays)
+    if num_classes is None:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
-    num_classes = len(arrays["head/bias"])
     img_size = args.img_size or pretrained_img_size(arrays, model_type)
     model = make_model(model_type, img_size, num_classes)
     load_pretrained(model, path, model_type, head="keep")
@@ -105,11 +106,13 @@ def load_published(args, path):
 
 
 def pretrained_img_size(arrays, model_type):
-    """The side in pixels of the square images that the checkpoint's position embeddings are for, or 224."""
+    """The side in pixels of the square images that the checkpoint's position embeddings are for; 224 without any."""
+    key = "Transformer/posembed_input/pos_embedding"
+    if key not in arrays:
+        return 224
     with torch.device("meta"):
         rows, _ = make_model(model_type, img_size=224).patch_embed.grid_size
-    key = "Transformer/posembed_input/pos_embedding"
-    return 224 // rows * round((arrays[key].shape[1] - 1) ** 0.5) if key in arrays else 224
+    return 224 // rows * round((arrays[key].shape[1] - 1) ** 0.5)
 
 
 def make_model(*arguments, **keywords):

@@ -2,13 +2,14 @@
 
 import difflib
 
-from models.configs import CONFIGS
-from models.npz import CheckpointError
+from models.bit_resnet import BiTResNet
+from models.configs import RESNETS, VITS
+from models.npz import CheckpointError, num_classes_of
 from models.vision_transformer import VisionTransformer
 
-MODEL_TYPES = tuple(CONFIGS)
+MODEL_TYPES = (*VITS, *RESNETS)
 
-__all__ = ["MODEL_TYPES", "CheckpointError", "build_model", "canonical_model_type"]
+__all__ = ["MODEL_TYPES", "CheckpointError", "build_model", "canonical_model_type", "num_classes_of"]
 
 
 def canonical_model_type(name):
@@ -26,13 +27,18 @@ def canonical_model_type(name):
 def build_model(model_type, img_size=224, num_classes=10, norm_type="LN", **overrides):
     """A model with freshly initialised weights: (B, 3, H, W) images -> (B, num_classes) logits.
 
-    `img_size` is a side in pixels or (height, width). `overrides` replace fields of the model's config
-    (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`. Raises ValueError for an unknown
-    model type, field or norm, and for an image size that the patches do not divide.
+    `img_size` is a side in pixels or (height, width); ResNets take any. `norm_type` is that of a ViT's tokens.
+    `overrides` replace fields of the model's config (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
+    Raises ValueError for an unknown model type, field or norm, and for an image size that the patches do not divide.
     """
-    config = CONFIGS[canonical_model_type(model_type)].copy_and_resolve_references()
+    model_type = canonical_model_type(model_type)
+    config = {**VITS, **RESNETS}[model_type].copy_and_resolve_references()
     unknown = sorted(set(overrides) - set(config))
     if unknown:
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
     config.update(overrides)
-    return VisionTransformer(config, img_size=img_size, num_classes=num_classes, norm_type=norm_type)
+    if model_type in VITS:
+        return VisionTransformer(config, img_size=img_size, num_classes=num_classes, norm_type=norm_type)
+    if norm_type != "LN":
+        raise ValueError(f"{model_type} always has GroupNorm; the norm type {norm_type!r} is for ViTs")
+    return BiTResNet(config, num_classes=num_classes)

@@ -1,12 +1,28 @@
-"""One ConfigDict per published architecture, as in google-research/vision_transformer `configs/models.py`."""
+"""One ConfigDict per published architecture, and for this project's own.
+
+ViTs and hybrids as in google-research/vision_transformer `configs/models.py`, ResNets as in
+google-research/big_transfer `bit_pytorch/models.py`.
+"""
 
 from ml_collections import ConfigDict
 
 
-def vit(patch_size, hidden_size, mlp_dim, num_heads, num_layers, dropout_rate=0.0, resnet_layers=None):
+def vit(
+    patch_size,
+    hidden_size,
+    mlp_dim,
+    num_heads,
+    num_layers,
+    dropout_rate=0.0,
+    resnet_layers=None,
+    root_width=64,
+    root_stride=4,
+    num_groups=32,
+):
     """A ViT; with `resnet_layers` a hybrid, whose patches are taken from the ResNet stem's feature map.
 
-    `resnet_layers` counts the bottleneck units of each stage; an empty tuple is the root block alone.
+    `resnet_layers` counts the bottleneck units of each stage; an empty tuple is the root block alone. The stem's
+    other fields are those of `resnet`.
     """
     return ConfigDict(
         {
@@ -17,6 +33,33 @@ def vit(patch_size, hidden_size, mlp_dim, num_heads, num_layers, dropout_rate=0.
             "num_layers": num_layers,
             "dropout_rate": dropout_rate,
             "resnet_layers": resnet_layers,
+            "root_width": root_width,
+            "root_stride": root_stride,
+            "num_groups": num_groups,
+        },
+        convert_dict=False,
+    )
+
+
+def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_stride=4, num_groups=32):
+    """A BiT ResNet; `resnet_layers` counts the bottleneck units of each stage.
+
+    The root has `root_width` channels, the first stage 4 times as many, each later one twice as many as the one
+    before, the last one `last_width` where that is given. `cut_from` is the `resnet_layers` of the larger ResNet
+    whose checkpoint this one takes weights from. `root_stride` is 4 (7x7 convolution and pooling, both of stride 2)
+    or 1 (3x3 convolution, for small images); GroupNorm has `num_groups` groups.
+    """
+    stage_widths = [4 * root_width * 2**i for i in range(len(resnet_layers))]
+    if last_width:
+        stage_widths[-1] = last_width
+    return ConfigDict(
+        {
+            "resnet_layers": resnet_layers,
+            "root_width": root_width,
+            "stage_widths": tuple(stage_widths),
+            "cut_from": cut_from,
+            "root_stride": root_stride,
+            "num_groups": num_groups,
         },
         convert_dict=False,
     )
@@ -29,8 +72,11 @@ B = {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12, "num_layers": 12}
 L = {"hidden_size": 1024, "mlp_dim": 4096, "num_heads": 16, "num_layers": 24}
 H = {"hidden_size": 1280, "mlp_dim": 5120, "num_heads": 16, "num_layers": 32}
 
-CONFIGS = {
-    "ViT-Mini_4": vit(4, **MINI),  # this project's own, for 32x32 images from scratch
+VITS = {
+    # This project's own, for 32x32 images from scratch. R26-ViT-Mini_4 is R50-ViT-B_16 with an eighth of the width
+    # and half of the depth.
+    "ViT-Mini_4": vit(4, **MINI),
+    "R26-ViT-Mini_4": vit(1, 96, 384, 3, 6, resnet_layers=(2, 2, 4), root_width=8, root_stride=1, num_groups=4),
     "ViT-Ti_16": vit(16, **TI),
     "ViT-S_16": vit(16, **S),
     "ViT-S_32": vit(32, **S),
@@ -45,4 +91,27 @@ CONFIGS = {
     "R26-ViT-B_32": vit(1, **B, resnet_layers=(2, 2, 2, 2)),
     "R50-ViT-B_16": vit(1, **B, dropout_rate=0.1, resnet_layers=(3, 4, 9)),
     "R50-ViT-L_32": vit(1, **L, dropout_rate=0.1, resnet_layers=(3, 4, 6, 3)),
+}
+
+R50, R101, R152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
+
+RESNETS = {
+    **{
+        f"BiT-{size}-{depth}x{factor}": resnet(layers, root_width=64 * factor)
+        for size in ("M", "S")  # pretrained on ImageNet-21k and on ImageNet-1k
+        for depth, layers, factor in (
+            ("R50", R50, 1),
+            ("R50", R50, 3),
+            ("R101", R101, 1),
+            ("R101", R101, 3),
+            ("R152", R152, 2),
+            ("R152", R152, 4),
+        )
+    },
+    "ResNet50x3_Params": resnet((3, 4, 6, 1), root_width=192, last_width=3072, cut_from=R50),
+    "ResNet50x3_Flops": resnet((3, 4, 2), root_width=192, cut_from=R50),
+    # The same pair for R26-ViT-Mini_4: an eighth of the width, half of the depth, and a last unit of the width
+    # that makes them even.
+    "ResNet-Mini_Params": resnet((2, 2, 3, 1), root_width=24, last_width=208, root_stride=1, num_groups=4),
+    "ResNet-Mini_Flops": resnet((2, 2, 1), root_width=24, last_width=288, root_stride=1, num_groups=4),
 }

@@ -10,34 +10,36 @@ from torch import nn
 
 from models.norms import GroupNorm
 
-ROOT_WIDTH = 64
-
 
 class ResNetStem(nn.Module):
     """Images (B, 3, H, W) -> features (B, out_channels, H / stride, W / stride)."""
 
-    def __init__(self, num_layers):
-        """`num_layers` counts the units of each stage; the first stage keeps the size, each later one halves it."""
+    def __init__(self, config):
+        """The first stage keeps the size, each later one halves it; for the fields see models/configs.py."""
         super().__init__()
-        self.conv_root = StdConv2d(3, ROOT_WIDTH, kernel_size=7, stride=2)
-        self.gn_root = GroupNorm(ROOT_WIDTH, eps=1e-6)
-        self.stride = 4
-        self.out_channels = ROOT_WIDTH
-        self.stages = len(num_layers)
-        for i, units in enumerate(num_layers):
+        self.pools = config.root_stride == 4
+        kernel_size, stride = (7, 2) if self.pools else (3, 1)  # small images keep their size
+        self.conv_root = StdConv2d(3, config.root_width, kernel_size, stride)
+        self.gn_root = GroupNorm(config.root_width, 1e-6, config.num_groups)
+        self.stride = config.root_stride
+        self.out_channels = config.root_width
+        self.stages = len(config.resnet_layers)
+        for i, units in enumerate(config.resnet_layers):
             stage = nn.Sequential()
+            width = config.root_width * 2**i
             for j in range(units):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.add_module(f"unit{j + 1}", Bottleneck(self.out_channels, ROOT_WIDTH * 2**i, stride))
+                stage.add_module(f"unit{j + 1}", Bottleneck(self.out_channels, width, stride, config.num_groups))
                 self.stride *= stride
-                self.out_channels = ROOT_WIDTH * 2**i * 4
+                self.out_channels = 4 * width
             self.add_module(f"block{i + 1}", stage)
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # what convolutions and the tokens after them like best
         x = F.relu(self.gn_root(self.conv_root(x)))
-        # Activations are >= 0, so zeros pad the maximum as TensorFlow's -inf does.
-        x = F.max_pool2d(pad_same(x, kernel_size=3, stride=2), kernel_size=3, stride=2)
+        if self.pools:
+            # Activations are >= 0, so zeros pad the maximum as TensorFlow's -inf does.
+            x = F.max_pool2d(pad_same(x, kernel_size=3, stride=2), kernel_size=3, stride=2)
         for i in range(self.stages):
             x = getattr(self, f"block{i + 1}")(x)
         return x
@@ -46,20 +48,20 @@ class ResNetStem(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 (strided), 1x1 convolutions to `4 * width` channels, added to the (projected) input, then ReLU."""
 
-    def __init__(self, in_channels, width, stride):
+    def __init__(self, in_channels, width, stride, num_groups):
         super().__init__()
         out_channels = 4 * width
         self.conv1 = StdConv2d(in_channels, width, kernel_size=1)
-        self.gn1 = GroupNorm(width, eps=1e-6)
+        self.gn1 = GroupNorm(width, 1e-6, num_groups)
         self.conv2 = StdConv2d(width, width, kernel_size=3, stride=stride)
-        self.gn2 = GroupNorm(width, eps=1e-6)
+        self.gn2 = GroupNorm(width, 1e-6, num_groups)
         self.conv3 = StdConv2d(width, out_channels, kernel_size=1)
-        self.gn3 = GroupNorm(out_channels, eps=1e-6)
+        self.gn3 = GroupNorm(out_channels, 1e-6, num_groups)
         nn.init.zeros_(self.gn3.weight)
         self.projects = stride != 1 or in_channels != out_channels
         if self.projects:
             self.conv_proj = StdConv2d(in_channels, out_channels, kernel_size=1, stride=stride)
-            self.gn_proj = GroupNorm(out_channels, eps=1e-6)
+            self.gn_proj = GroupNorm(out_channels, 1e-6, num_groups)
 
     def forward(self, x):
         residual = self.gn_proj(self.conv_proj(x)) if self.projects else x

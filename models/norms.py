@@ -20,10 +20,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a feature map (B, C, H, W) in 32 groups, as in every ResNet of Google's checkpoints."""
+    """GroupNorm of a feature map (B, C, H, W); every ResNet of Google's checkpoints has 32 groups."""
 
-    def __init__(self, num_channels, eps):
-        super().__init__(32, num_channels, eps=eps)
+    def __init__(self, num_channels, eps, num_groups):
+        super().__init__(num_groups, num_channels, eps=eps)
 
     def forward(self, x):
         if x.dtype == self.weight.dtype or x.device.type == "cpu":

@@ -32,8 +32,8 @@ class Entry(NamedTuple):
     view: torch.Tensor
 
 
-def table(model):
-    """The rows of a ViT or hybrid, head and `pre_logits` included."""
+def vit_rows(model):
+    """The table of a ViT or hybrid, head and `pre_logits` included."""
     rows = [Entry("cls", model.cls_token), Entry(POS_EMBED, model.pos_embed)]
     if model.patch_embed.stem:
         rows += stem_rows(model.patch_embed.stem)
@@ -60,8 +60,8 @@ def conv_rows(key, layer):
     return rows if layer.bias is None else [*rows, Entry(f"{key}/bias", layer.bias)]
 
 
-def norm_rows(key, norm):
-    return [Entry(f"{key}/scale", norm.weight), Entry(f"{key}/bias", norm.bias)]
+def norm_rows(key, norm, scale="scale", bias="bias"):
+    return [Entry(f"{key}/{scale}", norm.weight), Entry(f"{key}/{bias}", norm.bias)]
 
 
 def attention_rows(key, attention):
@@ -87,33 +87,59 @@ def stem_rows(stem):
     return rows
 
 
+def resnet_rows(model):
+    """The table of a BiT ResNet, head included."""
+    rows = conv_rows("resnet/root_block/standardized_conv2d", model.stem.conv)
+    for i, stage in enumerate(model.stages):
+        for j, unit in enumerate(stage.blocks):
+            prefix = f"resnet/block{i + 1}/unit{j + 1:02d}"
+            parts = (("a", unit.norm1, unit.conv1), ("b", unit.norm2, unit.conv2), ("c", unit.norm3, unit.conv3))
+            for part, norm, conv in parts:
+                rows += norm_rows(f"{prefix}/{part}/group_norm", norm, scale="gamma", bias="beta")
+                rows += conv_rows(f"{prefix}/{part}/standardized_conv2d", conv)
+            if unit.downsample:
+                rows += conv_rows(f"{prefix}/a/proj/standardized_conv2d", unit.downsample.conv)
+    rows += norm_rows("resnet/group_norm", model.norm, scale="gamma", bias="beta")
+    return rows + conv_rows("resnet/head/conv2d", model.head.fc)
+
+
 @torch.no_grad()
-def load(model, arrays, head):
-    """Fill `model` from `arrays`; see VisionTransformer.load_from. Holds one array at a time."""
+def load(rows, arrays, head, grid_size=None, whole=()):
+    """Fill the views of `rows` from `arrays`, one at a time; see VisionTransformer.load_from.
+
+    Position embeddings are resized to `grid_size`. `whole` is {key: shape} of a larger model that this one was cut
+    from: its other keys may be left over, and where its shape is another, our initial values stay. Returns the keys
+    of those.
+    """
     if head not in ("zero", "keep"):
         raise ValueError(f"head is 'zero' or 'keep', not {head!r}")
     found = {canonical_key(key): key for key in arrays}
-    set_pre_logits(model, arrays, found, head)
-    rows = [row for row in table(model) if head == "keep" or not is_head(row.key)]
-    check_keys(rows, found)
-    for row in rows:
+    wanted = [row for row in rows if head == "keep" or not is_head(row.key)]
+    check_keys(wanted, found, whole)
+    initialised = []
+    for row in wanted:
         array = np.asarray(arrays[found[row.key]])
         if not np.issubdtype(array.dtype, np.floating):
             raise CheckpointError(f"{found[row.key]} holds {array.dtype}, expected floating-point numbers")
         if row.key == POS_EMBED and array.ndim == 3 and array.shape != row.view.shape:
-            array = resize_pos_embed(array, model.patch_embed.grid_size)
+            array = resize_pos_embed(array, grid_size)
         if array.ndim == 1 and row.view.shape == (1, 1, 1, array.size):
             array = array.reshape(row.view.shape)  # a GroupNorm as later versions of Flax store it
-        if array.shape != row.view.shape:
+        if array.shape == row.view.shape:
+            row.view.copy_(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)))
+        elif row.key in whole and array.shape == whole[row.key] and not is_head(row.key):
+            initialised.append(row.key)
+        else:
             raise CheckpointError(shape_message(found[row.key], array.shape, row))
-        row.view.copy_(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)))
     if head == "zero":
-        nn.init.zeros_(model.head.weight)
-        nn.init.zeros_(model.head.bias)
+        for row in rows:
+            if is_head(row.key):
+                row.view.zero_()
+    return initialised
 
 
-def export(model):
-    return {row.key: row.view.detach().float().cpu().numpy().copy() for row in table(model)}
+def export(rows):
+    return {row.key: row.view.detach().float().cpu().numpy().copy() for row in rows}
 
 
 def canonical_key(key):
@@ -123,25 +149,31 @@ def canonical_key(key):
 
 
 def is_head(key):
-    return key.startswith(("head/", "pre_logits/"))
+    return key.startswith(("head/", "pre_logits/", "resnet/head/"))
 
 
-def set_pre_logits(model, arrays, found, head):
+def num_classes_of(arrays):
+    """How many classes the checkpoint's head tells apart, or None if it has no head."""
+    biases = [arrays[key] for key in ("head/bias", "resnet/head/conv2d/bias") if key in arrays]
+    return len(biases[0]) if biases else None
+
+
+def set_pre_logits(model, arrays, head):
     """A kept head needs the layer below it: ImageNet-21k checkpoints have one, others do not."""
     model.pre_logits = None
-    if head == "keep" and "pre_logits/kernel" in found:
-        size_in, size_out = arrays[found["pre_logits/kernel"]].shape
+    if head == "keep" and "pre_logits/kernel" in arrays:
+        size_in, size_out = arrays["pre_logits/kernel"].shape
         weight = model.head.weight
         model.pre_logits = nn.Linear(size_in, size_out, device=weight.device, dtype=weight.dtype)
 
 
-def check_keys(rows, found):
+def check_keys(rows, found, whole):
     expected = {row.key: row for row in rows}
     missing = [row for row in rows if row.key not in found]
     if missing:
         shape = tuple(missing[0].view.shape)
         raise CheckpointError(f"{missing[0].key} is missing, expected shape {shape}{and_more(missing)}")
-    left_over = [key for canonical, key in found.items() if canonical not in expected and not is_head(canonical)]
+    left_over = [key for name, key in found.items() if name not in expected and name not in whole and not is_head(name)]
     if left_over:
         raise CheckpointError(f"{left_over[0]} is left over, the model has no such weights{and_more(left_over)}")
 
@@ -152,7 +184,7 @@ def and_more(keys):
 
 def shape_message(key, shape, row):
     message = f"{key} has shape {tuple(shape)}, expected {tuple(row.view.shape)}"
-    if row.key.startswith("head/"):
+    if row.key.startswith(("head/", "resnet/head/")):
         message += f": the checkpoint has {shape[-1]} classes, the model {row.view.shape[-1]}"
     return message
 

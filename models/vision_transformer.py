@@ -66,13 +66,15 @@ class VisionTransformer(nn.Module):
         `head="zero"` starts a new task with a head of zeros; `head="keep"` takes the checkpoint's head and
         its `pre_logits` layer, if it has one. Position embeddings of another grid are resized. Raises
         CheckpointError, which names the key, the shape found and the shape expected, for a key that is
-        missing, left over or of another shape; the model's weights are then undefined.
+        missing, left over or of another shape; the model's weights are then undefined. Returns the keys of weights
+        that keep their initial values: none.
         """
-        npz.load(self, arrays, head)
+        npz.set_pre_logits(self, arrays, head)
+        return npz.load(npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
-        return npz.export(self)
+        return npz.export(npz.vit_rows(self))
 
 
 class PatchEmbed(nn.Module):
@@ -81,7 +83,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config, img_size):
         super().__init__()
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.stem = None if config.resnet_layers is None else ResNetStem(config.resnet_layers)
+        self.stem = None if config.resnet_layers is None else ResNetStem(config)
         self.patch_size = config.patch_size
         stride = self.patch_size * (self.stem.stride if self.stem else 1)
         if any(size < stride or size % stride for size in self.img_size):

@@ -32,6 +32,18 @@ def test_digits_are_split_once_and_for_all(one_process):
     assert np.array_equal(together.numpy(), pixels)
 
 
+def test_the_first_examples_of_each_class(image_folder, one_process):
+    whole = DATASETS["digits"].load(True, "data", one_process, 0)
+    few = DATASETS["digits"].load(True, "data", one_process, 0, examples_per_class=3)
+    assert len(few) == 30
+    for label in range(10):
+        assert torch.equal(few.images[few.labels == label], whole.images[whole.labels == label][:3])
+    assert few.classes == whole.classes
+    folder = DATASETS["imagefolder"].load(True, image_folder, one_process, 0, examples_per_class=5)
+    assert [path[-11:] for path in folder.paths] == [f"{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(5)]
+    assert len(DATASETS["imagefolder"].load(True, image_folder, one_process, 0, examples_per_class=99)) == 16
+
+
 def test_batches_of_all_processes_make_up_the_global_batch():
     whole = list(stream_positions(24, 1, World(0, 1, 0, CPU), 3, 5))
     for size, parts in ((2, 1), (2, 3), (4, 2)):

@@ -8,8 +8,10 @@ import pytest
 
 import evaluate
 import train
+import train_flops
+import train_resnet
 from conftest import call_main, script
-from utils.arguments import add_vit_flags, training_parser
+from utils.arguments import add_model_flags, training_parser
 
 WRONG = [
     (["--img_size", 9], "image size 9 is not a multiple of the model's patch size 4"),
@@ -20,6 +22,9 @@ WRONG = [
     (["--optimizer", "adam_w"], "unknown optimizer 'adam_w'; did you mean adamw"),
     (["--decay_type", "cosin"], "did you mean cosine"),
     (["--norm_type", "XN"], "unknown norm type 'XN'"),
+    (["--model_type", "BiT-M-R50x1", "--norm_type", "BN"], "BiT-M-R50x1 always has GroupNorm"),
+    (["--model_type", "BiT-M-R50x1", "--dropout_rate", 0.1], "BiT-M-R50x1 has no field 'dropout_rate'"),
+    (["--examples_per_class", 0], "0 is not a whole number above 0"),
     (["--fp16_opt_level", "O5"], "unknown opt level 'O5'; did you mean O0, O1, O2, O3"),
     (["--learning_rate", -1], "--learning_rate: -1 is not a number above 0"),
     (["--learning_rate", "nan"], "nan is not a number above 0"),
@@ -58,6 +63,13 @@ def fails(module, flags, monkeypatch, capsys):
 def test_wrong_flags(flags, message, tiny_flags, monkeypatch, capsys, tmp_path):
     assert message in fails(train, tiny_flags(*flags), monkeypatch, capsys)
     assert not (tmp_path / "output" / "run").exists()
+
+
+@pytest.mark.parametrize("module", [train_resnet, train_flops])
+def test_the_flags_of_the_cnns_are_those_of_train_but_the_models(module, tiny_flags, monkeypatch, capsys):
+    assert "unrecognized arguments: --model_type" in fails(module, tiny_flags(), monkeypatch, capsys)
+    message = fails(module, ["--name", "x", "--pretrained_dir", "BiT-M-R50x3.npz"], monkeypatch, capsys)
+    assert "bit_models/BiT-M-R50x3.npz" in message
 
 
 def test_the_name_is_required(monkeypatch, capsys):
@@ -112,7 +124,7 @@ def test_wrong_flags_of_evaluate(flags, message, monkeypatch, capsys):
 
 def test_every_flag_has_help_in_a_group():
     parser = training_parser("")
-    add_vit_flags(parser, ("a",), str)
+    add_model_flags(parser, ("a",), str)
     flags = [action for action in parser._actions if action.dest != "help"]
     assert all(action.help for action in flags)
     assert {action.container.title for action in flags}.isdisjoint({"options", "positional arguments"})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import MODEL_TYPES, CheckpointError, attention, build_model
+from models import CheckpointError, attention, build_model
+from models.configs import VITS
 from synthetic import make_checkpoint, make_images
 
 SIZES = {  # millions of parameters at 224x224 and 10 classes
@@ -43,8 +44,8 @@ def test_number_of_parameters(model_type):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == SIZES[model_type]
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_model_maps_images_to_logits(model_type):
+@pytest.mark.parametrize("model_type", VITS)
+def test_every_vit_maps_images_to_logits(model_type):
     img_size = 42 if model_type == "ViT-H_14" else 64
     model = build_model(model_type, img_size, num_classes=7, num_layers=1)
     assert model(torch.zeros(2, 3, img_size, img_size)).shape == (2, 7)
@@ -105,10 +106,10 @@ def test_initial_weights():
 
 def test_dropout_rates_of_the_published_configs():
     with torch.device("meta"):
-        rates = {name: build_model(name).config.dropout_rate for name in MODEL_TYPES}
+        rates = {name: build_model(name).config.dropout_rate for name in VITS}
         assert build_model("ViT-B_16", dropout_rate=0.3).blocks[0].mlp.drop1.rate == 0.3
     with_dropout = {"ViT-L_16", "ViT-H_14", "R50-ViT-B_16", "R50-ViT-L_32"}
-    assert rates == {name: 0.1 if name in with_dropout else 0.0 for name in MODEL_TYPES}
+    assert rates == {name: 0.1 if name in with_dropout else 0.0 for name in VITS}
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,9 @@ def test_loading_vit_b_16_needs_little_memory(tmp_path):
 
 
 def table_of(model_type):
-    from models.npz import table
+    from models.npz import vit_rows
 
-    return table(build_model(model_type))
+    return vit_rows(build_model(model_type))
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 17, 64), (5, 4, 200, 32)])

@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 from models import build_model
+from models.npz import resnet_rows
 from synthetic import load_fixture, make_checkpoint, make_images
 
 NO_PRETRAINED = {"num_classes": 10, "act_layer": partial(torch.nn.GELU, approximate="tanh")}
@@ -35,7 +36,7 @@ def later_spelling(key):
     return key
 
 
-@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5)])
+@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5), ("BiT-M-R50x1", 1e-5)])
 def test_logits_are_the_official_ones(name, bound):
     fixture = load_fixture(name)
     arrays = make_checkpoint(fixture["shapes"])
@@ -163,3 +164,31 @@ def test_position_embeddings_are_interpolated_linearly_between_the_corners(grid_
     found = model.pos_embed[0].detach().numpy()
     np.testing.assert_array_equal(found[0], pos_embed[0])
     np.testing.assert_allclose(found[1:], grid.reshape(-1, 192), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, timm_name", [("BiT-M-R50x3", "resnetv2_50x3_bit"), ("BiT-S-R101x1", "resnetv2_101x1_bit")]
+)
+def test_resnet_agrees_with_timm(name, timm_name, tmp_path):
+    """On a size that no stride divides; timm's weight standardisation gets Google's epsilon."""
+    with torch.device("meta"):
+        shapes = {row.key: row.view.shape for row in resnet_rows(build_model(name))}
+    np.savez(tmp_path / "weights.npz", **make_checkpoint(shapes))
+    ours = build_model(name)
+    ours.load_from(np.load(tmp_path / "weights.npz"), head="keep")
+    theirs = timm.create_model(timm_name, num_classes=10)
+    theirs.load_pretrained(str(tmp_path / "weights.npz"))
+    for module in theirs.modules():
+        if isinstance(module, timm.layers.StdConv2d):
+            module.eps = 1e-10
+    images = make_images(130, 1)[:, :, :97]
+    assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 1e-5
+
+
+@pytest.mark.parametrize("size", ["M", "S"])
+@pytest.mark.parametrize("name", ["R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4"])
+def test_state_dicts_of_resnets_have_timms_names(size, name):
+    with torch.device("meta"):
+        ours = build_model(f"BiT-{size}-{name}").state_dict()
+        theirs = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=10).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, script, succeed
 from models import build_model
+from models.npz import resnet_rows
 from synthetic import make_checkpoint
 
 
@@ -77,6 +78,36 @@ def test_evaluating_a_published_checkpoint(tmp_path, image_folder):
     done = script("evaluate.py", "--checkpoint", weights, "--dataset", "digits")
     assert done.returncode == 2
     assert done.stderr.endswith("tells 2 classes apart, digits has 10\n")
+
+
+@pytest.fixture(scope="module")
+def r50x3(tmp_path_factory):
+    """BiT-M-R50x3.npz at its full size, all zeros, which take no space."""
+    path = tmp_path_factory.mktemp("checkpoint") / "BiT-M-R50x3.npz"
+    with torch.device("meta"):
+        shapes = {row.key: row.view.shape for row in resnet_rows(build_model("BiT-M-R50x3", num_classes=21843))}
+    np.savez_compressed(path, **{key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, model_type, size, fresh",
+    [
+        ("train_resnet.py", "ResNet50x3_Params", "96.14", "10 arrays of resnet/block4/unit01, resnet/group_norm"),
+        ("train_flops.py", "ResNet50x3_Flops", "36.52", "2 arrays of resnet/group_norm"),
+    ],
+)
+def test_the_scripts_of_the_cnns(name, model_type, size, fresh, r50x3, tiny_flags):
+    """One step from R50x3's checkpoint, its records, and the accuracy of what was saved."""
+    steps = ["--num_steps", 1, "--train_batch_size", 2, "--examples_per_class", 1]
+    flags = tiny_flags(*steps, "--pretrained_dir", r50x3)
+    at = flags.index("--model_type")
+    printed = succeed(name, *flags[:at], *flags[at + 2 :])
+    assert f"{model_type}, {size} M parameters, on digits: 10 training and 360 test images" in printed
+    assert f"has no weights of the right shape for {fresh}: initialised" in printed
+    assert set(metrics(flags)[0]) >= {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
+    report = json.loads(succeed("evaluate.py", "--checkpoint", run_dir(flags) / "last.safetensors", "--json"))
+    assert report["loss"] == pytest.approx(float(metrics(flags)[0]["test_loss"]), rel=1e-5)
 
 
 def test_an_image_folder_from_worker_processes(tiny_flags, image_folder):

@@ -297,7 +297,7 @@ def test_apex_is_used_where_an_old_build_is_installed(tiny_flags, monkeypatch):
 
 
 def test_compiled_training_is_the_same(tiny_flags, monkeypatch):
-    monkeypatch.setitem(models.CONFIGS["ViT-Mini_4"], "num_layers", 1)
+    monkeypatch.setitem(models.VITS["ViT-Mini_4"], "num_layers", 1)
     eager, _ = run(tiny_flags("--num_steps", 3), monkeypatch)
     compiled, _ = run(tiny_flags("--num_steps", 3, "--compile", "--overwrite"), monkeypatch)
     assert max(differences(eager, compiled).values()) < 1e-5

@@ -60,6 +60,12 @@ def training_parser(description):
     data = parser.add_argument_group("data")
     add_data_flags(data, default="cifar10")
     data.add_argument(
+        "--examples_per_class",
+        type=positive,
+        metavar="N",
+        help="train on the first N images of each class only; default: all",
+    )
+    data.add_argument(
         "--img_size", type=positive, default=224, metavar="PIXELS", help="side of the square input images in pixels"
     )
     data.add_argument(
@@ -201,14 +207,14 @@ def add_precision_flags(group):
     )
 
 
-def add_vit_flags(parser, model_types, canonical):
-    """The flags of scripts that train ViTs; `canonical` finds a name in `model_types` or raises ValueError."""
-    group = parser.add_argument_group("ViT")
+def add_model_flags(parser, model_types, canonical):
+    """The model's flags; `canonical` finds a name in `model_types` or raises ValueError."""
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--model_type", type=argument(canonical), default="ViT-B_16", metavar="NAME", help=", ".join(model_types)
     )
-    group.add_argument("--norm_type", default="LN", metavar="NORM", help="normalisation of the tokens: LN")
-    group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="default: the published model's")
+    group.add_argument("--norm_type", default="LN", metavar="NORM", help="normalisation of a ViT's tokens: LN")
+    group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="of a ViT; default: the published model's")
 
 
 def check_training_flags(args, make_model):

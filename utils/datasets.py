@@ -34,14 +34,15 @@ DIGITS_SPLIT_SEED = 0
 class Source(NamedTuple):
     """Where a data set comes from; both raise UserError that names the folder or file at fault.
 
-    `count_classes(data_dir)` is quick; `load(train, data_dir, world, num_workers)` reads the training or the test set.
+    `count_classes(data_dir)` is quick; `load(train, data_dir, world, num_workers, examples_per_class=None)` reads the
+    training or the test set, or the first examples of each class.
     """
 
     count_classes: Callable
     load: Callable
 
 
-def load_digits(train, data_dir, world, num_workers):
+def load_digits(train, data_dir, world, num_workers, examples_per_class=None):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -50,10 +51,11 @@ def load_digits(train, data_dir, world, num_workers):
     pixels = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8).repeat(3, axis=1)
     splits = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED)
     rows = splits[0 if train else 1]
+    rows = rows[first_of_each_class(labels[rows], examples_per_class)]
     return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device)
 
 
-def load_cifar(dataset, train, data_dir, world, num_workers):
+def load_cifar(dataset, train, data_dir, world, num_workers, examples_per_class=None):
     """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
     try:
         with first_on_each_machine(world):
@@ -63,18 +65,20 @@ def load_cifar(dataset, train, data_dir, world, num_workers):
             f"could not get {dataset.__name__} into {data_dir}: {error}; "
             f"download {dataset.url} there by hand, or give the folder that holds it with --data_dir"
         ) from error
-    images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
-    return TensorImages(images, data.targets, data.classes, world.device)
+    labels = np.asarray(data.targets)
+    rows = first_of_each_class(labels, examples_per_class)
+    images = np.ascontiguousarray(data.data[rows].transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
+    return TensorImages(images, labels[rows], data.classes, world.device)
 
 
-def load_imagefolder(train, data_dir, world, num_workers):
+def load_imagefolder(train, data_dir, world, num_workers, examples_per_class=None):
     """`train/` and `val/` or `test/` below `data_dir`, one folder a class."""
     train_dir, test_dir = image_folders(data_dir)
     classes = class_folders(train_dir)
     unknown = sorted(set(class_folders(test_dir)) - set(classes))
     if unknown:
         raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
-    return read_folder(train_dir if train else test_dir, classes, world, num_workers)
+    return read_folder(train_dir if train else test_dir, classes, world, num_workers, examples_per_class)
 
 
 DATASETS = {
@@ -83,6 +87,12 @@ DATASETS = {
     "digits": Source(lambda data_dir: 10, load_digits),
     "imagefolder": Source(lambda data_dir: len(class_folders(image_folders(data_dir)[0])), load_imagefolder),
 }
+
+
+def first_of_each_class(labels, count):
+    """Indices of the first `count` samples of each class, in the data set's order; of all where it is None."""
+    rows = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
+    return np.sort(np.concatenate(rows))
 
 
 def image_folders(data_dir):
@@ -108,13 +118,13 @@ def class_folders(folder):
     return names
 
 
-def read_folder(folder, classes, world, num_workers):
+def read_folder(folder, classes, world, num_workers, examples_per_class):
     """TensorImages where all pictures are of one size and fit into memory, otherwise FolderImages."""
     paths, labels = [], []
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
             continue  # a test set may lack a class
-        files = pictures_below(folder / name)
+        files = pictures_below(folder / name)[:examples_per_class]
         paths += files
         labels += [label] * len(files)
     images = read_images_of_one_size(paths, quiet=world.rank > 0)

@@ -22,7 +22,7 @@ from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_ov
 from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
 from utils.precision import make_precision
-from utils.pretrained import download, load_pretrained
+from utils.pretrained import download, initialised_line, load_pretrained
 from utils.scheduler import learning_rate
 from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
 
@@ -87,10 +87,11 @@ def run_training(args, make_model):
             with first_on_each_machine(processes):
                 if args.download and not os.path.exists(args.pretrained_dir):
                     download(args.pretrained_dir)
-            load_pretrained(model, args.pretrained_dir, args.model_type)
-        train_set, test_set = (
-            source.load(train, args.data_dir, processes, args.num_workers) for train in (True, False)
-        )
+            initialised = load_pretrained(model, args.pretrained_dir, args.model_type)
+            if initialised and processes.rank == 0:
+                print(initialised_line(args.pretrained_dir, initialised))
+        places = (args.data_dir, processes, args.num_workers)
+        train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
         train(model, train_set, test_set, args, processes, run_dir, state)
 
 

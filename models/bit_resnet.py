@@ -1,0 +1,141 @@
+"""BiT's ResNetV2 (Kolesnikov et al., 2020), exact to google-research/big_transfer, and the two CNNs cut from it.
+
+Pre-activation bottlenecks with GroupNorm and weight standardisation; all padding is symmetric.
+
+Two CNNs stand against the hybrid R50-ViT-B_16, both made of the first units of R50x3:
+
+- ResNet50x3_Params has as many parameters: the root, blocks 1 to 3 whole, and in place of block 4 (6144 channels)
+  one unit that halves the size once more and keeps the 3072 channels.
+- ResNet50x3_Flops has as many FLOPs: the root, blocks 1 and 2 whole, and the first two units of block 3.
+
+The state dict has timm's names, so a checkpoint of a BiT also loads there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import npz
+from models.hybrid_stem import lecun_normal_
+from models.norms import GroupNorm
+
+
+class BiTResNet(nn.Module):
+    """Images (B, 3, H, W) of any size -> logits (B, num_classes)."""
+
+    def __init__(self, config, num_classes=10):
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.stem = Root(config)
+        self.stages = nn.ModuleList()
+        channels = config.root_width
+        for i, (units, width) in enumerate(zip(config.resnet_layers, config.stage_widths, strict=True)):
+            stage = nn.Module()
+            stage.blocks = nn.Sequential()
+            for j in range(units):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.blocks.append(Bottleneck(channels, width, stride, config.num_groups))
+                channels = width
+            self.stages.append(stage)
+        self.norm = GroupNorm(channels, 1e-5, config.num_groups)
+        self.head = Head(channels, num_classes)
+
+    def forward(self, images):
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        if not x.is_cuda:
+            x = x.contiguous()  # on a CPU, GroupNorm is faster and more exact that way; convolutions are the same
+        for stage in self.stages:
+            x = stage.blocks(x)
+        return self.head(F.relu(self.norm(x), inplace=True))
+
+    def load_from(self, arrays, head="zero"):
+        """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("BiT-M-R50x1.npz")`.
+
+        `head` and the errors are those of VisionTransformer.load_from. A model that was cut from a larger one
+        takes what it shares with the larger one's checkpoint; returns the keys that keep their initial values.
+        """
+        return npz.load(npz.resnet_rows(self), arrays, head, whole=self.shapes_before_the_cut())
+
+    def export_npz(self):
+        """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
+        return npz.export(npz.resnet_rows(self))
+
+    def shapes_before_the_cut(self):
+        """{key: shape} in the checkpoint of the ResNet that this one was cut from; empty if it is whole."""
+        if self.config.cut_from is None:
+            return {}
+        config = self.config.copy_and_resolve_references()
+        config.resnet_layers, config.cut_from = config.cut_from, None
+        config.stage_widths = tuple(4 * config.root_width * 2**i for i in range(len(config.resnet_layers)))
+        with torch.device("meta"):
+            return {row.key: tuple(row.view.shape) for row in npz.resnet_rows(BiTResNet(config))}
+
+
+class Root(nn.Module):
+    """Images -> features (B, root_width, H / root_stride, W / root_stride)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pools = config.root_stride == 4
+        kernel_size, stride = (7, 2) if self.pools else (3, 1)  # small images keep their size
+        self.conv = StdConv2d(3, config.root_width, kernel_size, stride)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.pools:
+            x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), kernel_size=3, stride=2)  # zeros count, x may be negative
+        return x
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (strided), 1x1 convolutions, each after GroupNorm and ReLU, added to the (projected) input."""
+
+    def __init__(self, in_channels, out_channels, stride, num_groups):
+        super().__init__()
+        width = out_channels // 4
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("conv", StdConv2d(in_channels, out_channels, 1, stride))
+        self.norm1 = GroupNorm(in_channels, 1e-5, num_groups)
+        self.conv1 = StdConv2d(in_channels, width, 1)
+        self.norm2 = GroupNorm(width, 1e-5, num_groups)
+        self.conv2 = StdConv2d(width, width, 3, stride)
+        self.norm3 = GroupNorm(width, 1e-5, num_groups)
+        self.conv3 = StdConv2d(width, out_channels, 1)
+
+    def forward(self, x):
+        activated = F.relu(self.norm1(x), inplace=True)
+        residual = self.downsample(activated) if self.downsample else x
+        x = self.conv1(activated)
+        x = self.conv2(F.relu(self.norm2(x), inplace=True))
+        return residual + self.conv3(F.relu(self.norm3(x), inplace=True))
+
+
+class Head(nn.Module):
+    """Features (B, C, H, W) -> their mean over the image -> logits (B, num_classes)."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.fc = nn.Conv2d(channels, num_classes, kernel_size=1)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        return self.fc(x.mean(dim=(2, 3), keepdim=True)).flatten(1)
+
+
+class StdConv2d(nn.Conv2d):
+    """Convolution without bias, its kernels standardised by `sqrt(var + 1e-10)`, with symmetric padding."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+    def reset_parameters(self):
+        lecun_normal_(self.weight)
+
+    def forward(self, x):
+        # The same sums as BatchNorm's over a batch of one, in its one kernel; it takes 16-bit weights in float32.
+        weight = F.batch_norm(self.weight.flatten(1)[None], None, None, training=True, eps=1e-10)
+        return F.conv2d(x, weight.view_as(self.weight), stride=self.stride, padding=self.padding)
