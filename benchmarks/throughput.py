@@ -7,6 +7,7 @@ stand beside those of a matrix product of the model's own MLP size and precision
 """
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -15,13 +16,17 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from timm.layers import StdConv2d
+from timm.models.resnetv2 import ResNetV2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import MODEL_TYPES, build_model, canonical_model_type
+from models.bit_resnet import BiTResNet
+from models.dropout import Dropout
 from utils.arguments import Parser, argument, one_of, positive
 from utils.errors import UserError, run_script
 from utils.precision import OPT_LEVELS, Precision
+from utils.profiling import count_flops
 from utils.tracking import device_name
 
 TIMM = {
@@ -46,21 +51,21 @@ NUM_CLASSES = 10
 
 def main():
     args = parse_flags()
-    try:
-        flops = forward_flops(args)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    flops = forward_flops(args.model_type, args.img_size)
+    torch.manual_seed(0)
+    model = build_model(args.model_type, args.img_size, NUM_CLASSES)
+    shape = matrix_product_shape(model, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     contenders = {}
     for name, make in (("this project", ours), ("timm", timms), ("transformers", transformers_vit)):
-        steps = make(args, device, images, labels)
+        steps = make(args, model, device, images, labels)
         if steps:
             contenders[name, "forward"], contenders[name, "training step"] = steps
-    contenders["matrix product", ""] = matrix_product(args, device)
+    contenders["matrix product", ""] = matrix_product(shape, args, device)
     seconds = take_turns(contenders, args.rounds, device)
-    print(report(args, seconds, flops))
+    print(report(args, seconds, flops, shape))
 
 
 def parse_flags():
@@ -68,34 +73,37 @@ def parse_flags():
     group = parser.add_argument_group("benchmark")
     names = ", ".join(MODEL_TYPES)
     group.add_argument("--model_type", type=argument(canonical_model_type), default="ViT-B_16", help=names)
+    add_step_flags(group, batch_size=16, rounds=7)
+    return parser.parse_args()
+
+
+def add_step_flags(group, batch_size, rounds):
+    """The flags of what is timed; `batch_size` and `rounds` are the defaults."""
     group.add_argument("--img_size", type=positive, default=224, help="side of the square images in pixels")
-    group.add_argument("--batch_size", type=positive, default=16, help="images at once")
+    group.add_argument("--batch_size", type=positive, default=batch_size, help="images at once")
     group.add_argument("--precision", type=one_of("precision", DTYPES), default="bf16", help=", ".join(DTYPES))
     group.add_argument(
         "--fp16_opt_level", type=one_of("opt level", OPT_LEVELS), default="O2", help="this project's, in 16 bits"
     )
-    group.add_argument("--rounds", type=positive, default=7, help="turns that are timed, after one that is not")
-    return parser.parse_args()
+    group.add_argument("--rounds", type=positive, default=rounds, help="turns that are timed, after one that is not")
 
 
-def ours(args, device, images, labels):
-    """(forward, training step) as train.py runs them."""
-    torch.manual_seed(0)
-    model = build_model(args.model_type, args.img_size, NUM_CLASSES, dropout_rate=0.0).to(device)  # timm's default
+def ours(args, model, device, images, labels):
+    """(forward, training step) as train.py runs them, but without dropout."""
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.rate = 0.0  # timm's default
     level = "O0" if args.precision == "fp32" else args.fp16_opt_level
     precision = Precision(level, DTYPES[args.precision], device)
-
-    def make_optimizer(named):
-        return torch.optim.SGD([p for _, p in named], lr=1e-3, momentum=0.9, fused=True)
-
-    optimizer = precision.prepare(model, make_optimizer)
+    optimizer = precision.prepare(model, momentum_sgd)
 
     def forward():
         model.eval()
         with torch.no_grad(), precision.autocast():
             model(precision.inputs(images))
 
-    def train():
+    def train(images=images, labels=labels):
         model.train()
         with precision.autocast():
             logits = model(precision.inputs(images)).float()
@@ -105,20 +113,37 @@ def ours(args, device, images, labels):
     return forward, train
 
 
-def timms(args, device, images, labels):
-    if args.model_type not in TIMM:
+def momentum_sgd(named):
+    return torch.optim.SGD([p for _, p in named], lr=1e-3, momentum=0.9, fused=True)
+
+
+def timms(args, model, device, images, labels):
+    """timm's model of the same shape; a ResNet is its resnetv2_50x3_bit with this model's layers and channels."""
+    if isinstance(model, BiTResNet) and model.config.root_stride == 4:
+        factor = model.config.root_width // 64
+        model = ResNetV2(
+            model.config.resnet_layers,
+            channels=[width // factor for width in model.config.stage_widths],
+            num_classes=NUM_CLASSES,
+            width_factor=factor,
+            stem_type="fixed",
+            conv_layer=functools.partial(StdConv2d, eps=1e-8),
+        )
+    elif args.model_type in TIMM:
+        model = timm.create_model(TIMM[args.model_type], img_size=args.img_size, num_classes=NUM_CLASSES)
+    else:
         return None
-    model = timm.create_model(TIMM[args.model_type], img_size=args.img_size, num_classes=NUM_CLASSES).to(device)
+    model.to(device)
     return eager_autocast(model, model, args, device, images, labels)
 
 
-def transformers_vit(args, device, images, labels):
+def transformers_vit(args, model, device, images, labels):
     """transformers' ViT of the same size, where that package is installed."""
     try:
         from transformers import ViTConfig, ViTForImageClassification
     except ImportError:
         return None
-    ours = build_model(args.model_type, args.img_size, NUM_CLASSES).config
+    ours = model.config
     if ours.resnet_layers is not None:
         return None
     config = ViTConfig(
@@ -164,15 +189,26 @@ def eager_autocast(model, call, args, device, images, labels):
     return forward, train
 
 
-def matrix_product_shape(args):
-    """(tokens, hidden, mlp) of the first linear layer of the model's MLP."""
-    with torch.device("meta"):
-        model = build_model(args.model_type, args.img_size)
+def forward_flops(model_type, img_size):
+    """Of one image. Raises UserError where the model can't be built, before anything that takes time."""
+    try:
+        with torch.device("meta"):
+            model = build_model(model_type, img_size, NUM_CLASSES)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return count_flops(model, img_size)
+
+
+def matrix_product_shape(model, args):
+    """(rows, inputs, outputs) of an MLP's first layer, or of a ResNet's 1x1 convolution in its third stage."""
+    if isinstance(model, BiTResNet):
+        side, width = args.img_size // (4 * model.config.root_stride), model.config.stage_widths[2]
+        return args.batch_size * side**2, width, width // 4
     return args.batch_size * model.pos_embed.shape[1], model.config.hidden_size, model.config.mlp_dim
 
 
-def matrix_product(args, device):
-    tokens, hidden, mlp = matrix_product_shape(args)
+def matrix_product(shape, args, device):
+    tokens, hidden, mlp = shape
     dtype = DTYPES[args.precision]
     x, weight = (
         torch.randn(tokens, hidden, device=device, dtype=dtype),
@@ -205,15 +241,9 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def forward_flops(args):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_model(args.model_type, args.img_size, NUM_CLASSES)(torch.zeros(1, 3, args.img_size, args.img_size))
-    return counter.get_total_flops()
-
-
-def report(args, seconds, flops):
+def report(args, seconds, flops, shape):
     """A Markdown table; `x timm` is the median over the rounds of timm's time divided by this one's."""
-    tokens, hidden, mlp = matrix_product_shape(args)
+    tokens, hidden, mlp = shape
     peak = 20 * 2 * tokens * hidden * mlp / statistics.median(seconds["matrix product", ""])
     flops = {"forward": flops, "training step": 3 * flops}
     level = "" if args.precision == "fp32" else f" (this project at {args.fp16_opt_level}, the others by autocast)"

@@ -3,11 +3,13 @@
 import csv
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # files only; a window is never opened
 from matplotlib import pyplot as plt  # noqa: E402
 
-TRAIN, TEST = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito's palette
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
 
 
 def read_metrics(path):
@@ -40,6 +42,33 @@ def plot_curves(metrics, path, title):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_runs(runs, path, title):
+    """Test loss and accuracy of runs over each other, training dashed; {label: [metrics of a seed, ...]}, a PNG.
+
+    Several seeds are drawn as their mean and, for the test set, the range between lowest and highest.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for (label, seeds), colour in zip(runs.items(), OKABE_ITO, strict=False):
+        steps = seeds[0]["step"]
+        for axes, quantity, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
+            for part, style in (("train", "--"), ("test", "-")):
+                values = factor * np.array([metrics[f"{part}_{quantity}"] for metrics in seeds])
+                look = {"color": colour, "linestyle": style, "label": label if part == "test" else None}
+                axes.plot(steps, values.mean(axis=0), linewidth=1.8 if part == "test" else 1, **look)
+                if part == "test" and len(seeds) > 1:
+                    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
+    for axes, name in zip(panels, ("cross-entropy (nats)", "top-1 accuracy (%)"), strict=True):
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color="grey", linestyle="--", linewidth=1))
+    figure.legend(handles, [*map(plain, labels), "training"], loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(plain(title), fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
