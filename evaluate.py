@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from models import MODEL_TYPES, build_model, canonical_model_type, num_classes_of
-from utils.arguments import Parser, add_data_flags, add_precision_flags, argument, positive
+from utils.arguments import Parser, add_checkpoint_flags, add_data_flags, add_precision_flags, positive
 from utils.augmentation import normalise
 from utils.checkpoint import load_into, load_weights
 from utils.datasets import DATASETS, read_image
@@ -17,14 +17,17 @@ from utils.distributed import world
 from utils.errors import UserError, run_script
 from utils.evaluation import evaluate
 from utils.precision import make_precision
-from utils.pretrained import download, load_pretrained, model_type_of, open_npz
+from utils.pretrained import download as fetch_published
+from utils.pretrained import load_pretrained, model_type_of, open_npz
 from utils.tracking import read_config
 
 
 def main():
     args = parse_flags()
     with world() as processes, torch.no_grad():
-        model, classes, img_size = load_model(args)
+        model, classes, img_size, flags = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
+        if args.dataset is None and flags:
+            args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
         model.to(processes.device).eval()
         precision = make_precision(args, processes.device)
         precision.cast(model)
@@ -41,18 +44,7 @@ def main():
 def parse_flags():
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files to classify, instead of a data set")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="a run's best.safetensors or last.safetensors, or an .npz"
-    )
-    model.add_argument(
-        "--model_type",
-        type=argument(canonical_model_type),
-        metavar="NAME",
-        help="default: the run's own, or what the .npz is named after",
-    )
-    model.add_argument("--img_size", type=positive, metavar="PIXELS", help="default: what the model was trained at")
-    model.add_argument("--download", action="store_true", help="fetch Google's .npz where it does not exist yet")
+    add_checkpoint_flags(parser.add_argument_group("model"), canonical_model_type, required=True)
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images at once")
@@ -65,44 +57,45 @@ def parse_flags():
     return parser.parse_args()
 
 
-def load_model(args):
-    """(model, names of its classes, image size). Data flags that were not given are filled in from the run's."""
-    path = Path(args.checkpoint)
+def load_model(checkpoint, model_type=None, img_size=None, download=False):
+    """(model, names of its classes, image size, flags of its run) from a run's .safetensors or an .npz without a run.
+
+    `model_type` and `img_size` are found out where they are None. Raises UserError.
+    """
+    path = Path(checkpoint)
     if path.suffix == ".npz":
-        return load_published(args, path)
+        return load_published(path, model_type, img_size, download)
     weights, _ = load_weights(path)
     config = read_config(path.parent) or {}
     if not {"flags", "classes"} <= config.keys():
         raise UserError(f"{path.parent} has no config.json of a run, so the model of {path.name} is unknown")
     flags, classes = config["flags"], config["classes"]
-    if args.dataset is None:
-        args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
-    model_type = args.model_type or flags["model_type"]
+    model_type = model_type or flags["model_type"]
     norm_type = flags.get("norm_type", "LN")
     model = make_model(model_type, flags["img_size"], len(classes), norm_type=norm_type)
     load_into(model, weights, path)
-    img_size = args.img_size or flags["img_size"]
+    img_size = img_size or flags["img_size"]
     if img_size != flags["img_size"]:
         resized = make_model(model_type, img_size, len(classes), norm_type=norm_type)
         resized.load_from(model.export_npz(), head="keep")
         model = resized
-    return model, classes, img_size
+    return model, classes, img_size, flags
 
 
-def load_published(args, path):
-    if args.download and not path.exists():
-        download(path)
+def load_published(path, model_type, img_size, download):
+    if download and not path.exists():
+        fetch_published(path)
     arrays = open_npz(path)
-    model_type = args.model_type or model_type_of(path, MODEL_TYPES)
+    model_type = model_type or model_type_of(path, MODEL_TYPES)
     if model_type is None:
         raise UserError(f"{path} is not named after a model; name it with --model_type")
     num_classes = num_classes_of(arrays)
     if num_classes is None:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
-    img_size = args.img_size or pretrained_img_size(arrays, model_type)
+    img_size = img_size or pretrained_img_size(arrays, model_type)
     model = make_model(model_type, img_size, num_classes)
     load_pretrained(model, path, model_type, head="keep")
-    return model, class_names(num_classes), img_size
+    return model, class_names(num_classes), img_size, {}
 
 
 def pretrained_img_size(arrays, model_type):
@@ -154,10 +147,10 @@ def measure(model, classes, img_size, precision, processes, args):
     seconds = time.perf_counter() - start
     confusion = result["confusion"]
     if processes.rank == 0:
-        from utils.visualize import plot_confusion_matrix
+        from utils.visualize import plot_confusion_matrix, save
 
         title = f"{Path(args.checkpoint).parent.name}/{Path(args.checkpoint).name} on {dataset}"
-        plot_confusion_matrix(confusion, test_set.classes, picture, title)
+        save(plot_confusion_matrix(confusion, test_set.classes, title), picture)
     images = confusion.sum(dim=1)
     per_class = zip(test_set.classes, (confusion.diagonal() / images).tolist(), images.tolist(), strict=True)
     return {
@@ -192,13 +185,18 @@ def classify(model, paths, classes, img_size, precision, device):
     """[{"image": path, "classes": [{"class": name, "probability": p}, ...]}, ...], the five best first."""
     report = []
     for path in paths:
-        image = tv.resize(read_image(path), [img_size, img_size], antialias=True)
+        image = prepare_image(read_image(path), img_size)
         with precision.autocast():
             logits = model(precision.inputs(normalise(image[None].to(device))))
         best = logits.float().softmax(dim=1)[0].topk(min(5, len(classes)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         report.append({"image": path, "classes": [{"class": classes[i], "probability": p} for i, p in pairs]})
     return report
+
+
+def prepare_image(image, img_size):
+    """A picture of any size, uint8 (3, H, W), as a square: uint8 (3, img_size, img_size)."""
+    return tv.resize(image, [img_size, img_size], antialias=True)
 
 
 def classification_text(report):

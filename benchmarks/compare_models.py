@@ -11,15 +11,15 @@ import statistics
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from throughput import NUM_CLASSES, add_step_flags, forward_flops, ours, take_turns  # puts the repository on the path
 
 from models import MODEL_TYPES, build_model, canonical_model_type
 from utils.arguments import Parser, argument
 from utils.errors import UserError, run_script
 from utils.profiling import activation_bytes, count_parameters
-from utils.tracking import METRICS, device_name, read_config
-from utils.visualize import OKABE_ITO, read_metrics
+from utils.tracking import device_name, read_run
+from utils.visualize import OKABE_ITO, save
 
 DEFAULT = ["R50-ViT-B_16", "ResNet50x3_Params", "ResNet50x3_Flops", "ViT-B_16"]
 COLUMNS = {  # key of a row: (title, format)
@@ -58,7 +58,7 @@ def main():
     )
     print(f"{title}, median of {args.rounds} rounds\n\n{table(rows)}")
     if args.picture:
-        draw(rows, title, args.picture)
+        save(draw(rows, title), args.picture)
 
 
 def parse_flags():
@@ -82,15 +82,12 @@ def parse_flags():
 def best_accuracies(runs, model_types):
     """{model type: best test accuracy over its runs}. Raises UserError for what is no run of one of the models."""
     best = {}
-    for run in map(Path, runs):
-        config = read_config(run)
-        if config is None or not (run / METRICS).exists():
-            raise UserError(f"{run} is no folder of a run: it needs config.json and {METRICS}")
-        name = config["flags"]["model_type"]
+    for run in runs:
+        flags, metrics = read_run(run)
+        name = flags["model_type"]
         if name not in model_types:
             raise UserError(f"{run} is a run of {name}, which is not among the models to compare")
-        accuracy = max(read_metrics(run / METRICS)["test_accuracy"])
-        best[name] = max(accuracy, best.get(name, 0.0))
+        best[name] = max(*metrics["test_accuracy"], best.get(name, 0.0))
     return best
 
 
@@ -111,11 +108,12 @@ def table(rows):
     return "\n".join(lines)
 
 
-def draw(rows, title, path):
+def draw(rows, title):
     """A panel of bars for each column of the table, models one below the other."""
     keys = [key for key in COLUMNS if any(key in row for row in rows.values())]
     size = (2.2 + 2.3 * len(keys), 1.2 + 0.4 * len(rows))
-    figure, panels = plt.subplots(1, len(keys), figsize=size, sharey=True, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(keys), sharey=True)
     colours = [OKABE_ITO[i % len(OKABE_ITO)] for i in range(len(rows))]
     for axes, key in zip(panels, keys, strict=True):
         values = [row.get(key, 0) for row in rows.values()]
@@ -128,8 +126,7 @@ def draw(rows, title, path):
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ H = {"hidden_size": 1280, "mlp_dim": 5120, "num_heads": 16, "num_layers": 32}
 VITS = {
     # This project's own, for 32x32 images from scratch. R26-ViT-Mini_4 is R50-ViT-B_16 with an eighth of the width
     # and half of the depth.
+    "ViT-Nano_4": vit(4, hidden_size=64, mlp_dim=256, num_heads=4, num_layers=12),
     "ViT-Mini_4": vit(4, **MINI),
     "R26-ViT-Mini_4": vit(1, 96, 384, 3, 6, resnet_layers=(2, 2, 4), root_width=8, root_stride=1, num_groups=4),
     "ViT-Ti_16": vit(16, **TI),

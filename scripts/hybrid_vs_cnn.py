@@ -1,7 +1,7 @@
 """A hybrid ViT against CNNs of as many parameters and as many FLOPs, from scratch, on a slice of CIFAR-10 at 32x32.
 
 The three are R50-ViT-B_16, ResNet50x3_Params and ResNet50x3_Flops at an eighth of the width and half of the depth
-(models/configs.py); a run takes some five minutes on two CPU cores. Ends in a table and a figure. The same command
+(models/configs.py); a run takes five to seven minutes on two CPU cores. Ends in a table and a figure. The same command
 goes on where it broke off; finished runs are not run again. Flags that are not listed here go to train.py.
 
     python scripts/hybrid_vs_cnn.py --seeds 0 1 2
@@ -19,8 +19,8 @@ from models import build_model
 from utils.arguments import Parser, positive, seed
 from utils.errors import UserError, run_script
 from utils.profiling import count_flops, count_parameters
-from utils.tracking import METRICS, device_name
-from utils.visualize import plot_runs, read_metrics
+from utils.tracking import device_name, read_metrics
+from utils.visualize import plot_runs, save
 
 MODELS = {
     "R26-ViT-Mini_4": "hybrid ViT",
@@ -40,12 +40,13 @@ def main():
     for number in args.seeds:
         for model_type in MODELS:
             folder = train(model_type, number, args, train_flags)
-            runs[model_type].append(read_metrics(folder / METRICS))
+            runs[model_type].append(read_metrics(folder))
     seeds = f"seeds {', '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else f"seed {args.seeds[0]}"
     print(f"\n{device_name()}, torch {torch.__version__}, {seeds}\n\n{table(runs)}\n\nfigure: {args.figure}")
     labels = {f"{model_type}: {what}": runs[model_type] for model_type, what in MODELS.items()}
-    title = f"from scratch on {args.examples_per_class} images a class of {args.dataset}"
-    plot_runs(labels, args.figure, title)
+    source = Path(args.data_dir).name if args.dataset == "imagefolder" else args.dataset
+    title = f"from scratch on {args.examples_per_class} images a class of {source}"
+    save(plot_runs(labels, title), args.figure)
 
 
 def parse_flags():
@@ -68,7 +69,7 @@ def train(model_type, number, args, train_flags):
     """The folder of the model's run with this seed, finished by train.py where it is not yet."""
     name = f"{model_type}-seed{number}"
     folder = Path(args.output_dir) / name
-    if (folder / METRICS).exists() and max(read_metrics(folder / METRICS)["step"]) == args.num_steps:
+    if max(read_metrics(folder).get("step", [0])) == args.num_steps:
         return folder
     flags = {
         "name": name,

@@ -100,6 +100,12 @@ def training_parser(description):
         help="steps between two evaluations, each with a checkpoint",
     )
     training.add_argument(
+        "--log_attention_every",
+        type=positive,
+        metavar="N",
+        help="steps between two pictures of a ViT's attention in TensorBoard, rollout on 8 test images; default: none",
+    )
+    training.add_argument(
         "--gradient_accumulation_steps",
         type=positive,
         default=1,
@@ -195,6 +201,24 @@ def add_data_flags(group, default):
     )
 
 
+def add_checkpoint_flags(group, canonical, required=False):
+    """Which saved model to load; `canonical` finds a model's name or raises ValueError."""
+    group.add_argument(
+        "--checkpoint",
+        required=required,
+        metavar="FILE",
+        help="a run's best.safetensors or last.safetensors, or an .npz",
+    )
+    group.add_argument(
+        "--model_type",
+        type=argument(canonical),
+        metavar="NAME",
+        help="default: the run's own, or what the .npz is named after",
+    )
+    group.add_argument("--img_size", type=positive, metavar="PIXELS", help="default: what the model was trained at")
+    group.add_argument("--download", action="store_true", help="fetch Google's .npz where it does not exist yet")
+
+
 def add_precision_flags(group):
     group.add_argument("--fp16", action="store_true", help="16-bit numbers: float16 on a GPU, bfloat16 on a CPU")
     group.add_argument("--bf16", action="store_true", help="16-bit numbers: bfloat16 everywhere")
@@ -248,9 +272,11 @@ def check_training_flags(args, make_model):
         check_exists(args.pretrained_dir)
     try:
         with torch.device("meta"):
-            make_model(num_classes=1)
+            model = make_model(num_classes=1)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if args.log_attention_every and not hasattr(model, "forward_with_attention"):
+        raise UserError(f"--log_attention_every: {args.model_type} has no attention")
 
 
 def positive(text):

@@ -74,3 +74,8 @@ def resize_weights(start, length, in_size, out_size, flips=None):
 def normalise(images):
     """Bytes or floats in [0, 255] -> float32 with mean 0.5 and standard deviation 0.5 taken off: [-1, 1]."""
     return images.float() * (2 / 255) - 1
+
+
+def denormalise(images):
+    """The bytes, uint8, that `normalise` made these images of."""
+    return ((images + 1) * (255 / 2)).round().clamp(0, 255).to(torch.uint8)

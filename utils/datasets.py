@@ -204,6 +204,12 @@ class TensorImages:
         for some, their_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield normalise(resized_crops(some, whole.expand(len(some), -1), img_size)), their_labels
 
+    def examples(self, count, img_size):
+        """Up to `count` images, spread evenly over the set, and their labels, as a batch of `eval_batches`."""
+        rows = spread_indices(len(self), count)
+        whole = torch.tensor([[0, 0, *self.images.shape[2:]]]).expand(len(rows), -1)
+        return normalise(resized_crops(self.images[rows], whole, img_size)), self.labels[rows]
+
 
 class FolderImages:
     """Pictures on disk, decoded, cropped and resized by worker processes."""
@@ -226,6 +232,11 @@ class FolderImages:
         share = range(world.rank, len(self), world.size)
         batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
         return self.load(ResizedImages(self.paths, self.labels, img_size), batches)
+
+    def examples(self, count, img_size):
+        """As TensorImages.examples."""
+        rows = spread_indices(len(self), count)
+        return next(iter(self.load(ResizedImages(self.paths, self.labels, img_size), [rows])))
 
     def load(self, dataset, batches):
         loader = DataLoader(
@@ -267,6 +278,11 @@ class ResizedImages(Dataset):
     def __getitem__(self, index):
         image = tv.resize(read_image(self.paths[index]), list(self.img_size), antialias=True)
         return image, self.labels[index]
+
+
+def spread_indices(size, count):
+    """`count` indices of a data set, or all, evenly spread: where classes follow one another, of different ones."""
+    return np.unique(np.linspace(0, size - 1, count).round().astype(np.int64))
 
 
 def stream_positions(batch_size, accumulation_steps, world, first_step, num_steps):

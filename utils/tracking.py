@@ -95,6 +95,26 @@ def read_config(run_dir):
         raise UserError(f"{path} is not readable as JSON: {error}") from error
 
 
+def read_metrics(run_dir):
+    """The rows of a run's metrics.csv as {column: list of floats}; empty before its first evaluation."""
+    path = Path(run_dir) / METRICS
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+
+
+def read_run(run_dir):
+    """(flags, metrics) of a run that has been evaluated. Raises UserError for a folder without one."""
+    config, metrics = read_config(run_dir), read_metrics(run_dir)
+    if config is None:
+        raise UserError(f"{run_dir} is no folder of a run: it has no {CONFIG}")
+    if not metrics:
+        raise UserError(f"{run_dir} has no evaluation in its {METRICS} yet")
+    return config["flags"], metrics
+
+
 def device_name():
     """The GPU's name, or the processor's."""
     if torch.cuda.is_available():
@@ -165,6 +185,11 @@ class Tracker:
             f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s"
         )
 
+    def log_figure(self, name, figure, step):
+        """A matplotlib figure in TensorBoard."""
+        if self.enabled:
+            self.tensorboard.add_figure(name, figure, step)
+
     def write_metrics(self):
         def write(path):
             with open(path, "w", newline="") as file:
@@ -185,11 +210,11 @@ class Tracker:
         self.bar.close()
         self.tensorboard.close()
         if self.rows:
-            from utils.visualize import plot_curves, read_metrics
+            from utils.visualize import plot_curves, save
 
             flags = read_config(self.run_dir)["flags"]
             title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
-            plot_curves(read_metrics(self.run_dir / METRICS), self.run_dir / CURVES, title)
+            save(plot_curves(read_metrics(self.run_dir), title), self.run_dir / CURVES)
 
     def summarise(self, best_accuracy, best_step):
         """Say how well the run has ended and where everything lies."""

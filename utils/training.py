@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.augmentation import denormalise
 from utils.checkpoint import LAST, load_checkpoint, load_into, save_checkpoint
 from utils.datasets import DATASETS, dropout_keys, stream_positions
 from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
@@ -31,6 +32,7 @@ OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+WATCHED = 8  # test images whose attention --log_attention_every draws
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between two looks at the loss, each of which waits for the device
 
 
@@ -176,6 +178,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=processes.rank == 0)
     tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
+    watched = test_set.examples(WATCHED, img_size) if args.log_attention_every and processes.rank == 0 else None
     window = Window()
     batches = training_batches(train_set, args, processes, progress.step, num_steps)
     try:
@@ -205,6 +208,9 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 if evaluates:
                     check_weights()
                     evaluate_and_record()
+                if watched is not None and progress.step % args.log_attention_every == 0:
+                    figure = attention_figure(model, *watched, test_set.classes, precision, f"step {progress.step}")
+                    tracker.log_figure("attention rollout", figure, progress.step)
                 signal_number = stop.agreed()
                 if signal_number and window.losses:
                     read_back()
@@ -218,6 +224,21 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     finally:
         tracker.close()
         network = None  # gloo may abort at exit while the wrapper lives
+
+
+@torch.no_grad()
+def attention_figure(model, images, labels, classes, precision, title):
+    """Attention rollout of a ViT on test images (B, 3, H, W) with what they are and what it takes them for."""
+    from utils.visualize import class_token_mask, plot_pictures, rollout
+
+    model.eval()
+    with precision.autocast():
+        logits, attention = model.forward_with_attention(precision.inputs(images))
+    model.train()
+    masks = class_token_mask(rollout(attention), model.patch_embed.grid_size)
+    pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
+    captions = [f"{classes[label]}, predicted {classes[best]}" for label, best in pairs]
+    return plot_pictures(denormalise(images).cpu(), masks, captions, title, columns=4)
 
 
 def training_batches(train_set, args, processes, first_step, num_steps):

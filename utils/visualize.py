@@ -1,22 +1,96 @@
-"""Pictures of runs: loss and accuracy curves, confusion matrices. Colours that the colour-blind can tell apart."""
+"""Pictures of what a model looks at and of how runs went.
 
-import csv
+First what is computed from attention weights, then the drawing. Figures are returned; `save` writes them as PNG.
+Colours are those that print well and that the colour-blind can tell apart.
+"""
 
-import matplotlib
+import math
+
 import numpy as np
-
-matplotlib.use("Agg")  # files only; a window is never opened
-from matplotlib import pyplot as plt  # noqa: E402
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure  # not pyplot: nothing global, and a notebook keeps its own backend
+from matplotlib.lines import Line2D
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
+HEAT = "viridis"
+UNIFORM = "attention relative to uniform"  # the unit of masks: 1 where every patch gets the same
 
 
-def read_metrics(path):
-    """The rows of a metrics.csv as {column: list of floats}."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+def rollout(attention):
+    """Attention rollout (Abnar and Zuidema, 2020): how much each token's output draws on each input token.
+
+    `attention` is a list of (B, heads, N, N), first block first; returns (B, N, N), rows sum to 1. Each block's heads
+    are averaged, the residual connection is added as the identity and the rows are normalised again.
+    """
+    joint = None
+    for weights in attention:
+        mixed = weights.float().mean(dim=1)
+        mixed = mixed + torch.eye(mixed.shape[-1], device=mixed.device)
+        mixed = mixed / mixed.sum(dim=-1, keepdim=True)
+        joint = mixed if joint is None else mixed @ joint
+    return joint
+
+
+def class_token_mask(weights, grid_size):
+    """The class token's row of (..., N, N) over the patches, relative to uniform: (..., rows, columns), mean 1."""
+    row = weights[..., 0, 1:].float()
+    row = row / row.mean(dim=-1, keepdim=True).clamp(min=1e-12)
+    return row.unflatten(-1, grid_size)
+
+
+def upsample(mask, size):
+    """A mask (rows, columns) as large as its picture, (height, width), linear between the patches' centres."""
+    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+
+
+def attention_distance(attention, grid_size, img_size):
+    """Mean attention distance in pixels (figure 7 of the ViT paper), (blocks, heads), over images and patches.
+
+    Of a patch that is the mean distance to the others, weighted by its attention to them; the class token is left
+    out. `img_size` is the input's (height, width) in pixels.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid_size), indexing="ij")
+    patch_size = torch.tensor(img_size) / torch.tensor(grid_size)
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1) * patch_size
+    distances = torch.cdist(places, places).to(attention[0].device)  # (patches, patches)
+    means = []
+    for weights in attention:
+        among_patches = weights[:, :, 1:, 1:].float()
+        among_patches = among_patches / among_patches.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        means.append((among_patches * distances).sum(dim=-1).mean(dim=(0, 2)))
+    return torch.stack(means).cpu()
+
+
+def position_similarity(pos_embed, grid_size):
+    """Cosine similarity of each patch's position embedding to each other's: (rows, columns, rows, columns)."""
+    patches = F.normalize(pos_embed[0, 1:].detach().float(), dim=1)
+    return (patches @ patches.T).view(*grid_size, *grid_size).cpu()
+
+
+def principal_filters(kernels, count=28):
+    """The first principal components of kernels (filters, 3, h, w), as RGB pictures (count, h, w, 3) in [0, 1]."""
+    flat = kernels.detach().float().cpu().flatten(1)
+    _, _, components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
+    pictures = components[:count].view(-1, *kernels.shape[1:]).permute(0, 2, 3, 1)
+    return 0.5 + 0.5 * pictures / pictures.abs().amax(dim=(1, 2, 3), keepdim=True)
+
+
+def grad_cam(model, layer, images, classes):
+    """Grad-CAM (Selvaraju et al., 2017) of a CNN for `classes` (B,), relative to its mean: (B, rows, columns).
+
+    By captum, PyTorch's own library for this: it is kept up with PyTorch and needs nothing beside it.
+    """
+    from captum.attr import LayerGradCam
+
+    with torch.enable_grad():
+        maps = LayerGradCam(model, layer).attribute(images, classes, relu_attributions=True)[:, 0].detach()
+    return maps / maps.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=120)
 
 
 def plain(text):
@@ -24,35 +98,153 @@ def plain(text):
     return text.replace("$", r"\$")
 
 
-def plot_curves(metrics, path, title):
-    """Loss and accuracy over the steps, training and test, as a PNG."""
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def overlay(axes, picture, mask, limits):
+    """`picture`, uint8 (3, H, W), in grey under its mask (rows, columns) in colour; returns what a colour bar needs."""
+    height, width = picture.shape[1:]
+    factor = math.ceil(256 / max(height, width))  # a small picture would make the mask coarse
+    heat = upsample(mask.cpu(), (factor * height, factor * width))
+    place = {"extent": (0, width, height, 0)}
+    axes.imshow(picture.float().mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=255, **place)
+    drawn = axes.imshow(heat.numpy(), cmap=HEAT, vmin=limits[0], vmax=limits[1], alpha=0.65, **place)
+    axes.set_axis_off()
+    return drawn
+
+
+def colour_bar(figure, drawn, label, **where):
+    bar = figure.colorbar(drawn, label=label, **where)
+    bar.solids.set_alpha(1)
+
+
+def plot_attention(picture, masks, title, unit=UNIFORM):
+    """The picture, uint8 (3, H, W), and beside it each mask of {name: (rows, columns)} laid over it."""
+    height = 2.5 * min(2.0, max(0.4, picture.shape[1] / picture.shape[2])) + 1.3
+    figure = Figure(figsize=(2.6 * (1 + len(masks)), height), layout="constrained")
+    panels = figure.subplots(1, 1 + len(masks))
+    panels[0].imshow(picture.permute(1, 2, 0).numpy())
+    panels[0].set_title("input", fontsize="medium")
+    panels[0].set_axis_off()
+    for axes, (name, mask) in zip(panels[1:], masks.items(), strict=True):
+        drawn = overlay(axes, picture, mask, (0, max(mask.max().item(), 1.0)))
+        axes.set_title(plain(name), fontsize="medium")
+        below = axes.inset_axes([0.03, -0.1, 0.94, 0.045])  # takes no room from its panel, so all stay aligned
+        colour_bar(figure, drawn, "", cax=below, orientation="horizontal")
+    figure.suptitle(plain(title), fontsize="medium")
+    figure.supxlabel(unit, fontsize="small")
+    return figure
+
+
+def plot_heads(picture, masks, blocks, title):
+    """A row for each of `blocks`, a column for each head; `masks` is (blocks, heads, rows, columns)."""
+    rows, columns = masks.shape[:2]
+    figure = Figure(figsize=(1.3 + 1.25 * columns, 0.9 + 1.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    limits = (0, masks.quantile(0.999).item())
+    for row, block in enumerate(blocks):
+        for head in range(columns):
+            axes = panels[row, head]
+            drawn = overlay(axes, picture, masks[row, head], limits)
+            if row == 0:
+                axes.set_title(f"head {head}", fontsize="small")
+        panels[row, 0].text(-0.08, 0.5, f"block {block}", transform=panels[row, 0].transAxes, rotation=90,
+                            ha="right", va="center", fontsize="small")  # fmt: skip
+    colour_bar(figure, drawn, UNIFORM, ax=panels, extend="max", shrink=0.9)
+    figure.suptitle(plain(title), fontsize="medium")
+    return figure
+
+
+def plot_pictures(pictures, masks, captions, title, columns=6):
+    """A grid of pictures, uint8 (3, H, W) each, every one above its mask (rows, columns) on a common scale."""
+    rows = math.ceil(len(pictures) / columns)
+    columns = math.ceil(len(pictures) / rows)
+    figure = Figure(figsize=(1.2 + 1.7 * columns, 0.7 + 3.5 * rows), layout="constrained")
+    panels = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    limits = (0, max(mask.max().item() for mask in masks))
+    for i, (picture, mask, caption) in enumerate(zip(pictures, masks, captions, strict=True)):
+        above, below = panels[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
+        above.imshow(picture.permute(1, 2, 0).numpy())
+        above.set_title(plain(caption), fontsize="small")
+        drawn = overlay(below, picture, mask, limits)
+    colour_bar(figure, drawn, UNIFORM, ax=panels, shrink=0.7)
+    figure.suptitle(plain(title), fontsize="medium")
+    return figure
+
+
+def plot_attention_distance(distances, title):
+    """Mean attention distance (blocks, heads) in pixels: a dot for each head, a line for their mean."""
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    blocks, heads = distances.shape
+    axes.scatter(np.repeat(np.arange(blocks), heads), distances.flatten(), s=18, color=TRAIN, alpha=0.7, label="a head")
+    axes.plot(np.arange(blocks), distances.mean(dim=1), color=TEST, label="mean of the heads")
+    axes.set(xlabel="block", ylabel="mean attention distance (pixels)", xticks=range(0, blocks, max(1, blocks // 12)))
+    axes.set_ylim(0, 1.1 * distances.max().item())
+    axes.set_title(plain(title), fontsize="medium")
+    axes.legend(frameon=False)
+    tidy(axes)
+    return figure
+
+
+def plot_position_similarity(similarity, title):
+    """A tile for each patch, at its place: how alike its position embedding is to every other patch's."""
+    rows, columns = similarity.shape[:2]
+    framed = F.pad(similarity, (0, 1, 0, 1), value=float("nan"))  # (rows, columns, rows + 1, columns + 1)
+    mosaic = framed.permute(0, 2, 1, 3).reshape(rows * (rows + 1), columns * (columns + 1))[:-1, :-1]
+    figure = Figure(figsize=(6.2, 5.2 * max(0.4, rows / columns)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(mosaic.numpy(), cmap=HEAT, vmin=-1, vmax=1, interpolation="nearest")
+    every = [max(1, count // 8) for count in (rows, columns)]
+    axes.set_yticks(np.arange(0, rows, every[0]) * (rows + 1) + rows / 2 - 0.5, range(0, rows, every[0]))
+    axes.set_xticks(np.arange(0, columns, every[1]) * (columns + 1) + columns / 2 - 0.5, range(0, columns, every[1]))
+    axes.set(xlabel="column of the patch", ylabel="row of the patch")
+    axes.set_title(plain(title), fontsize="medium")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(drawn, ax=axes, label="cosine similarity of position embeddings", shrink=0.9)
+    return figure
+
+
+def plot_filters(pictures, title):
+    """RGB pictures (count, h, w, 3) of filters, the first component first."""
+    columns = min(7, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(0.85 * columns, 0.5 + 0.85 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, picture in zip(panels.flat, pictures, strict=False):
+        axes.imshow(picture.numpy(), interpolation="nearest")
+    figure.suptitle(plain(title), fontsize="medium")
+    return figure
+
+
+def plot_curves(metrics, title):
+    """Loss and accuracy over the steps, training and test."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
     few = len(metrics["step"]) < 30
     for name, colour, style in (("train", TRAIN, "--"), ("test", TEST, "-")):
         look = {"color": colour, "linestyle": style, "marker": "o" if few else "", "markersize": 3, "label": name}
         loss.plot(metrics["step"], metrics[f"{name}_loss"], **look)
         accuracy.plot(metrics["step"], [100 * value for value in metrics[f"{name}_accuracy"]], **look)
-    loss.set_ylabel("cross-entropy (nats)")
-    accuracy.set_ylabel("top-1 accuracy (%)")
     best = max(metrics["test_accuracy"])
     accuracy.set_title(f"best test accuracy {100 * best:.2f} %", fontsize="medium")
     loss.set_title(plain(title), fontsize="medium")
+    label_curves(loss, accuracy)
     for axes in (loss, accuracy):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def plot_runs(runs, path, title):
-    """Test loss and accuracy of runs over each other, training dashed; {label: [metrics of a seed, ...]}, a PNG.
+def plot_runs(runs, title):
+    """Test loss and accuracy of runs over each other, training dashed; {label: [metrics of a seed, ...]}.
 
     Several seeds are drawn as their mean and, for the test set, the range between lowest and highest.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for (label, seeds), colour in zip(runs.items(), OKABE_ITO, strict=False):
+    figure = Figure(figsize=(10, 4 + 0.2 * len(runs)), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for number, (label, seeds) in enumerate(runs.items()):
+        colour = OKABE_ITO[number % len(OKABE_ITO)]
         steps = seeds[0]["step"]
         for axes, quantity, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
             for part, style in (("train", "--"), ("test", "-")):
@@ -61,25 +253,36 @@ def plot_runs(runs, path, title):
                 axes.plot(steps, values.mean(axis=0), linewidth=1.8 if part == "test" else 1, **look)
                 if part == "test" and len(seeds) > 1:
                     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
-    for axes, name in zip(panels, ("cross-entropy (nats)", "top-1 accuracy (%)"), strict=True):
-        axes.set(xlabel="step", ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    label_curves(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color="grey", linestyle="--", linewidth=1))
-    figure.legend(handles, [*map(plain, labels), "training"], loc="outside lower center", ncols=2, frameon=False)
+    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1))
+    columns = 2 if max(map(len, labels)) <= 50 else 1
+    figure.legend(handles, [*map(plain, labels), "training"], loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(plain(title), fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
-def plot_confusion_matrix(confusion, classes, path, title):
-    """Rows are true classes, columns predictions, each row as a share of its class's images; a PNG."""
+def label_curves(loss, accuracy):
+    loss.set_ylabel("cross-entropy (nats)")
+    accuracy.set_ylabel("top-1 accuracy (%)")
+    for axes in (loss, accuracy):
+        axes.set_xlabel("step")
+        tidy(axes)
+
+
+def tidy(axes):
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_confusion_matrix(confusion, classes, title):
+    """Rows are true classes, columns predictions, each row as a share of its class's images."""
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     few = len(classes) <= 20
     side = min(12.0, 3 + 0.4 * len(classes)) if few else 9
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    picture = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="share of the true class (%)", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class", title=plain(title))
     if few:
@@ -89,5 +292,4 @@ def plot_confusion_matrix(confusion, classes, path, title):
         for row, column in confusion.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, int(confusion[row, column]), ha="center", va="center", color=colour, fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
