@@ -1,7 +1,6 @@
 """Accuracy of a run's checkpoint or of Google's .npz on a data set, or its five best classes for single images."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -9,7 +8,14 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from models import MODEL_TYPES, build_model, canonical_model_type, num_classes_of
-from utils.arguments import Parser, add_checkpoint_flags, add_data_flags, add_precision_flags, positive
+from utils.arguments import (
+    Parser,
+    add_checkpoint_flags,
+    add_data_flags,
+    add_precision_flags,
+    check_picture_path,
+    positive,
+)
 from utils.augmentation import normalise
 from utils.checkpoint import load_into, load_weights
 from utils.datasets import DATASETS, read_image
@@ -127,8 +133,7 @@ def class_names(num_classes):
 def measure(model, classes, img_size, precision, processes, args):
     """Evaluate on the test set and draw the confusion matrix."""
     picture = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
-    if picture.suffix != ".png" or not os.access(picture.parent, os.W_OK):
-        raise UserError(f"the confusion matrix can't be written as {picture}; give a .png file by --confusion_matrix")
+    check_picture_path(picture, "--confusion_matrix")
     dataset = args.dataset or "cifar10"
     source = DATASETS[dataset]
     data_dir = args.data_dir or "data"

@@ -13,10 +13,11 @@ from evaluate import load_model, prepare_image
 from models import canonical_model_type
 from utils.arguments import Parser, add_checkpoint_flags, natural
 from utils.augmentation import normalise
-from utils.datasets import pictures_below, read_image
+from utils.datasets import check_image, pictures_below, read_image
 from utils.errors import UserError, run_script
 from utils.tracking import read_run
 from utils.visualize import (
+    UNIFORM,
     attention_distance,
     class_token_mask,
     grad_cam,
@@ -31,19 +32,23 @@ from utils.visualize import (
     principal_filters,
     rollout,
     save,
+    shrunk,
 )
 
 GRID = 24  # pictures at most
+KINDS = ("rollout", "blocks", "heads", "distance", "positions", "filters")
+OF_IMAGES = {"rollout", "blocks", "heads", "distance"}
 
 
 def main():
     args = parse_flags()
+    check_output(args.output_dir)
     if args.curves:
         write(plot_runs(*runs_of(args.curves)), args, "curves")
     if args.checkpoint:
         model, classes, img_size, _ = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        name = f"{Path(args.checkpoint).parent.name}/{Path(args.checkpoint).name}"
+        name = "/".join(Path(args.checkpoint).resolve().parts[-2:])
         if hasattr(model, "forward_with_attention"):
             draw_attention(model, classes, img_size, name, args)
         else:
@@ -67,83 +72,112 @@ def parse_flags():
     pictures.add_argument("--filters", action="store_true", help="principal components of the first filters")
     pictures.add_argument("--curves", nargs="+", metavar="DIR", help="folders of runs: their loss and accuracy")
     pictures.add_argument(
-        "--output_dir", metavar="DIR", help="where to write; default: pictures/ beside the checkpoint, or here"
+        "--output_dir",
+        metavar="DIR",
+        help="where to write; default: the folder pictures/ beside the checkpoint, or in the current folder",
     )
     args = parser.parse_args()
     if not args.checkpoint and not args.curves:
         raise UserError("there is nothing to draw; give a --checkpoint, or runs by --curves")
     beside = Path(args.checkpoint).parent if args.checkpoint else Path()
     args.output_dir = Path(args.output_dir or beside / "pictures")
+    kinds = [kind for kind in KINDS if getattr(args, kind)]
+    if not args.checkpoint and (kinds or args.image):
+        raise UserError(f"--{kinds[0] if kinds else 'image'} needs --checkpoint")
+    if not args.image and OF_IMAGES.intersection(kinds):
+        raise UserError(f"--{next(kind for kind in kinds if kind in OF_IMAGES)} needs --image")
     args.image = [path for given in args.image for path in (pictures_below(given) if os.path.isdir(given) else [given])]
+    for path in args.image:
+        check_image(path)
     return args
+
+
+def check_output(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made: {error.strerror}; see --output_dir") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} can't be written; see --output_dir")
 
 
 def draw_attention(model, classes, img_size, name, args):
     """All pictures of a ViT's attention that the flags ask for."""
     depth = len(model.blocks)
-    wanted = {kind for kind in ("rollout", "heads", "distance", "positions", "filters") if getattr(args, kind)}
-    if args.blocks and not args.heads:
-        wanted.add("blocks")
-    of_images = {"rollout", "blocks", "heads", "distance"}
+    wanted = {kind for kind in KINDS if getattr(args, kind)}
+    if args.heads:
+        wanted.discard("blocks")  # --blocks then says which blocks' heads
     if not wanted:
-        wanted = {"positions", "filters"} | (of_images if args.image else set())
-    elif wanted & of_images and not args.image:
-        raise UserError(f"--{min(wanted & of_images)} needs --image")
+        wanted = set(KINDS) if args.image else set(KINDS) - OF_IMAGES
     beyond = [block for block in args.blocks or () if block >= depth]
     if beyond:
         raise UserError(f"--blocks {beyond[0]}: the model has the blocks 0 to {depth - 1}")
     blocks = args.blocks or [block for block in (0, 3, 6, 9) if block < depth]
-    images = [read_image(path) for path in args.image]  # an unreadable one is said before any picture is written
-
     if "positions" in wanted:
         similarity = position_similarity(model.pos_embed, model.patch_embed.grid_size)
         write(plot_position_similarity(similarity, name), args, "positions")
     if "filters" in wanted:
         filters = principal_filters(first_layer(model).weight)
         write(plot_filters(filters, f"{name}: principal components of the first filters"), args, "filters")
-    if not wanted & of_images:
+    if not wanted & OF_IMAGES:
         return
     grid_size = model.patch_embed.grid_size
-    masks, captions, distances = [], [], 0
-    for path, image in zip(args.image, images, strict=True):
+    grid, distances = [], 0
+    for path, label in zip(args.image, labels_of(args.image), strict=True):
+        image = read_image(path)
         logits, attention = look(model, image, img_size)
+        image = shrunk(image)
         attention = [weights.cpu() for weights in attention]
-        masks.append(class_token_mask(rollout(attention)[0], grid_size))
-        captions.append(caption(logits, classes))
+        mask = class_token_mask(rollout(attention)[0], grid_size)
+        best = caption(logits, classes)
+        if len(grid) < GRID:
+            grid.append((image, mask, f"{Path(path).name}\n{best}"))
         distances = distances + attention_distance(attention, grid_size, model.patch_embed.img_size)
-        title = f"{Path(path).name}: {captions[-1]} ({name})"
+        title = f"{Path(path).name}: {best}\n{name}"
         if "rollout" in wanted:
-            write(plot_attention(image, {"attention rollout": masks[-1]}, title), args, f"{label_of(path)}-rollout")
+            write(plot_attention(image, {"attention rollout": mask}, title), args, f"{label}-rollout")
         single = torch.stack([class_token_mask(attention[block][0], grid_size) for block in blocks])
         if "blocks" in wanted:
             means = {f"block {block}": mask for block, mask in zip(blocks, single.mean(dim=1), strict=True)}
-            write(plot_attention(image, means, title), args, f"{label_of(path)}-blocks")
+            write(plot_attention(image, means, title), args, f"{label}-blocks")
         if "heads" in wanted:
-            write(plot_heads(image, single, blocks, title), args, f"{label_of(path)}-heads")
-    if "rollout" in wanted and len(images) > 1:
-        shown = slice(GRID)
-        title = f"{name}: attention rollout"
-        write(plot_pictures(images[shown], masks[shown], captions[shown], title), args, "grid")
+            write(plot_heads(image, single, blocks, title), args, f"{label}-heads")
+    if "rollout" in wanted:
+        write_grid(grid, args, f"{name}: attention rollout")
     if "distance" in wanted:
-        title = f"{name}: {len(images)} images at {img_size}x{img_size}"
-        write(plot_attention_distance(distances / len(images), title), args, "distance")
+        title = f"{name}\n{len(args.image)} images at {img_size}x{img_size}"
+        write(plot_attention_distance(distances / len(args.image), title), args, "distance")
 
 
 def draw_grad_cam(model, classes, img_size, name, args):
-    for kind in ("rollout", "blocks", "heads", "distance", "positions", "filters"):
+    """Grad-CAM of a CNN for each picture's predicted class."""
+    for kind in KINDS:
         if getattr(args, kind):
             raise UserError(f"{args.checkpoint} is a CNN without attention; leave --{kind} away and it gets Grad-CAM")
     if not args.image:
         raise UserError("Grad-CAM needs --image")
-    for path, image in [(path, read_image(path)) for path in args.image]:
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device
+    unit = "relative to the mean over the image"
+    grid = []
+    for path, label in zip(args.image, labels_of(args.image), strict=True):
+        image = read_image(path)
         batch = normalise(prepare_image(image, img_size)[None].to(device))
         with torch.no_grad():
             logits = model(batch)
-        mask = grad_cam(model, model.stages[-1].blocks, batch, logits.argmax(dim=1))[0]
-        title = f"{Path(path).name}: {caption(logits, classes)} ({name})"
-        figure = plot_attention(image, {"Grad-CAM": mask.cpu()}, title, unit="relative to the mean over the image")
-        write(figure, args, f"{label_of(path)}-grad_cam")
+        mask = grad_cam(model, model.stages[-1].blocks, batch, logits.argmax(dim=1))[0].cpu()
+        image, best = shrunk(image), caption(logits, classes)
+        if len(grid) < GRID:
+            grid.append((image, mask, f"{Path(path).name}\n{best}"))
+        title = f"{Path(path).name}: {best}\n{name}"
+        write(plot_attention(image, {"Grad-CAM": mask}, title, unit), args, f"{label}-grad_cam")
+    write_grid(grid, args, f"{name}: Grad-CAM", unit)
+
+
+def write_grid(grid, args, title, unit=UNIFORM):
+    """Several pictures side by side, [(picture, mask, caption), ...]; a single one needs no grid."""
+    if len(grid) > 1:
+        title += f", the first {len(grid)} of {len(args.image)} pictures" if len(grid) < len(args.image) else ""
+        write(plot_pictures(*zip(*grid, strict=True), title, unit), args, "grid")
 
 
 def first_layer(model):
@@ -163,9 +197,15 @@ def caption(logits, classes):
     return f"{classes[best]} {100 * probability:.0f} %"
 
 
-def label_of(path):
-    """A picture's part of file names: that of its folder belongs to it, since classes are folders."""
-    return "-".join(Path(path).with_suffix("").parts[-2:])
+def labels_of(paths):
+    """The pictures' parts of file names, each another: folder and name, since classes are folders, and a number."""
+    labels = []
+    for path in map(Path, paths):
+        folder = path.resolve().parent.name
+        label = f"{folder}-{path.stem}" if folder else path.stem
+        number = sum(other == label or other.startswith(f"{label}~") for other in labels)
+        labels.append(f"{label}~{number + 1}" if number else label)
+    return labels
 
 
 def runs_of(folders):
@@ -179,12 +219,8 @@ def runs_of(folders):
 
 
 def write(figure, args, name):
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        path = args.output_dir / f"{name}.png"
-        save(figure, path)
-    except OSError as error:
-        raise UserError(f"{args.output_dir} can't be written: {error.strerror}; see --output_dir") from error
+    path = args.output_dir / f"{name}.png"
+    save(figure, path)
     print(path)
 
 

@@ -6,16 +6,14 @@ the test accuracy of finished runs stands beside.
     python benchmarks/compare_models.py R50-ViT-B_16 ResNet50x3_Params ResNet50x3_Flops ViT-B_16 --picture costs.png
 """
 
-import os
 import statistics
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from throughput import NUM_CLASSES, add_step_flags, forward_flops, ours, take_turns  # puts the repository on the path
 
 from models import MODEL_TYPES, build_model, canonical_model_type
-from utils.arguments import Parser, argument
+from utils.arguments import Parser, argument, check_picture_path
 from utils.errors import UserError, run_script
 from utils.profiling import activation_bytes, count_parameters
 from utils.tracking import device_name, read_run
@@ -23,11 +21,11 @@ from utils.visualize import OKABE_ITO, save
 
 DEFAULT = ["R50-ViT-B_16", "ResNet50x3_Params", "ResNet50x3_Flops", "ViT-B_16"]
 COLUMNS = {  # key of a row: (title, format)
-    "parameters": ("parameters (M)", "{:.2f}"),
-    "gflops": ("FLOPs of an image (G)", "{:.2f}"),
-    "activations": ("activations of a training step (MiB/image)", "{:.1f}"),
-    "forward": ("forward (images/s)", "{:.1f}"),
-    "training step": ("training (images/s)", "{:.1f}"),
+    "parameters": ("parameters (M)", "{:.4g}"),
+    "gflops": ("FLOPs of an image (G)", "{:.4g}"),
+    "activations": ("activations of a training step (MiB/image)", "{:.4g}"),
+    "forward": ("forward (images/s)", "{:.3g}"),
+    "training step": ("training (images/s)", "{:.3g}"),
     "accuracy": ("test accuracy (%)", "{:.2f}"),
 }
 
@@ -51,10 +49,11 @@ def main():
         rows[name][task] = args.batch_size / statistics.median(times)
     for name, accuracy in accuracies.items():
         rows[name]["accuracy"] = 100 * accuracy
+    level = "" if args.precision == "fp32" else f" at level {args.fp16_opt_level}"
+    threads = f" ({torch.get_num_threads()} CPU threads)" if device.type == "cpu" else ""
     title = (
-        f"{args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}, {device_name()}"
-        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-        + f", torch {torch.__version__}"
+        f"{args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}, "
+        f"{device_name()}{threads}, torch {torch.__version__}"
     )
     print(f"{title}, median of {args.rounds} rounds\n\n{table(rows)}")
     if args.picture:
@@ -74,8 +73,8 @@ def parse_flags():
     group.add_argument("--picture", metavar="PNG", help="draw the table as bars")
     args = parser.parse_args()
     args.model_types = list(dict.fromkeys(args.model_types or DEFAULT))
-    if args.picture and not (args.picture.endswith(".png") and os.access(Path(args.picture).parent, os.W_OK)):
-        raise UserError(f"--picture {args.picture} can't be written; give a .png file in a folder that exists")
+    if args.picture:
+        check_picture_path(args.picture, "--picture")
     return args
 
 
@@ -118,7 +117,7 @@ def draw(rows, title):
     for axes, key in zip(panels, keys, strict=True):
         values = [row.get(key, 0) for row in rows.values()]
         bars = axes.barh(list(rows), values, color=colours)
-        labels = [COLUMNS[key][1].format(row[key]) if key in row else "" for row in rows.values()]
+        labels = [COLUMNS[key][1].format(row[key]) if key in row else "no run" for row in rows.values()]
         axes.bar_label(bars, labels, padding=3, fontsize="small")
         axes.set_title(COLUMNS[key][0].replace(" (", "\n("), fontsize="medium")
         axes.set_xlim(0, 1.3 * max(values))

@@ -202,7 +202,7 @@ def forward_flops(model_type, img_size):
 def matrix_product_shape(model, args):
     """(rows, inputs, outputs) of an MLP's first layer, or of a ResNet's 1x1 convolution in its third stage."""
     if isinstance(model, BiTResNet):
-        side, width = args.img_size // (4 * model.config.root_stride), model.config.stage_widths[2]
+        side, width = -(-args.img_size // (4 * model.config.root_stride)), model.config.stage_widths[2]
         return args.batch_size * side**2, width, width // 4
     return args.batch_size * model.pos_embed.shape[1], model.config.hidden_size, model.config.mlp_dim
 

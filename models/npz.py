@@ -122,7 +122,7 @@ def load(rows, arrays, head, grid_size=None, whole=()):
         if not np.issubdtype(array.dtype, np.floating):
             raise CheckpointError(f"{found[row.key]} holds {array.dtype}, expected floating-point numbers")
         if row.key == POS_EMBED and array.ndim == 3 and array.shape != row.view.shape:
-            array = resize_pos_embed(array, grid_size)
+            array = resize_pos_embed(array.astype(np.float32), grid_size)  # scipy does not take float16
         if array.ndim == 1 and row.view.shape == (1, 1, 1, array.size):
             array = array.reshape(row.view.shape)  # a GroupNorm as later versions of Flax store it
         if array.shape == row.view.shape:

@@ -70,6 +70,13 @@ def test_a_missing_file_comes_with_its_download_command():
         check_exists("checkpoint/mine.npz")
 
 
+def test_float16_weights_are_resized_too():
+    arrays = {key: array.astype(np.float16) for key, array in tiny_vit().export_npz().items()}
+    model = build_model("ViT-Ti_16", 96, num_layers=1, hidden_size=32, mlp_dim=32, num_heads=2)
+    model.load_from(arrays, head="keep")
+    assert model.pos_embed.shape == (1, 37, 32)
+
+
 def tiny_vit():
     return build_model("ViT-Ti_16", num_layers=1, hidden_size=32, mlp_dim=32, num_heads=2)
 

@@ -34,8 +34,8 @@ def test_comparing_models_with_the_accuracy_of_a_run(tiny_flags, tmp_path):
     command = ["benchmarks/compare_models.py", "ViT-Mini_4", "ResNet-Mini_Flops", *TINY, "--runs", run]
     printed = succeed(*command, "--picture", picture)
     vit, resnet = printed.splitlines()[-2:]
-    assert re.fullmatch(r"\| ViT-Mini_4 \| 1.21 \| 0.17 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", vit)
-    assert re.fullmatch(r"\| ResNet-Mini_Flops \| 0.26 \| 0.12 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|  \|", resnet)
+    assert re.fullmatch(r"\| ViT-Mini_4 \| 1.206 \| 0.1671 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", vit)
+    assert re.fullmatch(r"\| ResNet-Mini_Flops \| 0.255 \| 0.1197 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|  \|", resnet)
     with Image.open(picture) as image:
         assert image.width > 1000
     done = script("benchmarks/compare_models.py", "ViT-B_16", *TINY, "--runs", run)
@@ -53,7 +53,7 @@ def test_the_throughput_of_a_resnet_beside_timms():
 def test_the_experiment_of_hybrid_and_cnns_goes_on_where_it_stopped(tmp_path):
     command = ["scripts/hybrid_vs_cnn.py", "--dataset", "digits", "--examples_per_class", 2, "--num_steps", 2]
     command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
-    command += ["--img_size", 8, "--train_batch_size", 4]  # train.py's own
+    command += ["--img_size", 8, "--train_batch_size", 4]
     printed = succeed(*command)
     assert printed.count("20 training and 360 test images") == 3
     rows = re.findall(r"\| (\S+), (hybrid ViT|CNN of [\w ]+) \| [\d.]+ M \| ([\d.]+) G \| [\d.]+ % \|", printed)
@@ -61,6 +61,7 @@ def test_the_experiment_of_hybrid_and_cnns_goes_on_where_it_stopped(tmp_path):
     (tmp_path / "figure.png").unlink()
     assert printed.endswith(succeed(*command))  # only the table: no run is repeated
     assert (tmp_path / "figure.png").exists()
-    done = script(*command, "--seeds", 2, "--no_such_flag")
-    assert done.returncode == 2
-    assert "unrecognized arguments: --no_such_flag" in done.stderr
+    for flag, value in (("--examples_per_class", 3), ("--num_steps", 4)):
+        done = script(*command, flag, value)  # other runs than those that are there
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+        assert f"was made with {flag} 2, not {value}; give another --output_dir" in done.stderr

@@ -23,9 +23,10 @@ from utils.visualize import (
     position_similarity,
     principal_filters,
     rollout,
+    shrunk,
     upsample,
 )
-from visualize import first_layer
+from visualize import first_layer, labels_of
 
 SMALL = {"hidden_size": 32, "mlp_dim": 32, "num_heads": 2, "num_layers": 4}
 
@@ -107,7 +108,8 @@ def test_every_vit_and_hybrid_can_be_looked_into(model_type):
     assert grid_size[0] < grid_size[1]
     assert class_token_mask(rollout(attention), grid_size).shape == (1, *grid_size)
     assert attention_distance(attention, grid_size, img_size).shape == (2, model.config.num_heads)
-    assert principal_filters(first_layer(model).weight, 8).shape[0] == 8
+    filters = first_layer(model).weight
+    assert len(principal_filters(filters, 8)) == min(8, len(filters) - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -226,6 +228,21 @@ def test_every_picture_from_the_shell(weights, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cats-000-blocks.png"]
 
 
+def test_pictures_of_the_same_name_do_not_overwrite_each_other():
+    paths = ["a/x/1.png", "b/x/1.png", "x/1.jpg", "/1.png", "x/2.png"]
+    assert labels_of(paths) == ["x-1", "x-1~2", "x-1~3", "1", "x-2"]
+
+
+def test_large_pictures_are_shrunk_for_drawing():
+    picture = torch.zeros(3, 1024, 2000, dtype=torch.uint8)
+    picture[:, :, 1000:] = 200
+    small = shrunk(picture)
+    assert (small.shape, small.dtype) == ((3, 262, 512), torch.uint8)
+    assert small[:, :, :256].max() == 0
+    assert small[:, :, 256:].min() == 200
+    assert shrunk(small) is small
+
+
 def test_a_cnn_gets_grad_cam(weights, tmp_path):
     write_pictures(tmp_path, [(40, 60)])
     command = ["visualize.py", "--checkpoint", weights / "ResNet-Mini_Flops.npz", "--output_dir", tmp_path / "out"]
@@ -246,7 +263,9 @@ def test_a_cnn_gets_grad_cam(weights, tmp_path):
             "--blocks 12: the model has the blocks 0 to 11",
         ),
         (["--checkpoint", "ViT-Ti_16.npz", "--image", "nothing.png"], "nothing.png is not a readable picture"),
+        (["--checkpoint", "ViT-Ti_16.npz", "--image", "000.png", "--output_dir", "000.png"], "000.png can't be made"),
         (["--curves", "nowhere"], "nowhere is no folder of a run"),
+        (["--curves", "nowhere", "--image", "000.png"], "--image needs --checkpoint"),
     ],
 )
 def test_wrong_flags(flags, message, weights, tmp_path, monkeypatch, capsys):
@@ -264,7 +283,7 @@ def test_attention_is_logged_while_training_and_runs_are_drawn_over_each_other(t
 
     plain = tiny_flags("--name", "plain")
     logged = tiny_flags("--name", "logged", "--log_attention_every", 4)
-    succeed("train.py", *plain)
+    assert "ViT-Mini_4" in succeed("train.py", *plain)
     succeed("train.py", *logged)
     output = tmp_path / "output"
     events = EventAccumulator(str(output / "logged"), size_guidance={"images": 0}).Reload()

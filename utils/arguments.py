@@ -279,6 +279,13 @@ def check_training_flags(args, make_model):
         raise UserError(f"--log_attention_every: {args.model_type} has no attention")
 
 
+def check_picture_path(path, flag):
+    """Raises UserError where a picture can't be written as `path`, before it has taken hours to make."""
+    path = Path(path)
+    if path.suffix != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path} can't be written; give a .png file in a folder that exists")
+
+
 def positive(text):
     return number(text, int, "a whole number above 0", lambda n: n > 0)
 

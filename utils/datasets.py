@@ -176,6 +176,15 @@ def read_image(path):
         raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
+def check_image(path):
+    """Raises UserError where the file is no picture, by its header and without decoding it."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception as error:
+        raise UserError(f"{path} is not a readable picture: {error}") from error
+
+
 class TensorImages:
     """Images of one size in memory, uint8 (n, 3, h, w) on the training device, augmented there as a batch."""
 
@@ -235,8 +244,9 @@ class FolderImages:
 
     def examples(self, count, img_size):
         """As TensorImages.examples."""
-        rows = spread_indices(len(self), count)
-        return next(iter(self.load(ResizedImages(self.paths, self.labels, img_size), [rows])))
+        dataset = ResizedImages(self.paths, self.labels, img_size)
+        images, labels = zip(*(dataset[row] for row in spread_indices(len(self), count)), strict=True)
+        return normalise(torch.stack(images).to(self.device)), torch.tensor(labels, device=self.device)
 
     def load(self, dataset, batches):
         loader = DataLoader(

@@ -100,16 +100,19 @@ def read_metrics(run_dir):
     path = Path(run_dir) / METRICS
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name]) for row in rows] for name in (COLUMNS if rows else ())}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: it needs numbers in the columns {', '.join(COLUMNS)}") from error
 
 
 def read_run(run_dir):
     """(flags, metrics) of a run that has been evaluated. Raises UserError for a folder without one."""
     config, metrics = read_config(run_dir), read_metrics(run_dir)
-    if config is None:
-        raise UserError(f"{run_dir} is no folder of a run: it has no {CONFIG}")
+    if not isinstance(config, dict) or "flags" not in config:
+        raise UserError(f"{run_dir} is no folder of a run: it has no {CONFIG} with a run's flags")
     if not metrics:
         raise UserError(f"{run_dir} has no evaluation in its {METRICS} yet")
     return config["flags"], metrics

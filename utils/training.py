@@ -208,9 +208,13 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 if evaluates:
                     check_weights()
                     evaluate_and_record()
-                if watched is not None and progress.step % args.log_attention_every == 0:
-                    figure = attention_figure(model, *watched, test_set.classes, precision, f"step {progress.step}")
-                    tracker.log_figure("attention rollout", figure, progress.step)
+                if args.log_attention_every and progress.step % args.log_attention_every == 0:
+                    if window.losses:
+                        read_back()
+                    if watched is not None:
+                        figure = attention_figure(model, *watched, test_set.classes, precision, f"step {progress.step}")
+                        tracker.log_figure("attention rollout", figure, progress.step)
+                    window.start()  # drawing is not training time
                 signal_number = stop.agreed()
                 if signal_number and window.losses:
                     read_back()
@@ -237,7 +241,7 @@ def attention_figure(model, images, labels, classes, precision, title):
     model.train()
     masks = class_token_mask(rollout(attention), model.patch_embed.grid_size)
     pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
-    captions = [f"{classes[label]}, predicted {classes[best]}" for label, best in pairs]
+    captions = [f"{classes[label]}\npredicted: {classes[best]}" for label, best in pairs]
     return plot_pictures(denormalise(images).cpu(), masks, captions, title, columns=4)
 
 

@@ -5,12 +5,14 @@ Colours are those that print well and that the colour-blind can tell apart.
 """
 
 import math
+import textwrap
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure  # not pyplot: nothing global, and a notebook keeps its own backend
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
@@ -73,6 +75,7 @@ def principal_filters(kernels, count=28):
     """The first principal components of kernels (filters, 3, h, w), as RGB pictures (count, h, w, 3) in [0, 1]."""
     flat = kernels.detach().float().cpu().flatten(1)
     _, _, components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
+    count = min(count, len(flat) - 1)  # less their mean, n filters span n - 1 directions
     pictures = components[:count].view(-1, *kernels.shape[1:]).permute(0, 2, 3, 1)
     return 0.5 + 0.5 * pictures / pictures.abs().amax(dim=(1, 2, 3), keepdim=True)
 
@@ -98,6 +101,22 @@ def plain(text):
     return text.replace("$", r"\$")
 
 
+def shrunk(picture, side=512):
+    """A picture, uint8 (3, H, W), of at most `side` pixels a side: enough for a panel."""
+    height, width = picture.shape[1:]
+    factor = side / max(height, width)
+    if factor >= 1:
+        return picture
+    size = (max(1, round(factor * height)), max(1, round(factor * width)))
+    return F.interpolate(picture[None].float(), size=size, mode="area")[0].round().to(torch.uint8)
+
+
+def wrapped(text, width):
+    """At most `width` characters a line; its own lines stay."""
+    lines = plain(text).splitlines()
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, width) or [""])
+
+
 def overlay(axes, picture, mask, limits):
     """`picture`, uint8 (3, H, W), in grey under its mask (rows, columns) in colour; returns what a colour bar needs."""
     height, width = picture.shape[1:]
@@ -117,7 +136,7 @@ def colour_bar(figure, drawn, label, **where):
 
 def plot_attention(picture, masks, title, unit=UNIFORM):
     """The picture, uint8 (3, H, W), and beside it each mask of {name: (rows, columns)} laid over it."""
-    height = 2.5 * min(2.0, max(0.4, picture.shape[1] / picture.shape[2])) + 1.3
+    height = 2.5 * min(2.0, max(0.1, picture.shape[1] / picture.shape[2])) + 1.5
     figure = Figure(figsize=(2.6 * (1 + len(masks)), height), layout="constrained")
     panels = figure.subplots(1, 1 + len(masks))
     panels[0].imshow(picture.permute(1, 2, 0).numpy())
@@ -128,7 +147,7 @@ def plot_attention(picture, masks, title, unit=UNIFORM):
         axes.set_title(plain(name), fontsize="medium")
         below = axes.inset_axes([0.03, -0.1, 0.94, 0.045])  # takes no room from its panel, so all stay aligned
         colour_bar(figure, drawn, "", cax=below, orientation="horizontal")
-    figure.suptitle(plain(title), fontsize="medium")
+    figure.suptitle(wrapped(title, 28 * len(panels)), fontsize="medium")
     figure.supxlabel(unit, fontsize="small")
     return figure
 
@@ -136,7 +155,8 @@ def plot_attention(picture, masks, title, unit=UNIFORM):
 def plot_heads(picture, masks, blocks, title):
     """A row for each of `blocks`, a column for each head; `masks` is (blocks, heads, rows, columns)."""
     rows, columns = masks.shape[:2]
-    figure = Figure(figsize=(1.3 + 1.25 * columns, 0.9 + 1.3 * rows), layout="constrained")
+    shape = min(2.5, max(0.1, picture.shape[1] / picture.shape[2]))
+    figure = Figure(figsize=(1.3 + 1.25 * columns, 1 + (0.1 + 1.2 * shape) * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     limits = (0, masks.quantile(0.999).item())
     for row, block in enumerate(blocks):
@@ -148,15 +168,15 @@ def plot_heads(picture, masks, blocks, title):
         panels[row, 0].text(-0.08, 0.5, f"block {block}", transform=panels[row, 0].transAxes, rotation=90,
                             ha="right", va="center", fontsize="small")  # fmt: skip
     colour_bar(figure, drawn, UNIFORM, ax=panels, extend="max", shrink=0.9)
-    figure.suptitle(plain(title), fontsize="medium")
+    figure.suptitle(wrapped(title, 14 * (columns + 1)), fontsize="medium")
     return figure
 
 
-def plot_pictures(pictures, masks, captions, title, columns=6):
+def plot_pictures(pictures, masks, captions, title, unit=UNIFORM, columns=6):
     """A grid of pictures, uint8 (3, H, W) each, every one above its mask (rows, columns) on a common scale."""
     rows = math.ceil(len(pictures) / columns)
     columns = math.ceil(len(pictures) / rows)
-    figure = Figure(figsize=(1.2 + 1.7 * columns, 0.7 + 3.5 * rows), layout="constrained")
+    figure = Figure(figsize=(1.2 + 1.7 * columns, 0.7 + 3.7 * rows), layout="constrained")
     panels = figure.subplots(2 * rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -164,10 +184,10 @@ def plot_pictures(pictures, masks, captions, title, columns=6):
     for i, (picture, mask, caption) in enumerate(zip(pictures, masks, captions, strict=True)):
         above, below = panels[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
         above.imshow(picture.permute(1, 2, 0).numpy())
-        above.set_title(plain(caption), fontsize="small")
+        above.set_title(wrapped(caption, 20), fontsize="small")
         drawn = overlay(below, picture, mask, limits)
-    colour_bar(figure, drawn, UNIFORM, ax=panels, shrink=0.7)
-    figure.suptitle(plain(title), fontsize="medium")
+    colour_bar(figure, drawn, unit, ax=panels, shrink=0.7)
+    figure.suptitle(wrapped(title, 20 * (columns + 1)), fontsize="medium")
     return figure
 
 
@@ -179,7 +199,7 @@ def plot_attention_distance(distances, title):
     axes.scatter(np.repeat(np.arange(blocks), heads), distances.flatten(), s=18, color=TRAIN, alpha=0.7, label="a head")
     axes.plot(np.arange(blocks), distances.mean(dim=1), color=TEST, label="mean of the heads")
     axes.set(xlabel="block", ylabel="mean attention distance (pixels)", xticks=range(0, blocks, max(1, blocks // 12)))
-    axes.set_ylim(0, 1.1 * distances.max().item())
+    axes.set_ylim(0, max(1.0, 1.1 * distances.max().item()))
     axes.set_title(plain(title), fontsize="medium")
     axes.legend(frameon=False)
     tidy(axes)
@@ -246,10 +266,11 @@ def plot_runs(runs, title):
     for number, (label, seeds) in enumerate(runs.items()):
         colour = OKABE_ITO[number % len(OKABE_ITO)]
         steps = seeds[0]["step"]
+        few = {"marker": "o", "markersize": 3} if len(steps) < 30 else {}
         for axes, quantity, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
             for part, style in (("train", "--"), ("test", "-")):
                 values = factor * np.array([metrics[f"{part}_{quantity}"] for metrics in seeds])
-                look = {"color": colour, "linestyle": style, "label": label if part == "test" else None}
+                look = {"color": colour, "linestyle": style, "label": label if part == "test" else None, **few}
                 axes.plot(steps, values.mean(axis=0), linewidth=1.8 if part == "test" else 1, **look)
                 if part == "test" and len(seeds) > 1:
                     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, lw=0)
@@ -267,6 +288,8 @@ def label_curves(loss, accuracy):
     accuracy.set_ylabel("top-1 accuracy (%)")
     for axes in (loss, accuracy):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.get_major_formatter().set_useOffset(False)
         tidy(axes)
 
 
