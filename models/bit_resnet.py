@@ -53,7 +53,7 @@ class BiTResNet(nn.Module):
         """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("BiT-M-R50x1.npz")`.
 
         `head` and the errors are those of VisionTransformer.load_from. A model that was cut from a larger one
-        takes what it shares with the larger one's checkpoint; returns the keys that keep their initial values.
+        takes what it shares with the larger one's checkpoint; returns npz.Loaded, which says what it did not.
         """
         return npz.load(npz.resnet_rows(self), arrays, head, whole=self.shapes_before_the_cut())
 

@@ -12,6 +12,8 @@ import torch
 from scipy import ndimage
 from torch import nn
 
+from models.norms import Bias, LayerNorm, TokenBatchNorm, TokenGroupNorm
+
 # The released files count the modules of a block across types, later ones by type.
 SPELLINGS = (
     (re.compile(r"(?<=/)MultiHeadDotProductAttention_0(?=/)"), "MultiHeadDotProductAttention_1"),
@@ -23,6 +25,27 @@ POS_EMBED = "Transformer/posembed_input/pos_embedding"
 
 class CheckpointError(ValueError):
     """A checkpoint does not fit the model; one line says which key and why."""
+
+
+class Loaded(NamedTuple):
+    """What `load_from` did not take over: our keys that keep their initial values, the checkpoint's that were left out.
+
+    Its text says so in a line.
+    """
+
+    initialised: list
+    left_out: list
+
+    def __str__(self):
+        if not self.initialised:
+            return "everything is loaded"
+        if is_token_norm(self.initialised[0]):
+            return (
+                f"{len(self.left_out)} arrays of another norm are left out, {len(self.initialised)} of the model's own "
+                "keep their initial values, everything else is loaded"
+            )
+        parts = sorted({re.sub(r"/(a/|b/|c/|gamma|beta).*", "", key) for key in self.initialised})
+        return f"no weights of the right shape for {len(self.initialised)} arrays of {', '.join(parts)}: initialised"
 
 
 class Entry(NamedTuple):
@@ -40,12 +63,12 @@ def vit_rows(model):
     rows += conv_rows("embedding", model.patch_embed.proj)
     for i, block in enumerate(model.blocks):
         prefix = f"Transformer/encoderblock_{i}"
-        rows += norm_rows(f"{prefix}/LayerNorm_0", block.norm1)
+        rows += token_norm_rows(f"{prefix}/LayerNorm_0", block.norm1, block.add1)
         rows += attention_rows(f"{prefix}/MultiHeadDotProductAttention_1", block.attn)
-        rows += norm_rows(f"{prefix}/LayerNorm_2", block.norm2)
+        rows += token_norm_rows(f"{prefix}/LayerNorm_2", block.norm2, block.add2)
         rows += linear_rows(f"{prefix}/MlpBlock_3/Dense_0", block.mlp.fc1)
         rows += linear_rows(f"{prefix}/MlpBlock_3/Dense_1", block.mlp.fc2)
-    rows += norm_rows("Transformer/encoder_norm", model.norm)
+    rows += token_norm_rows("Transformer/encoder_norm", model.norm)
     if model.pre_logits is not None:
         rows += linear_rows("pre_logits", model.pre_logits)
     return rows + linear_rows("head", model.head)
@@ -62,6 +85,20 @@ def conv_rows(key, layer):
 
 def norm_rows(key, norm, scale="scale", bias="bias"):
     return [Entry(f"{key}/{scale}", norm.weight), Entry(f"{key}/{bias}", norm.bias)]
+
+
+def token_norm_rows(key, norm, add=None):
+    """`key` stands for Google's LayerNorm; what is in its place has a name of its own, as in Flax."""
+    if isinstance(norm, TokenBatchNorm):
+        key = key.replace("LayerNorm", "BatchNorm").replace("encoder_norm", "encoder_batch_norm")
+        running = [Entry(f"{key}/mean", norm.running_mean), Entry(f"{key}/var", norm.running_var)]
+        return norm_rows(key, norm) + running
+    if isinstance(norm, TokenGroupNorm):
+        return norm_rows(key.replace("LayerNorm", "GroupNorm").replace("encoder_norm", "encoder_group_norm"), norm)
+    if isinstance(norm, Bias):
+        key = key.replace("LayerNorm", "Rescale")
+        return [Entry(f"{key}/bias", norm.bias), Entry(f"{key}/multiplier", add.weight)]
+    return norm_rows(key, norm) if isinstance(norm, LayerNorm) else []
 
 
 def attention_rows(key, attention):
@@ -108,15 +145,20 @@ def load(rows, arrays, head, grid_size=None, whole=()):
     """Fill the views of `rows` from `arrays`, one at a time; see VisionTransformer.load_from.
 
     Position embeddings are resized to `grid_size`. `whole` is {key: shape} of a larger model that this one was cut
-    from: its other keys may be left over, and where its shape is another, our initial values stay. Returns the keys
-    of those.
+    from: its other keys may be left over, and where its shape is another, our initial values stay. They also stay
+    where the checkpoint has another norm than the model. Returns Loaded.
     """
     if head not in ("zero", "keep"):
         raise ValueError(f"head is 'zero' or 'keep', not {head!r}")
     found = {canonical_key(key): key for key in arrays}
     wanted = [row for row in rows if head == "keep" or not is_head(row.key)]
-    check_keys(wanted, found, whole)
-    initialised = []
+    own_norms = [row.key for row in wanted if is_token_norm(row.key)]
+    other_norms = {name for name in found if is_token_norm(name)}.difference(own_norms)
+    if not other_norms or any(key in found for key in own_norms):
+        own_norms, other_norms = [], set()  # the same norm, or an error
+    wanted = [row for row in wanted if row.key not in own_norms]
+    check_keys(wanted, found, other_norms.union(whole))
+    initialised = own_norms
     for row in wanted:
         array = np.asarray(arrays[found[row.key]])
         if not np.issubdtype(array.dtype, np.floating):
@@ -135,7 +177,8 @@ def load(rows, arrays, head, grid_size=None, whole=()):
         for row in rows:
             if is_head(row.key):
                 row.view.zero_()
-    return initialised
+    taken = {row.key for row in wanted}.difference(initialised)
+    return Loaded(initialised, [key for name, key in found.items() if name not in taken and not is_head(name)])
 
 
 def export(rows):
@@ -150,6 +193,10 @@ def canonical_key(key):
 
 def is_head(key):
     return key.startswith(("head/", "pre_logits/", "resnet/head/"))
+
+
+def is_token_norm(key):
+    return re.search(r"/(Layer|Batch|Group)Norm_\d/|/Rescale_\d/|/encoder_(batch_|group_)?norm/", key) is not None
 
 
 def num_classes_of(arrays):
@@ -167,13 +214,13 @@ def set_pre_logits(model, arrays, head):
         model.pre_logits = nn.Linear(size_in, size_out, device=weight.device, dtype=weight.dtype)
 
 
-def check_keys(rows, found, whole):
+def check_keys(rows, found, spare):
     expected = {row.key: row for row in rows}
     missing = [row for row in rows if row.key not in found]
     if missing:
         shape = tuple(missing[0].view.shape)
         raise CheckpointError(f"{missing[0].key} is missing, expected shape {shape}{and_more(missing)}")
-    left_over = [key for name, key in found.items() if name not in expected and name not in whole and not is_head(name)]
+    left_over = [key for name, key in found.items() if name not in expected and name not in spare and not is_head(name)]
     if left_over:
         raise CheckpointError(f"{left_over[0]} is left over, the model has no such weights{and_more(left_over)}")
 

@@ -11,7 +11,7 @@ from models import npz
 from models.attention import attend, attention_weights
 from models.dropout import Dropout
 from models.hybrid_stem import ResNetStem, lecun_normal_
-from models.norms import token_norm
+from models.norms import LayerNorm, final_norm, residual, token_norm
 
 
 class VisionTransformer(nn.Module):
@@ -26,8 +26,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, config.hidden_size).normal_(std=0.02))
         self.pos_drop = Dropout(config.dropout_rate)
-        self.blocks = nn.ModuleList(Block(config, norm_type) for _ in range(config.num_layers))
-        self.norm = token_norm(norm_type, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, norm_type, number) for number in range(config.num_layers))
+        self.norm = final_norm(norm_type, config.hidden_size)
         self.pre_logits = None  # Linear and tanh, only where a pretrained head is kept together with it
         self.head = nn.Linear(config.hidden_size, num_classes)
         nn.init.zeros_(self.head.weight)
@@ -55,7 +55,8 @@ class VisionTransformer(nn.Module):
         return self.pos_drop(x + self.pos_embed)
 
     def classify(self, x):
-        x = self.norm(x[:, 0])  # (B, hidden): the other tokens' norms are never read
+        # (B, hidden): a LayerNorm needs no other token than the one that is read
+        x = self.norm(x[:, 0]) if isinstance(self.norm, LayerNorm) else self.norm(x)[:, 0]
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)
@@ -66,8 +67,8 @@ class VisionTransformer(nn.Module):
         `head="zero"` starts a new task with a head of zeros; `head="keep"` takes the checkpoint's head and
         its `pre_logits` layer, if it has one. Position embeddings of another grid are resized. Raises
         CheckpointError, which names the key, the shape found and the shape expected, for a key that is
-        missing, left over or of another shape; the model's weights are then undefined. Returns the keys of weights
-        that keep their initial values: none.
+        missing, left over or of another shape; the model's weights are then undefined. The arrays of another norm
+        than the model's are left out; returns npz.Loaded, which says so.
         """
         npz.set_pre_logits(self, arrays, head)
         return npz.load(npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
@@ -105,21 +106,23 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block: attention, then MLP, each added to the residual stream (B, N, hidden)."""
 
-    def __init__(self, config, norm_type):
+    def __init__(self, config, norm_type, number):
         super().__init__()
         self.norm1 = token_norm(norm_type, config.hidden_size)
         self.attn = Attention(config)
+        self.add1 = residual(norm_type, 2 * number + 1)
         self.norm2 = token_norm(norm_type, config.hidden_size)
         self.mlp = Mlp(config)
+        self.add2 = residual(norm_type, 2 * number + 2)
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = self.add1(x, self.attn(self.norm1(x)))
+        return self.add2(x, self.mlp(self.norm2(x)))
 
     def forward_with_attention(self, x):
         out, weights = self.attn.forward_with_weights(self.norm1(x))
-        x = x + out
-        return x + self.mlp(self.norm2(x)), weights
+        x = self.add1(x, out)
+        return self.add2(x, self.mlp(self.norm2(x))), weights
 
 
 class Attention(nn.Module):

@@ -25,13 +25,13 @@ def make_checkpoint(shapes):
 def make_array(key, shape):
     normal = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
     leaf = key.rpartition("/")[2]
-    if leaf in ("scale", "gamma"):
+    if leaf in ("scale", "gamma", "var", "multiplier"):
         return 1 + 0.2 * normal
     if leaf == "kernel":
         projects_heads = any(f"/{part}/" in key for part in ("query", "key", "value"))
         fan_in = shape[0] if projects_heads else np.prod(shape[:-1], dtype=int)
         return (normal / np.sqrt(fan_in)).astype(np.float32)
-    return {"bias": 0.2, "beta": 0.2, "cls": 0.5, "pos_embedding": 0.2}[leaf] * normal
+    return {"bias": 0.2, "beta": 0.2, "mean": 0.2, "cls": 0.5, "pos_embedding": 0.2}[leaf] * normal
 
 
 def make_images(img_size, batch=2):

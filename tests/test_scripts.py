@@ -104,7 +104,7 @@ def test_the_scripts_of_the_cnns(name, model_type, size, fresh, r50x3, tiny_flag
     at = flags.index("--model_type")
     printed = succeed(name, *flags[:at], *flags[at + 2 :])
     assert f"{model_type}, {size} M parameters, on digits: 10 training and 360 test images" in printed
-    assert f"has no weights of the right shape for {fresh}: initialised" in printed
+    assert f"BiT-M-R50x3.npz: no weights of the right shape for {fresh}: initialised" in printed
     assert set(metrics(flags)[0]) >= {"train_loss", "train_accuracy", "test_loss", "test_accuracy"}
     report = json.loads(succeed("evaluate.py", "--checkpoint", run_dir(flags) / "last.safetensors", "--json"))
     assert report["loss"] == pytest.approx(float(metrics(flags)[0]["test_loss"]), rel=1e-5)

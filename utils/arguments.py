@@ -237,7 +237,13 @@ def add_model_flags(parser, model_types, canonical):
     group.add_argument(
         "--model_type", type=argument(canonical), default="ViT-B_16", metavar="NAME", help=", ".join(model_types)
     )
-    group.add_argument("--norm_type", default="LN", metavar="NORM", help="normalisation of a ViT's tokens: LN")
+    group.add_argument(
+        "--norm_type",
+        default="LN",
+        metavar="NORM",
+        help="of a ViT's tokens: LN, BN, GN, or Rescale, which is none. BN takes its statistics over the images that "
+        "all processes work on at once: the batch, or with gradient accumulation each of its parts",
+    )
     group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="of a ViT; default: the published model's")
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from utils.errors import UserError
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
-NORMS = (nn.LayerNorm, nn.GroupNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)
 AMP_BACKENDS = ("torch", "apex")
 
 

@@ -83,17 +83,11 @@ def open_npz(path):
 
 
 def load_pretrained(model, path, model_type, head="zero"):
-    """`model.load_from` the file; returns the keys that it has no weights for. Raises UserError if it does not fit."""
+    """`model.load_from` the file; returns what that does. Raises UserError where the file does not fit."""
     try:
         return model.load_from(open_npz(path), head=head)
     except ValueError as error:
         raise UserError(f"{path} does not fit {model_type}: {error}") from error
-
-
-def initialised_line(path, keys):
-    """For the log: which parts of a model the file had no weights for."""
-    parts = sorted({re.sub(r"/(a/|b/|c/|gamma|beta).*", "", key) for key in keys})
-    return f"{path} has no weights of the right shape for {len(keys)} arrays of {', '.join(parts)}: initialised"
 
 
 class Arrays:

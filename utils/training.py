@@ -23,7 +23,7 @@ from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_ov
 from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
 from utils.precision import make_precision
-from utils.pretrained import download, initialised_line, load_pretrained
+from utils.pretrained import download, load_pretrained
 from utils.scheduler import learning_rate
 from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
 
@@ -89,9 +89,9 @@ def run_training(args, make_model):
             with first_on_each_machine(processes):
                 if args.download and not os.path.exists(args.pretrained_dir):
                     download(args.pretrained_dir)
-            initialised = load_pretrained(model, args.pretrained_dir, args.model_type)
-            if initialised and processes.rank == 0:
-                print(initialised_line(args.pretrained_dir, initialised))
+            loaded = load_pretrained(model, args.pretrained_dir, args.model_type)
+            if loaded.initialised and processes.rank == 0:
+                print(f"{args.pretrained_dir}: {loaded}")
         places = (args.data_dir, processes, args.num_workers)
         train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
         train(model, train_set, test_set, args, processes, run_dir, state)

@@ -1,0 +1,191 @@
+"""LN, BN, GN and Rescale: against closed forms, over processes, and with pretrained weights of another norm."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import script, succeed
+from models import CheckpointError, build_model
+from models.norms import TOKEN_NORMS, RescaledResidual, TokenBatchNorm, TokenGroupNorm, token_norm
+from synthetic import make_checkpoint, make_images
+from test_scripts import metrics
+
+TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
+
+
+def tiny(norm_type, **overrides):
+    return build_model("ViT-Mini_4", 16, norm_type=norm_type, **{**TINY, **overrides})
+
+
+def randomised(model):
+    model.load_from(make_checkpoint({key: array.shape for key, array in model.export_npz().items()}), head="keep")
+    return model
+
+
+def random_affine(norm):
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return norm
+
+
+def test_batch_norm_is_that_of_each_channel_over_batch_and_tokens():
+    torch.manual_seed(0)
+    norm = random_affine(TokenBatchNorm(8))
+    x = 3 + 2 * torch.randn(5, 7, 8)
+    reference = torch.nn.BatchNorm1d(8)
+    reference.load_state_dict(norm.state_dict(), strict=False)
+    expected = reference(x.transpose(1, 2)).transpose(1, 2)  # PyTorch's has channels second
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm.running_mean, reference.running_mean)
+    torch.testing.assert_close(norm.running_var, reference.running_var)
+    torch.testing.assert_close(norm.eval()(x), reference.eval()(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_group_norm_is_that_of_four_groups_of_channels_over_the_tokens():
+    torch.manual_seed(0)
+    norm = random_affine(TokenGroupNorm(8))
+    x = 1 + torch.randn(5, 7, 8)
+    expected = F.group_norm(x.transpose(1, 2).contiguous(), 4, norm.weight, norm.bias, 1e-6).transpose(1, 2)
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm.over_groups(x), expected)
+
+
+@pytest.mark.parametrize("norm_type", ["BN", "GN"])
+def test_no_memory_is_moved(norm_type):
+    """The output lies in memory as the tokens do, so that nothing after it has to copy."""
+    x = torch.randn(3, 5, 32)
+    assert token_norm(norm_type, 32)(x).is_contiguous()
+
+
+@pytest.mark.parametrize("norm_type", TOKEN_NORMS)
+def test_evaluation_does_not_depend_on_the_batch(norm_type):
+    model = randomised(tiny(norm_type)).eval()
+    images = torch.from_numpy(make_images(16, 6))
+    with torch.no_grad():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_training_moves_the_running_statistics_and_evaluation_does_not():
+    model = tiny("BN")
+    before = model.blocks[1].norm2.running_var.clone()
+    model.eval()(torch.randn(4, 3, 16, 16))
+    assert torch.equal(model.blocks[1].norm2.running_var, before)
+    model.train()(torch.randn(4, 3, 16, 16))
+    assert not torch.equal(model.blocks[1].norm2.running_var, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [12, 24, 32])
+def test_rescale_keeps_the_variance_of_the_residual_stream(depth):
+    """With branches of variance 1 as with a real block's two; the plain sum's grows with their number."""
+    torch.manual_seed(0)
+    x = plain = torch.randn(100_000, dtype=torch.float64)
+    for k in range(1, 2 * depth + 1):
+        branch = torch.randn_like(x)
+        plain = plain + branch
+        x = RescaledResidual(k).double()(x, branch)
+        assert x.var() == pytest.approx(1, abs=0.03)
+    assert plain.var() == pytest.approx(2 * depth + 1, rel=0.05)
+
+
+def test_rescale_is_its_formula():
+    model = randomised(tiny("Rescale")).eval()
+    x = torch.randn(2, 5, 32)
+    k = 0
+    expected = x
+    with torch.no_grad():
+        for block in model.blocks:
+            for bias, branch, multiplier in (
+                (block.norm1.bias, block.attn, block.add1.weight),
+                (block.norm2.bias, block.mlp, block.add2.weight),
+            ):
+                k += 1
+                identity = math.sqrt(k / (k + 1)) * expected
+                expected = identity + math.sqrt(1 / (k + 1)) * multiplier * branch(expected + bias)
+            x = block(x)
+    assert k == 4
+    torch.testing.assert_close(x, expected)
+    assert not any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
+    fresh = tiny("Rescale")
+    assert all(block.add1.weight == block.add2.weight == 1 for block in fresh.blocks)
+    assert all(block.norm1.bias.abs().max() == 0 for block in fresh.blocks)
+
+
+@pytest.mark.parametrize("model_type", ["ViT-B_16", "ViT-L_32"])
+def test_rescale_stays_finite_in_float16(model_type):
+    """A real model as it is initialised, on images in [-1, 1]."""
+    model = build_model(model_type, 64, norm_type="Rescale").half().eval()
+    with torch.no_grad():
+        x = model.embed(torch.from_numpy(make_images(64, 2)).half())
+        for block in model.blocks:
+            x = block(x)
+            assert x.isfinite().all()
+            assert x.abs().max() < 1000
+
+
+@pytest.mark.parametrize("norm_type", TOKEN_NORMS)
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4"])
+def test_every_norm_is_exported_and_loaded(norm_type, model_type):
+    model = build_model(model_type, 32, norm_type=norm_type, num_layers=2)
+    model.train()(torch.randn(4, 3, 32, 32))  # moves running statistics
+    copy = build_model(model_type, 32, norm_type=norm_type, num_layers=2)
+    assert copy.load_from(model.export_npz(), head="keep") == ([], [])
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, copy.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("norm_type", [name for name in TOKEN_NORMS if name != "LN"])
+def test_pretrained_weights_of_another_norm(norm_type):
+    """The LayerNorms' own arrays are left out, everything else is loaded; and the other way round."""
+    arrays = make_checkpoint({key: array.shape for key, array in tiny("LN").export_npz().items()})
+    model = tiny(norm_type)
+    before = model.export_npz()
+    loaded = model.load_from(arrays, head="keep")
+    assert len(loaded.left_out) == 2 * 2 * 2 + 2
+    assert all("norm" in key.lower() for key in loaded.left_out)
+    after = model.export_npz()
+    for key, array in after.items():
+        assert np.array_equal(array, before[key] if key in loaded.initialised else arrays[key]), key
+    assert set(loaded.initialised) == set(after) - set(arrays)
+    assert f"10 arrays of another norm are left out, {len(loaded.initialised)} of the model's own" in str(loaded)
+    assert set(tiny("LN").load_from(after).left_out) == set(loaded.initialised)
+
+
+def test_a_norm_that_is_there_in_part_is_an_error():
+    arrays = tiny("BN").export_npz()
+    del arrays["Transformer/encoderblock_1/BatchNorm_0/mean"]
+    with pytest.raises(CheckpointError, match="encoderblock_1/BatchNorm_0/mean is missing"):
+        tiny("BN").load_from(arrays)
+    arrays = {key: array for key, array in tiny("LN").export_npz().items() if "norm" not in key.lower()}
+    with pytest.raises(CheckpointError, match="BatchNorm_0/scale is missing"):
+        tiny("BN").load_from(arrays)
+
+
+def test_batch_norm_over_two_processes_is_that_of_one(tiny_flags):
+    """Statistics over the batches of both: the losses, which use them, are those of one process."""
+    one, two = (tiny_flags("--norm_type", "BN", "--name", name, "--learning_rate", 0.1) for name in ("one", "two"))
+    succeed("train.py", *one)
+    succeed("train.py", *two, processes=2)
+    for mine, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert float(mine["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-5)
+        assert float(mine["test_loss"]) == pytest.approx(float(theirs["test_loss"]), rel=1e-4)
+
+
+def test_training_from_weights_of_another_norm_says_so(tiny_flags, tmp_path):
+    model = build_model("ViT-Mini_4", 8)
+    weights = tmp_path / "ViT-Mini_4.npz"
+    np.savez(weights, **make_checkpoint({key: array.shape for key, array in model.export_npz().items()}))
+    flags = ["--pretrained_dir", weights, "--norm_type", "GN", "--fp16", "--num_steps", 2]
+    printed = succeed("train.py", *tiny_flags(*flags))
+    assert f"{weights}: 26 arrays of another norm are left out, 26 of the model's own keep" in printed
+    checkpoint = tmp_path / "output" / "run" / "last.safetensors"
+    assert "top-1" in succeed("evaluate.py", "--checkpoint", checkpoint)
+    assert (
+        "unknown norm type 'RN'; there is LN, BN, GN, Rescale"
+        in script("train.py", *tiny_flags("--norm_type", "RN")).stderr
+    )
