@@ -1,6 +1,6 @@
 """Fine-tune a ViT, hybrid or BiT ResNet from Google's checkpoint, or train one from scratch."""
 
-from models import MODEL_TYPES, build_model, canonical_model_type
+from models import MODEL_TYPES, NORM_TYPES, build_model, canonical_model_type
 from utils.arguments import add_model_flags, check_training_flags, training_parser
 from utils.errors import run_script
 from utils.training import run_training
@@ -8,7 +8,7 @@ from utils.training import run_training
 
 def main():
     parser = training_parser(__doc__)
-    add_model_flags(parser, MODEL_TYPES, canonical_model_type)
+    add_model_flags(parser, MODEL_TYPES, NORM_TYPES, canonical_model_type)
     args = parser.parse_args()
 
     def make_model(num_classes):

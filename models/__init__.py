@@ -4,12 +4,14 @@ import difflib
 
 from models.bit_resnet import BiTResNet
 from models.configs import RESNETS, VITS
+from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError, num_classes_of
 from models.vision_transformer import VisionTransformer
 
 MODEL_TYPES = (*VITS, *RESNETS)
+NORM_TYPES = tuple(TOKEN_NORMS)
 
-__all__ = ["MODEL_TYPES", "CheckpointError", "build_model", "canonical_model_type", "num_classes_of"]
+__all__ = ["MODEL_TYPES", "NORM_TYPES", "CheckpointError", "build_model", "canonical_model_type", "num_classes_of"]
 
 
 def canonical_model_type(name):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import npz
+from models.configs import resnet
 from models.hybrid_stem import lecun_normal_
 from models.norms import GroupNorm
 
@@ -63,13 +64,12 @@ class BiTResNet(nn.Module):
 
     def shapes_before_the_cut(self):
         """{key: shape} in the checkpoint of the ResNet that this one was cut from; empty if it is whole."""
-        if self.config.cut_from is None:
+        config = self.config
+        if config.cut_from is None:
             return {}
-        config = self.config.copy_and_resolve_references()
-        config.resnet_layers, config.cut_from = config.cut_from, None
-        config.stage_widths = tuple(4 * config.root_width * 2**i for i in range(len(config.resnet_layers)))
+        whole = resnet(config.cut_from, config.root_width, root_stride=config.root_stride, num_groups=config.num_groups)
         with torch.device("meta"):
-            return {row.key: tuple(row.view.shape) for row in npz.resnet_rows(BiTResNet(config))}
+            return {row.key: tuple(row.view.shape) for row in npz.resnet_rows(BiTResNet(whole))}
 
 
 class Root(nn.Module):

@@ -20,6 +20,7 @@ SPELLINGS = (
     (re.compile(r"(?<=/)LayerNorm_1(?=/)"), "LayerNorm_2"),
     (re.compile(r"(?<=/)MlpBlock_0(?=/)"), "MlpBlock_3"),
 )
+HEADS = ("head/", "resnet/head/")
 POS_EMBED = "Transformer/posembed_input/pos_embedding"
 
 
@@ -141,7 +142,7 @@ def resnet_rows(model):
 
 
 @torch.no_grad()
-def load(rows, arrays, head, grid_size=None, whole=()):
+def load(rows, arrays, head, grid_size=None, whole=None):
     """Fill the views of `rows` from `arrays`, one at a time; see VisionTransformer.load_from.
 
     Position embeddings are resized to `grid_size`. `whole` is {key: shape} of a larger model that this one was cut
@@ -150,15 +151,12 @@ def load(rows, arrays, head, grid_size=None, whole=()):
     """
     if head not in ("zero", "keep"):
         raise ValueError(f"head is 'zero' or 'keep', not {head!r}")
+    whole = whole or {}
     found = {canonical_key(key): key for key in arrays}
     wanted = [row for row in rows if head == "keep" or not is_head(row.key)]
-    own_norms = [row.key for row in wanted if is_token_norm(row.key)]
-    other_norms = {name for name in found if is_token_norm(name)}.difference(own_norms)
-    if not other_norms or any(key in found for key in own_norms):
-        own_norms, other_norms = [], set()  # the same norm, or an error
-    wanted = [row for row in wanted if row.key not in own_norms]
-    check_keys(wanted, found, other_norms.union(whole))
-    initialised = own_norms
+    initialised, other_norm = norms_that_differ(wanted, found)
+    wanted = [row for row in wanted if row.key not in initialised]
+    check_keys(wanted, found, spare={*whole, *other_norm})
     for row in wanted:
         array = np.asarray(arrays[found[row.key]])
         if not np.issubdtype(array.dtype, np.floating):
@@ -169,7 +167,7 @@ def load(rows, arrays, head, grid_size=None, whole=()):
             array = array.reshape(row.view.shape)  # a GroupNorm as later versions of Flax store it
         if array.shape == row.view.shape:
             row.view.copy_(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)))
-        elif row.key in whole and array.shape == whole[row.key] and not is_head(row.key):
+        elif array.shape == whole.get(row.key) and not is_head(row.key):
             initialised.append(row.key)
         else:
             raise CheckpointError(shape_message(found[row.key], array.shape, row))
@@ -192,11 +190,19 @@ def canonical_key(key):
 
 
 def is_head(key):
-    return key.startswith(("head/", "pre_logits/", "resnet/head/"))
+    return key.startswith((*HEADS, "pre_logits/"))
 
 
 def is_token_norm(key):
     return re.search(r"/(Layer|Batch|Group)Norm_\d/|/Rescale_\d/|/encoder_(batch_|group_)?norm/", key) is not None
+
+
+def norms_that_differ(rows, found):
+    """(keys of the model's norm, keys of the checkpoint's) where the two are of different types, else empty lists."""
+    ours = [row.key for row in rows if is_token_norm(row.key)]
+    theirs = [name for name in found if is_token_norm(name)]
+    differ = theirs and not set(ours).intersection(theirs)
+    return (ours, theirs) if differ else ([], [])
 
 
 def num_classes_of(arrays):
@@ -231,7 +237,7 @@ def and_more(keys):
 
 def shape_message(key, shape, row):
     message = f"{key} has shape {tuple(shape)}, expected {tuple(row.view.shape)}"
-    if row.key.startswith(("head/", "resnet/head/")):
+    if row.key.startswith(HEADS):
         message += f": the checkpoint has {shape[-1]} classes, the model {row.view.shape[-1]}"
     return message
 

@@ -283,7 +283,7 @@ def test_attention_is_logged_while_training_and_runs_are_drawn_over_each_other(t
 
     plain = tiny_flags("--name", "plain")
     logged = tiny_flags("--name", "logged", "--log_attention_every", 4)
-    assert "ViT-Mini_4" in succeed("train.py", *plain)
+    succeed("train.py", *plain)
     succeed("train.py", *logged)
     output = tmp_path / "output"
     events = EventAccumulator(str(output / "logged"), size_guidance={"images": 0}).Reload()

@@ -13,7 +13,7 @@ from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
 from utils.pretrained import check_exists, published_url
 from utils.scheduler import DECAY_TYPES
 from utils.tracking import resumes
-from utils.training import OPTIMIZERS
+from utils.training import OPTIMIZERS, WATCHED
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,7 +103,8 @@ def training_parser(description):
         "--log_attention_every",
         type=positive,
         metavar="N",
-        help="steps between two pictures of a ViT's attention in TensorBoard, rollout on 8 test images; default: none",
+        help=f"steps between two pictures of a ViT's attention in TensorBoard: rollout on {WATCHED} test images; "
+        "default: none",
     )
     training.add_argument(
         "--gradient_accumulation_steps",
@@ -231,7 +232,7 @@ def add_precision_flags(group):
     )
 
 
-def add_model_flags(parser, model_types, canonical):
+def add_model_flags(parser, model_types, norm_types, canonical):
     """The model's flags; `canonical` finds a name in `model_types` or raises ValueError."""
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -241,8 +242,8 @@ def add_model_flags(parser, model_types, canonical):
         "--norm_type",
         default="LN",
         metavar="NORM",
-        help="of a ViT's tokens: LN, BN, GN, or Rescale, which is none. BN takes its statistics over the images that "
-        "all processes work on at once: the batch, or with gradient accumulation each of its parts",
+        help=f"of a ViT's tokens: {', '.join(norm_types)} (Rescale is none). BN takes its statistics over the images "
+        "that all processes work on at once: the batch, or with gradient accumulation each of its parts",
     )
     group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="of a ViT; default: the published model's")
 
