@@ -4,6 +4,7 @@ Both kinds have the same two methods: `train_batches`, the endless shuffled stre
 `eval_batches`, each image once. A dataset's name is written once, in DATASETS.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -165,24 +166,28 @@ def read_images_of_one_size(paths, quiet):
     return images
 
 
-def read_image(path):
-    """uint8 (3, H, W). Raises UserError that names a file which is no readable picture."""
+@contextlib.contextmanager
+def opened_image(path):
+    """A Pillow image. Raises UserError that names a file which is no readable picture, then or while it is read."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                return torch.from_numpy((np.array(image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            yield image
     except Exception as error:  # Pillow raises nearly every type for one or the other broken file
         raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
+def read_image(path):
+    """uint8 (3, H, W). Raises UserError."""
+    with opened_image(path) as image:
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+            return torch.from_numpy((np.array(image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def check_image(path):
-    """Raises UserError where the file is no picture, by its header and without decoding it."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except Exception as error:
-        raise UserError(f"{path} is not a readable picture: {error}") from error
+    """Raises UserError where the file is no picture, without decoding all of it."""
+    with opened_image(path) as image:
+        image.verify()
 
 
 class TensorImages:
@@ -209,15 +214,13 @@ class TensorImages:
     def eval_batches(self, img_size, batch_size, world):
         """This process's share of the images, resized: images float32 (B, 3, *img_size), labels int64 (B,)."""
         images, labels = self.images[world.rank :: world.size], self.labels[world.rank :: world.size]
-        whole = torch.tensor([[0, 0, *images.shape[2:]]])
         for some, their_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            yield normalise(resized_crops(some, whole.expand(len(some), -1), img_size)), their_labels
+            yield resized(some, img_size), their_labels
 
     def examples(self, count, img_size):
         """Up to `count` images, spread evenly over the set, and their labels, as a batch of `eval_batches`."""
         rows = spread_indices(len(self), count)
-        whole = torch.tensor([[0, 0, *self.images.shape[2:]]]).expand(len(rows), -1)
-        return normalise(resized_crops(self.images[rows], whole, img_size)), self.labels[rows]
+        return resized(self.images[rows], img_size), self.labels[rows]
 
 
 class FolderImages:
@@ -288,6 +291,12 @@ class ResizedImages(Dataset):
     def __getitem__(self, index):
         image = tv.resize(read_image(self.paths[index]), list(self.img_size), antialias=True)
         return image, self.labels[index]
+
+
+def resized(images, img_size):
+    """A batch of whole images, uint8 (B, 3, h, w) -> float32 (B, 3, *img_size) in [-1, 1]."""
+    boxes = torch.tensor([[0, 0, *images.shape[2:]]]).expand(len(images), -1)
+    return normalise(resized_crops(images, boxes, img_size))
 
 
 def spread_indices(size, count):
