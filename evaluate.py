@@ -154,7 +154,7 @@ def measure(model, classes, img_size, precision, processes, args):
     if processes.rank == 0:
         from utils.visualize import plot_confusion_matrix, save
 
-        title = f"{Path(args.checkpoint).parent.name}/{Path(args.checkpoint).name} on {dataset}"
+        title = f"{checkpoint_title(args.checkpoint)} on {dataset}"
         save(plot_confusion_matrix(confusion, test_set.classes, title), picture)
     images = confusion.sum(dim=1)
     per_class = zip(test_set.classes, (confusion.diagonal() / images).tolist(), images.tolist(), strict=True)
@@ -197,6 +197,11 @@ def classify(model, paths, classes, img_size, precision, device):
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         report.append({"image": path, "classes": [{"class": classes[i], "probability": p} for i, p in pairs]})
     return report
+
+
+def checkpoint_title(checkpoint):
+    """A file's name for a picture, with its folder, which is the run's name."""
+    return "/".join(Path(checkpoint).resolve().parts[-2:])
 
 
 def prepare_image(image, img_size):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evaluate import load_model, prepare_image
+from evaluate import checkpoint_title, load_model, prepare_image
 from models import canonical_model_type
 from utils.arguments import Parser, add_checkpoint_flags, natural
 from utils.augmentation import normalise
@@ -44,11 +44,11 @@ def main():
     args = parse_flags()
     check_output(args.output_dir)
     if args.curves:
-        write(plot_runs(*runs_of(args.curves)), args, "curves")
+        write(plot_runs(runs_of(args.curves)), args, "curves")
     if args.checkpoint:
         model, classes, img_size, _ = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        name = "/".join(Path(args.checkpoint).resolve().parts[-2:])
+        name = checkpoint_title(args.checkpoint)
         if hasattr(model, "forward_with_attention"):
             draw_attention(model, classes, img_size, name, args)
         else:
@@ -126,24 +126,22 @@ def draw_attention(model, classes, img_size, name, args):
     for path, label in zip(args.image, labels_of(args.image), strict=True):
         image = read_image(path)
         logits, attention = look(model, image, img_size)
-        image = shrunk(image)
-        attention = [weights.cpu() for weights in attention]
-        mask = class_token_mask(rollout(attention)[0], grid_size)
-        best = caption(logits, classes)
-        if len(grid) < GRID:
-            grid.append((image, mask, f"{Path(path).name}\n{best}"))
-        distances = distances + attention_distance(attention, grid_size, model.patch_embed.img_size)
+        image, best = shrunk(image), caption(logits, classes)
         title = f"{Path(path).name}: {best}\n{name}"
         if "rollout" in wanted:
+            mask = class_token_mask(rollout(attention)[0], grid_size).cpu()
             write(plot_attention(image, {"attention rollout": mask}, title), args, f"{label}-rollout")
-        single = torch.stack([class_token_mask(attention[block][0], grid_size) for block in blocks])
+            if len(grid) < GRID:
+                grid.append((image, mask, f"{Path(path).name}\n{best}"))
+        if "distance" in wanted:
+            distances = distances + attention_distance(attention, grid_size, model.patch_embed.img_size)
+        single = torch.stack([class_token_mask(attention[block][0], grid_size) for block in blocks]).cpu()
         if "blocks" in wanted:
             means = {f"block {block}": mask for block, mask in zip(blocks, single.mean(dim=1), strict=True)}
             write(plot_attention(image, means, title), args, f"{label}-blocks")
         if "heads" in wanted:
             write(plot_heads(image, single, blocks, title), args, f"{label}-heads")
-    if "rollout" in wanted:
-        write_grid(grid, args, f"{name}: attention rollout")
+    write_grid(grid, args, f"{name}: attention rollout")
     if "distance" in wanted:
         title = f"{name}\n{len(args.image)} images at {img_size}x{img_size}"
         write(plot_attention_distance(distances / len(args.image), title), args, "distance")
@@ -209,13 +207,13 @@ def labels_of(paths):
 
 
 def runs_of(folders):
-    """({label: [metrics]}, title) of runs for `plot_runs`."""
+    """{label: [metrics]} of runs for `plot_runs`."""
     runs = {}
     for folder in folders:
         flags, metrics = read_run(folder)
         label = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
         runs[f"{label} ({folder})" if label in runs else label] = [metrics]
-    return runs, ""
+    return runs
 
 
 def write(figure, args, name):

@@ -256,7 +256,7 @@ def plot_curves(metrics, title):
     return figure
 
 
-def plot_runs(runs, title):
+def plot_runs(runs, title=""):
     """Test loss and accuracy of runs over each other, training dashed; {label: [metrics of a seed, ...]}.
 
     Several seeds are drawn as their mean and, for the test set, the range between lowest and highest.
