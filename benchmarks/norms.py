@@ -6,12 +6,12 @@ python benchmarks/norms.py --model_type ViT-B_16 --batch_size 8
 import statistics
 
 import torch
-from throughput import NUM_CLASSES, add_step_flags, forward_flops, ours, take_turns  # puts the repository on the path
+from throughput import NUM_CLASSES, add_step_flags, ours, take_turns  # puts the repository on the path
 
-from models import build_model, canonical_model_type
+from evaluate import make_model
+from models import NORM_TYPES
 from models.configs import VITS
-from models.norms import TOKEN_NORMS
-from utils.arguments import Parser, argument
+from utils.arguments import Parser, one_of
 from utils.errors import run_script
 from utils.tracking import device_name
 
@@ -19,16 +19,15 @@ from utils.tracking import device_name
 def main():
     parser = Parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--model_type", type=argument(canonical_model_type), default="ViT-B_16", help=", ".join(VITS))
+    group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-B_16", help=", ".join(VITS))
     add_step_flags(group, batch_size=8, rounds=7)
     args = parser.parse_args()
-    forward_flops(args.model_type, args.img_size)  # says what can't be built
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     contenders = {}
-    for norm_type in TOKEN_NORMS:
-        model = build_model(args.model_type, args.img_size, NUM_CLASSES, norm_type=norm_type)
+    for norm_type in NORM_TYPES:
+        model = make_model(args.model_type, args.img_size, NUM_CLASSES, norm_type=norm_type)
         contenders[norm_type, "forward"], contenders[norm_type, "training"] = ours(args, model, device, images, labels)
     seconds = take_turns(contenders, args.rounds, device)
     print(
@@ -36,7 +35,7 @@ def main():
         f"{device_name()}, torch {torch.__version__}, median of {args.rounds} rounds\n\n"
         "| norm | training / LN | training (images/s) | forward / LN | forward (images/s) |\n|---|---|---|---|---|"
     )
-    for norm_type in TOKEN_NORMS:
+    for norm_type in NORM_TYPES:
         cells = []
         for task in ("training", "forward"):
             pairs = zip(seconds["LN", task], seconds[norm_type, task], strict=True)

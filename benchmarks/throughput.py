@@ -20,11 +20,12 @@ from timm.layers import StdConv2d
 from timm.models.resnetv2 import ResNetV2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from models import MODEL_TYPES, build_model, canonical_model_type
+from evaluate import make_model
+from models import MODEL_TYPES, canonical_model_type
 from models.bit_resnet import BiTResNet
 from models.dropout import Dropout
 from utils.arguments import Parser, argument, one_of, positive
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.precision import OPT_LEVELS, Precision
 from utils.profiling import count_flops
 from utils.tracking import device_name
@@ -53,7 +54,7 @@ def main():
     args = parse_flags()
     flops = forward_flops(args.model_type, args.img_size)
     torch.manual_seed(0)
-    model = build_model(args.model_type, args.img_size, NUM_CLASSES)
+    model = make_model(args.model_type, args.img_size, NUM_CLASSES)
     shape = matrix_product_shape(model, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
@@ -191,12 +192,8 @@ def eager_autocast(model, call, args, device, images, labels):
 
 def forward_flops(model_type, img_size):
     """Of one image. Raises UserError where the model can't be built, before anything that takes time."""
-    try:
-        with torch.device("meta"):
-            model = build_model(model_type, img_size, NUM_CLASSES)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return count_flops(model, img_size)
+    with torch.device("meta"):
+        return count_flops(make_model(model_type, img_size, NUM_CLASSES), img_size)
 
 
 def matrix_product_shape(model, args):

@@ -84,9 +84,13 @@ def flags_of(model_type, number, args):
 def check_earlier_run(flags):
     """Raises UserError where the run's folder holds one that was made with other flags."""
     folder = Path(flags["output_dir"]) / flags["name"]
-    for flag, value in ((read_config(folder) or {}).get("flags") or flags).items():
-        if flag in flags and flag != "output_dir" and value != flags[flag]:
-            raise UserError(f"{folder} was made with --{flag} {value}, not {flags[flag]}; give another --output_dir")
+    config = read_config(folder)
+    if config is None:
+        return
+    for flag, wanted in flags.items():
+        found = config["flags"].get(flag)
+        if flag != "output_dir" and found != wanted:  # the folder may have been moved
+            raise UserError(f"{folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
 
 
 def train(flags):
