@@ -14,6 +14,7 @@ from models import canonical_model_type
 from utils.arguments import Parser, add_checkpoint_flags, natural
 from utils.augmentation import normalise
 from utils.datasets import check_image, pictures_below, read_image
+from utils.distributed import choose_device
 from utils.errors import UserError, run_script
 from utils.tracking import read_run
 from utils.visualize import (
@@ -47,7 +48,7 @@ def main():
         write(plot_runs(runs_of(args.curves)), args, "curves")
     if args.checkpoint:
         model, classes, img_size, _ = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model.to(choose_device()).eval()
         name = checkpoint_title(args.checkpoint)
         if hasattr(model, "forward_with_attention"):
             draw_attention(model, classes, img_size, name, args)

@@ -14,6 +14,7 @@ from throughput import NUM_CLASSES, add_step_flags, forward_flops, ours, take_tu
 
 from models import MODEL_TYPES, build_model, canonical_model_type
 from utils.arguments import Parser, argument, check_picture_path
+from utils.distributed import choose_device
 from utils.errors import UserError, run_script
 from utils.profiling import activation_bytes, count_parameters
 from utils.tracking import device_name, read_run
@@ -34,7 +35,7 @@ def main():
     args = parse_flags()
     accuracies = best_accuracies(args.runs, args.model_types)
     rows = {name: {"gflops": forward_flops(name, args.img_size) / 1e9} for name in args.model_types}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     contenders = {}

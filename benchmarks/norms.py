@@ -6,12 +6,13 @@ python benchmarks/norms.py --model_type ViT-B_16 --batch_size 8
 import statistics
 
 import torch
-from throughput import NUM_CLASSES, add_step_flags, ours, take_turns  # puts the repository on the path
+from throughput import NUM_CLASSES, add_step_flags, compiled, ours, take_turns  # puts the repository on the path
 
 from evaluate import make_model
 from models import NORM_TYPES
 from models.configs import VITS
 from utils.arguments import Parser, one_of
+from utils.distributed import choose_device
 from utils.errors import run_script
 from utils.tracking import device_name
 
@@ -22,7 +23,7 @@ def main():
     group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-B_16", help=", ".join(VITS))
     add_step_flags(group, batch_size=8, rounds=7)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     contenders = {}
@@ -31,7 +32,7 @@ def main():
         contenders[norm_type, "forward"], contenders[norm_type, "training"] = ours(args, model, device, images, labels)
     seconds = take_turns(contenders, args.rounds, device)
     print(
-        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}, "
+        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{compiled(args)}, "
         f"{device_name()}, torch {torch.__version__}, median of {args.rounds} rounds\n\n"
         "| norm | training / LN | training (images/s) | forward / LN | forward (images/s) |\n|---|---|---|---|---|"
     )

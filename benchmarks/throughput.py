@@ -25,6 +25,7 @@ from models import MODEL_TYPES, canonical_model_type
 from models.bit_resnet import BiTResNet
 from models.dropout import Dropout
 from utils.arguments import Parser, argument, one_of, positive
+from utils.distributed import choose_device
 from utils.errors import run_script
 from utils.precision import OPT_LEVELS, Precision
 from utils.profiling import count_flops
@@ -56,7 +57,7 @@ def main():
     torch.manual_seed(0)
     model = make_model(args.model_type, args.img_size, NUM_CLASSES)
     shape = matrix_product_shape(model, args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     contenders = {}
@@ -86,6 +87,7 @@ def add_step_flags(group, batch_size, rounds):
     group.add_argument(
         "--fp16_opt_level", type=one_of("opt level", OPT_LEVELS), default="O2", help="this project's, in 16 bits"
     )
+    group.add_argument("--compile", action="store_true", help="compile every model by torch.compile")
     group.add_argument("--rounds", type=positive, default=rounds, help="turns that are timed, after one that is not")
 
 
@@ -98,6 +100,8 @@ def ours(args, model, device, images, labels):
     level = "O0" if args.precision == "fp32" else args.fp16_opt_level
     precision = Precision(level, DTYPES[args.precision], device)
     optimizer = precision.prepare(model, momentum_sgd)
+    if args.compile:
+        model.compile()
 
     def forward():
         model.eval()
@@ -164,6 +168,8 @@ def transformers_vit(args, model, device, images, labels):
 def eager_autocast(model, call, args, device, images, labels):
     """(forward, training step) of a model in ordinary PyTorch: autocast, clipping by norm, momentum SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    if args.compile:
+        model.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     def autocast():
@@ -220,16 +226,21 @@ def matrix_product(shape, args, device):
 
 
 def take_turns(contenders, rounds, device):
-    """{contender: [seconds of each round]}; the first round only warms up."""
+    """{contender: [seconds of each round]}; the first round only warms up.
+
+    On a GPU a round is ten steps, which its queue takes one after the other as in training.
+    """
+    steps = 10 if device.type == "cuda" else 1
     seconds = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, step in contenders.items():
             synchronise(device)
             start = time.perf_counter()
-            step()
+            for _ in range(steps):
+                step()
             synchronise(device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / steps)
     return seconds
 
 
@@ -246,7 +257,7 @@ def report(args, seconds, flops, shape):
     level = "" if args.precision == "fp32" else f" (this project at {args.fp16_opt_level}, the others by autocast)"
     optimizers = "momentum SGD, by this project PyTorch's fused one, by the others its default"
     lines = [
-        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}",
+        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}{compiled(args)}",
         f"{device_name()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, timm {timm.__version__}; "
         f"{optimizers}; "
         f"median of {args.rounds} rounds; a matrix product of {tokens} x {hidden} x {mlp} runs at "
@@ -262,6 +273,10 @@ def report(args, seconds, flops, shape):
             share = f"{100 * speed * flops[task] / peak:.0f} %"
             lines.append(f"| {task} | {name} | {ratio(seconds, name, task)} | {speed:.1f} | {spread} | {share} |")
     return "\n".join(lines)
+
+
+def compiled(args):
+    return ", compiled" if args.compile else ""
 
 
 def ratio(seconds, name, task):

@@ -20,15 +20,14 @@ class Dropout(nn.Module):
 
     def seed_samples(self, keys, layer):
         """`keys` are random words, int32 (B, 2), one row a sample; `layer` numbers the model's dropout layers."""
-        self.keys, self.layer = keys, layer
+        self.keys = scramble(keys + layer * 0x3C6EF372)
 
     def forward(self, x):
         if not self.training or self.rate == 0.0:
             return x
         if self.keys is None:
             return F.dropout(x, self.rate)
-        keys = scramble(self.keys + self.layer * 0x3C6EF372)
-        dropped = dropout_mask(keys, x[0].numel(), self.rate).view(x.shape)
+        dropped = dropout_mask(self.keys, x[0].numel(), self.rate).view(x.shape)
         return (x * (1 / (1 - self.rate))).masked_fill(dropped, 0.0)
 
     def extra_repr(self):

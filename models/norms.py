@@ -121,7 +121,9 @@ class RescaledResidual(nn.Module):
 
     def __init__(self, k):
         super().__init__()
-        self.identity_scale, self.branch_scale = math.sqrt(k / (k + 1)), math.sqrt(1 / (k + 1))
+        # tensors, not numbers: a compiled block would be compiled anew for each k
+        self.register_buffer("identity_scale", torch.tensor(math.sqrt(k / (k + 1))), persistent=False)
+        self.register_buffer("branch_scale", torch.tensor(math.sqrt(1 / (k + 1))), persistent=False)
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, x, branch):

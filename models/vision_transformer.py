@@ -3,6 +3,8 @@
 The state dict has timm's names, so a checkpoint of a ViT also loads there.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,6 +63,11 @@ class VisionTransformer(nn.Module):
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)
 
+    def compile(self, **options):
+        """As torch.nn.Module.compile, but part by part: the blocks are alike, so that one of them is compiled for all."""
+        for part in (self.patch_embed, *self.blocks):
+            part.compile(**options)
+
     def load_from(self, arrays, head="zero"):
         """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("ViT-B_16.npz")`.
 
@@ -99,8 +106,16 @@ class PatchEmbed(nn.Module):
         if images.shape[-2:] != self.img_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the model was built for {self.img_size}")
         x = self.stem(images) if self.stem else images
-        x = self.proj(x)  # (B, hidden, H / patch, W / patch)
-        return x.flatten(2).transpose(1, 2)
+        return F.linear(patches(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def patches(x, size):
+    """(B, C, H, W) -> (B, N, C * size * size), row by row, each patch in the order of a convolution's kernel.
+
+    Patches don't overlap, so their embedding is one matrix product; cuDNN's convolution takes eight times as long.
+    """
+    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -151,7 +166,9 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, N, hidden) -> query, key, value, each (B, heads, N, head_dim)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # unbound where they lie side by side, (B, N, 3, heads, head_dim): their gradients then need one copy, not two
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, x):
         """(B, heads, N, head_dim) -> (B, N, hidden)"""
@@ -172,5 +189,12 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
-        x = F.gelu(self.fc1(x), approximate="tanh")
+        x = gelu(self.fc1(x))
         return self.drop2(self.fc2(self.drop1(x)))
+
+
+def gelu(x):
+    """The tanh approximation of GELU, Flax's default."""
+    if torch.compiler.is_compiling():  # 1 + tanh(u) is 2 sigmoid(2 u), and compiled exponentials are faster than tanh
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")

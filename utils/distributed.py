@@ -22,6 +22,17 @@ class World(NamedTuple):
     device: torch.device
 
 
+def choose_device(local_rank=0):
+    """The GPU of this number, or the CPU where there is none; settles how this process computes on it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    # cuDNN would round the inputs of float32 convolutions to 10 bits (TF32); PyTorch's matrix products don't.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # a run's images are of one size, so the search for a kernel pays
+    return torch.device("cuda", local_rank)
+
+
 @contextlib.contextmanager
 def world(local_rank=None):
     """Join the process group that the launcher's environment describes, if any, and leave it at the end.
@@ -29,11 +40,7 @@ def world(local_rank=None):
     `local_rank` is what an old launcher gives as a flag; the environment's wins.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
+    device = choose_device(local_rank)
     if "RANK" not in os.environ:
         yield World(0, 1, 0, device)
         return

@@ -1,0 +1,157 @@
+"""What only a GPU can show: float32 logits, the 16-bit levels, compilation. Skipped where there is none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT
+from models import NORM_TYPES, build_model
+from models.attention import attend, attention_weights
+from models.norms import TokenGroupNorm
+from synthetic import load_fixture, make_checkpoint, make_images
+from test_reference_logits import relative_error
+from utils.distributed import choose_device
+from utils.precision import Precision
+from utils.tracking import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture
+def device():
+    return choose_device()
+
+
+def official_model(name):
+    """The model of a fixture with its weights, its images, and the official logits."""
+    fixture = load_fixture(name)
+    model = build_model(fixture["model"], fixture["img_size"], fixture["num_classes"])
+    model.load_from(make_checkpoint(fixture["shapes"]), head="keep")
+    return model.eval(), torch.from_numpy(make_images(fixture["img_size"], fixture["batch"])), fixture["logits"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5), ("BiT-M-R50x1", 1e-5)])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_logits_are_the_official_ones(name, bound, compiled, device):
+    model, images, logits = official_model(name)
+    model.to(device)
+    if compiled:
+        model.compile()
+    assert relative_error(model(images.to(device)).cpu(), logits) < bound
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ViT-Ti_16", "R50_ViT-B_16", "BiT-M-R50x1"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("dtype, bound", [("float16", 0.01), ("bfloat16", 0.05)])
+def test_sixteen_bits_keep_the_logits(name, level, dtype, bound, device):
+    model, images, logits = official_model(name)
+    precision = Precision(level, DTYPES[dtype], device)
+    precision.cast(model.to(device))
+    with precision.autocast():
+        ours = model(precision.inputs(images.to(device)))
+    assert relative_error(ours.float().cpu(), logits) < bound
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "ResNet-Mini_Params"])
+def test_gradients_are_those_of_the_cpu(model_type, norm_type, device):
+    if model_type.startswith("ResNet") and norm_type != "LN":
+        pytest.skip("a ResNet has one norm")
+    torch.manual_seed(0)
+    model = build_model(model_type, 32, norm_type=norm_type).train()
+    torch.nn.init.normal_(getattr(model.head, "fc", model.head).weight)  # zeros would stop every gradient
+    images, labels = torch.from_numpy(make_images(32, 8)), torch.arange(8)
+    gradients = []
+    for place in (torch.device("cpu"), device):
+        model.to(place).zero_grad()
+        F.cross_entropy(model(images.to(place)), labels.to(place)).backward()
+        gradients.append({name: p.grad.clone().cpu() for name, p in model.named_parameters()})
+    for name, on_cpu in gradients[0].items():
+        scale = on_cpu.abs().max().clamp(min=1e-4)
+        assert ((gradients[1][name] - on_cpu).abs().max() / scale) < 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_group_norm_of_tokens(dtype, device):
+    norm = TokenGroupNorm(16).to(device)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = torch.randn(3, 7, 16, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    out = norm(x)
+    expected = F.group_norm(x.double().transpose(1, 2), 4, norm.weight.double(), norm.bias.double(), 1e-6)
+    assert out.dtype == x.dtype
+    assert relative_error(out.detach().cpu().double(), expected.transpose(1, 2).detach().cpu()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(dtype, device):
+    q, k, v = torch.randn(3, 2, 4, 50, 16, device=device, dtype=DTYPES[dtype]).unbind(0)
+    expected = attention_weights(q.double(), k.double()) @ v.double()
+    assert relative_error(attend(q, k, v).cpu().double(), expected.cpu()) < 0.01
+
+
+def test_a_step_that_overflows_is_skipped_and_halves_the_scale(device):
+    model = torch.nn.Linear(4, 2).to(device)
+    precision = Precision("O2", torch.float16, device)
+    optimizer = precision.prepare(model, lambda named: torch.optim.SGD([p for _, p in named], lr=0.1, fused=True))
+    before = {name: weight.clone() for name, weight in precision.weights().items()}
+    scale = precision.scaler.get_scale()
+    precision.backward(model(torch.full((1, 4), 6e4, device=device).half()).float().sum())
+    precision.step(optimizer, max_grad_norm=1.0)
+    assert precision.scaler.get_scale() == scale / 2
+    assert all(torch.equal(weight, before[name]) for name, weight in precision.weights().items())
+    precision.scaler.update(1.0)
+    precision.backward(model(torch.ones(1, 4, device=device).half()).float().sum())
+    precision.step(optimizer, max_grad_norm=1.0)
+    assert not torch.equal(model.weight.float(), before["weight"])
+
+
+def train_on_the_gpu(tiny_flags, *flags):
+    """The metrics of a run of train.py; --resume or --overwrite may be among the flags."""
+    flags = tiny_flags("--num_steps", 40, "--eval_every", 20, "--learning_rate", 0.05, "--min_crop_scale", 0.8, *flags)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    command = [sys.executable, "train.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cuda" in done.stdout
+    return read_metrics(os.path.join(flags[flags.index("--output_dir") + 1], "run"))
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("bits", ["--fp16", "--bf16"])
+@pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "compiled"])
+def test_train_learns_at_every_level(level, bits, compiled, tiny_flags):
+    metrics = train_on_the_gpu(tiny_flags, bits, "--fp16_opt_level", level, *compiled)
+    assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
+
+
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "ResNet-Mini_Params"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_sixteen_bits_train_like_float32(model_type, optimizer, tiny_flags):
+    flags = ["--model_type", model_type, "--optimizer", optimizer, "--learning_rate", 0.001, "--dropout_rate", 0.1]
+    if model_type.startswith("ResNet"):
+        flags = flags[:-2]
+    losses = [train_on_the_gpu(tiny_flags, "--overwrite", *flags, *bits)["test_loss"][1] for bits in ([], ["--fp16"])]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
+    metrics = train_on_the_gpu(tiny_flags, "--bf16", "--norm_type", norm_type, "--compile")
+    assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
+
+
+def test_a_run_goes_on_where_it_stopped(tiny_flags):
+    whole = train_on_the_gpu(tiny_flags, "--fp16")
+    train_on_the_gpu(tiny_flags, "--fp16", "--overwrite", "--num_steps", 20, "--warmup_steps", 3)
+    resumed = train_on_the_gpu(tiny_flags, "--fp16", "--resume")
+    assert resumed["step"] == whole["step"]
+    assert resumed["test_loss"][1] < whole["test_loss"][0]
