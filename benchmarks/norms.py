@@ -32,8 +32,8 @@ def main():
         contenders[norm_type, "forward"], contenders[norm_type, "training"] = ours(args, model, device, images, labels)
     seconds = take_turns(contenders, args.rounds, device)
     print(
-        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{compiled(args)}, "
-        f"{device_name()}, torch {torch.__version__}, median of {args.rounds} rounds\n\n"
+        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}"
+        f"{compiled(args)}, {device_name()}, torch {torch.__version__}, median of {args.rounds} rounds\n\n"
         "| norm | training / LN | training (images/s) | forward / LN | forward (images/s) |\n|---|---|---|---|---|"
     )
     for norm_type in NORM_TYPES:

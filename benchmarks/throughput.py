@@ -257,7 +257,8 @@ def report(args, seconds, flops, shape):
     level = "" if args.precision == "fp32" else f" (this project at {args.fp16_opt_level}, the others by autocast)"
     optimizers = "momentum SGD, by this project PyTorch's fused one, by the others its default"
     lines = [
-        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}{compiled(args)}",
+        f"{args.model_type} at {args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}"
+        f"{compiled(args)}",
         f"{device_name()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, timm {timm.__version__}; "
         f"{optimizers}; "
         f"median of {args.rounds} rounds; a matrix product of {tokens} x {hidden} x {mlp} runs at "

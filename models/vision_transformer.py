@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
         return self.head(x)
 
     def compile(self, **options):
-        """As torch.nn.Module.compile, but part by part: the blocks are alike, so that one of them is compiled for all."""
+        """As torch.nn.Module.compile, but part by part: the blocks are alike, so one is compiled for all."""
         for part in (self.patch_embed, *self.blocks):
             part.compile(**options)
 

@@ -8,8 +8,8 @@ from models.dropout import Dropout, dropout_mask
 from utils.datasets import dropout_keys
 
 
-def keys_at(*positions, seed=0):
-    return dropout_keys(seed, np.array(positions), torch.device("cpu"))
+def keys_at(*positions, seed=0, layer=0):
+    return dropout_keys(seed, np.array(positions), layer + 1, torch.device("cpu"))[layer]
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -26,9 +26,9 @@ def test_rate_and_independence(rate):
 def test_the_mask_follows_the_sample_wherever_it_stands():
     layer = Dropout(0.5).train()
     x = torch.ones(4, 8, 16)
-    layer.seed_samples(keys_at(3, 9, 27, 81), layer=5)
+    layer.seed_samples(keys_at(3, 9, 27, 81, layer=5))
     whole = layer(x)
-    layer.seed_samples(keys_at(81, 27), layer=5)
+    layer.seed_samples(keys_at(81, 27, layer=5))
     assert torch.equal(layer(x[:2]), whole[[3, 2]])
     assert set(whole.unique().tolist()) == {0.0, 2.0}
 
@@ -37,7 +37,7 @@ def test_layers_seeds_and_positions_differ():
     masks = []
     for position, seed, number in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
         layer = Dropout(0.5).train()
-        layer.seed_samples(keys_at(position, seed=seed), number)
+        layer.seed_samples(keys_at(position, seed=seed, layer=number))
         masks.append(layer(torch.ones(1, 1024)) == 0)
     for i, mask in enumerate(masks):
         for other in masks[:i]:
@@ -46,7 +46,7 @@ def test_layers_seeds_and_positions_differ():
 
 def test_gradient_flows_where_the_mask_lets_it():
     layer = Dropout(0.25).train()
-    layer.seed_samples(keys_at(7), 0)
+    layer.seed_samples(keys_at(7))
     x = torch.ones(1, 100, requires_grad=True)
     out = layer(x)
     out.sum().backward()

@@ -317,7 +317,8 @@ def stream_positions(batch_size, accumulation_steps, world, first_step, num_step
             yield np.arange(start + i * part, start + (i + 1) * part)
 
 
-def dropout_keys(seed, positions, device):
-    """Random words for the samples at these stream positions, int32 (B, 2): what their dropout masks derive from."""
-    words = random_words(seed, DROPOUT, positions, 1)  # one uint64 is two int32
-    return torch.from_numpy(words.view(np.int32)).to(device, non_blocking=True)
+def dropout_keys(seed, positions, num_layers, device):
+    """Random words for the samples at these stream positions, int32 (layers, B, 2): what dropout masks derive from."""
+    words = np.ascontiguousarray(random_words(seed, DROPOUT, positions, num_layers).T)
+    keys = torch.from_numpy(words.view(np.int32))  # (layers, 2 B): one uint64 is two int32
+    return keys.unflatten(1, (-1, 2)).to(device, non_blocking=True)

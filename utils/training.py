@@ -33,7 +33,7 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
 }
 WATCHED = 8  # test images whose attention --log_attention_every draws
-READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between two looks at the loss, each of which waits for the device
+READ_EVERY = {"cpu": 1, "cuda": 20}  # steps between two looks at the loss, each of which waits for the device
 
 
 @dataclass
@@ -121,7 +121,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     if args.compile:
         model.compile()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
-    dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples")]
+    dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
 
     def lr_at(step):
         return learning_rate(step, args.learning_rate, args.warmup_steps, num_steps, args.decay_type)
@@ -281,9 +281,8 @@ def gradients_summed(network, last):
 def seed_samples(layers, seed, positions, device):
     """Tell the layers that draw random numbers which samples come."""
     if layers:
-        keys = dropout_keys(seed, positions, device)
-        for number, layer in enumerate(layers):
-            layer.seed_samples(keys, number)
+        for layer, keys in zip(layers, dropout_keys(seed, positions, len(layers), device), strict=True):
+            layer.seed_samples(keys)
 
 
 def opening_lines(args, model, train_set, test_set, processes, first_step, num_steps):
