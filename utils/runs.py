@@ -152,14 +152,14 @@ class Job:
         self.output.close()
         status = self.process.returncode
         failure = None
-        if status == 0:
+        if status == 0 and is_finished(self.run):
             minutes = (time.monotonic() - self.began) / 60
             accuracy = 100 * read_metrics(self.run.folder)["test_accuracy"][-1]
             end = f"finished after {minutes:.1f} min, test accuracy {accuracy:.2f} %"
         elif asked_to_stop:
             end = "stopped"
         else:
-            what = f"status {status}" if status > 0 else f"signal {-status}"
+            what = f"signal {-status}" if status < 0 else f"status {status}"
             failure = f"{self.last_line or 'it printed nothing'} ({what}; log: {self.run.folder / LOG})"
             end = f"failed: {failure}"
         print(f"{self.title}: {end}", flush=True)
