@@ -1,6 +1,7 @@
 """Experiments of many runs: the command of each, whether it is finished, and working them off, on several GPUs too."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -81,12 +82,14 @@ def free_devices():
 def work_off(runs, devices):
     """Run all of `runs`, one at a time on each of `devices`; ({name: why} of those that failed, a stop signal or 0).
 
-    What a run prints goes to its LOG, and where there is only one device also to the terminal. At Ctrl-C or SIGTERM the
-    runs at work save and end, and no other is started.
+    What a run prints goes to its LOG, and where there is only one device also to the terminal. At Ctrl-C, SIGTERM or
+    when the terminal is closed the runs at work save and end, and no other is started.
     """
     waiting, free, at_work, failed = list(runs), list(devices), [], {}
     stop = StopSignal()
     told = False
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, stop.receive)
     with stop.listening():
         try:
             while at_work or (waiting and not stop.number):
@@ -130,13 +133,18 @@ class Job:
             self.output.seek(0, os.SEEK_END)  # earlier attempts stand before
             self.last_line = ""
             self.process = subprocess.Popen(
-                run.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                run.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=os.name == "posix",  # else the terminal's Ctrl-C would reach it twice
             )
 
     def tell(self, signal_number):
-        """Pass a stop signal on; a second one of the same moment, from the terminal itself, does no harm."""
-        if os.name == "posix":  # on Windows only the terminal can, and has done so
-            self.process.send_signal(signal_number)
+        """Pass a stop signal on, as one that training scripts listen to."""
+        if os.name == "posix":  # on Windows the terminal has told the run too
+            self.process.send_signal(signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
 
     def has_ended(self):
         """Also takes note of what the run has printed meanwhile."""
