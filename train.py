@@ -7,16 +7,22 @@ from utils.training import run_training
 
 
 def main():
-    parser = training_parser(__doc__)
-    add_model_flags(parser, MODEL_TYPES, NORM_TYPES, canonical_model_type)
-    args = parser.parse_args()
-
-    def make_model(num_classes):
-        overrides = {} if args.dropout_rate is None else {"dropout_rate": args.dropout_rate}
-        return build_model(args.model_type, args.img_size, num_classes, args.norm_type, **overrides)
-
+    args = make_parser().parse_args()
+    make_model = model_maker(args)
     check_training_flags(args, make_model)
     run_training(args, make_model)
+
+
+def make_parser():
+    parser = training_parser(__doc__)
+    add_model_flags(parser, MODEL_TYPES, NORM_TYPES, canonical_model_type)
+    return parser
+
+
+def model_maker(args):
+    """The function of the number of classes that makes the model of these flags."""
+    overrides = {} if args.dropout_rate is None else {"dropout_rate": args.dropout_rate}
+    return lambda num_classes: build_model(args.model_type, args.img_size, num_classes, args.norm_type, **overrides)
 
 
 if __name__ == "__main__":

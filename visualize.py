@@ -93,13 +93,13 @@ def parse_flags():
     return args
 
 
-def check_output(folder):
+def check_output(folder, flag="--output_dir"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can't be made: {error.strerror}; see --output_dir") from error
+        raise UserError(f"{folder} can't be made: {error.strerror}; see {flag}") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} can't be written; see --output_dir")
+        raise UserError(f"{folder} can't be written; see {flag}")
 
 
 def draw_attention(model, classes, img_size, name, args):
@@ -113,7 +113,7 @@ def draw_attention(model, classes, img_size, name, args):
     beyond = [block for block in args.blocks or () if block >= depth]
     if beyond:
         raise UserError(f"--blocks {beyond[0]}: the model has the blocks 0 to {depth - 1}")
-    blocks = args.blocks or [block for block in (0, 3, 6, 9) if block < depth]
+    blocks = args.blocks or blocks_to_draw(depth)
     if "positions" in wanted:
         similarity = position_similarity(model.pos_embed, model.patch_embed.grid_size)
         write(plot_position_similarity(similarity, name), args, "positions")
@@ -146,6 +146,11 @@ def draw_attention(model, classes, img_size, name, args):
     if "distance" in wanted:
         title = f"{name}\n{len(args.image)} images at {img_size}x{img_size}"
         write(plot_attention_distance(distances / len(args.image), title), args, "distance")
+
+
+def blocks_to_draw(depth):
+    """0, 3, 6 and 9, as far as a model of `depth` blocks has them."""
+    return [block for block in (0, 3, 6, 9) if block < depth]
 
 
 def draw_grad_cam(model, classes, img_size, name, args):

@@ -56,6 +56,10 @@ class TokenBatchNorm(nn.BatchNorm1d):
         super().__init__(hidden_size)
         self.num_batches_tracked = None  # only a changing momentum needs it
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        """BatchNorm1d would add num_batches_tracked to a state dict of no version, as one from a file is."""
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *others)
+
     def forward(self, x):
         weight, bias = self.weight.float(), self.bias.float()
         if self.training and dist.is_initialized() and dist.get_world_size() > 1:

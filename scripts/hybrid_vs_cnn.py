@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import train
 from models import build_model
 from utils.arguments import Parser, check_picture_path, positive, seed
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.profiling import count_flops, count_parameters
-from utils.tracking import device_name, read_config, read_metrics
+from utils.runs import check_earlier_run, data_name, is_finished, plan_run
+from utils.tracking import device_name, read_metrics
 from utils.visualize import plot_runs, save
 
 MODELS = {
@@ -42,17 +44,16 @@ RECIPE = {
 
 def main():
     args = parse_flags()
-    plan = [flags_of(model_type, number, args) for number in args.seeds for model_type in MODELS]
-    for flags in plan:
-        check_earlier_run(flags)
+    plan = [plan_run(train, flags_of(model_type, number, args)) for number in args.seeds for model_type in MODELS]
+    for run in plan:
+        check_earlier_run(run)
     runs = {model_type: [] for model_type in MODELS}
-    for flags in plan:
-        runs[flags["model_type"]].append(train(flags))
+    for run in plan:
+        runs[run.flags.model_type].append(finish(run))
     seeds = f"seeds {', '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else f"seed {args.seeds[0]}"
     print(f"\n{device_name()}, torch {torch.__version__}, {seeds}\n\n{table(runs, args.img_size)}")
     labels = {f"{model_type}: {what}": runs[model_type] for model_type, what in MODELS.items()}
-    source = Path(args.data_dir).name if args.dataset == "imagefolder" else args.dataset
-    title = f"from scratch on {args.examples_per_class} images a class of {source}, {seeds}"
+    title = f"from scratch on {args.examples_per_class} images a class of {data_name(args)}, {seeds}"
     save(plot_runs(labels, title), args.figure)
     print(f"\nfigure: {args.figure}")
 
@@ -81,29 +82,13 @@ def flags_of(model_type, number, args):
     return {**name, **{flag: getattr(args, flag) for flag in given}, **RECIPE}
 
 
-def check_earlier_run(flags):
-    """Raises UserError where the run's folder holds one that was made with other flags."""
-    folder = Path(flags["output_dir"]) / flags["name"]
-    config = read_config(folder)
-    if config is None:
-        return
-    for flag, wanted in flags.items():
-        found = config["flags"].get(flag)
-        if flag != "output_dir" and found != wanted:  # the folder may have been moved
-            raise UserError(f"{folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
-
-
-def train(flags):
-    """The metrics of the run with these flags, which train.py finishes where it is not finished yet."""
-    folder = Path(flags["output_dir"]) / flags["name"]
-    if max(read_metrics(folder).get("step", [0])) < flags["num_steps"]:
-        command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--resume"]
-        for flag, value in flags.items():
-            command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-        status = subprocess.run(command).returncode
+def finish(run):
+    """The metrics of the run, which train.py finishes where it is not finished yet."""
+    if not is_finished(run):
+        status = subprocess.run(run.command).returncode
         if status:
             sys.exit(status)  # train.py has said why
-    return read_metrics(folder)
+    return read_metrics(run.folder)
 
 
 def table(runs, img_size):

@@ -79,6 +79,15 @@ def test_training_moves_the_running_statistics_and_evaluation_does_not():
     assert not torch.equal(model.blocks[1].norm2.running_var, before)
 
 
+@pytest.mark.parametrize("norm_type", TOKEN_NORMS)
+def test_weights_from_a_file_are_taken_back(norm_type):
+    """A file holds no version of the layers, unlike a state dict."""
+    model, other = randomised(tiny(norm_type)), tiny(norm_type)
+    other.load_state_dict(dict(model.state_dict()))
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [12, 24, 32])
 def test_rescale_keeps_the_variance_of_the_residual_stream(depth):

@@ -253,6 +253,12 @@ def check_training_flags(args, make_model):
 
     Raises UserError.
     """
+    check_flags_together(args, make_model)
+    check_files(args)
+
+
+def check_flags_together(args, make_model):
+    """The part of `check_training_flags` that needs no file to be there yet."""
     if args.name in ("", ".", "..") or Path(args.name).name != args.name:
         raise UserError(f"--name {args.name!r} is not a plain folder name")
     if args.resume and args.overwrite:
@@ -267,16 +273,12 @@ def check_training_flags(args, make_model):
         )
     if args.epochs:
         args.num_steps = None
-    if args.dataset == "imagefolder":
-        image_folders(args.data_dir)
     if args.amp_backend == "apex":
         import_apex_amp()
         if args.bf16:
             raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
     if args.download and not args.pretrained_dir:
         raise UserError("--download needs --pretrained_dir, the path to download to")
-    if args.pretrained_dir and not resumes(args) and not (args.download and published_url(args.pretrained_dir)):
-        check_exists(args.pretrained_dir)
     try:
         with torch.device("meta"):
             model = make_model(num_classes=1)
@@ -284,6 +286,14 @@ def check_training_flags(args, make_model):
         raise UserError(str(error)) from error
     if args.log_attention_every and not hasattr(model, "forward_with_attention"):
         raise UserError(f"--log_attention_every: {args.model_type} has no attention")
+
+
+def check_files(args):
+    """Whether the data and the weights are there, as far as can be told without reading them. Raises UserError."""
+    if args.dataset == "imagefolder":
+        image_folders(args.data_dir)
+    if args.pretrained_dir and not resumes(args) and not (args.download and published_url(args.pretrained_dir)):
+        check_exists(args.pretrained_dir)
 
 
 def check_picture_path(path, flag):

@@ -4,6 +4,7 @@
 written first and older ones are deleted last, so at any moment the two files of one step are both there.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -51,12 +52,24 @@ def save_weights(path, weights, step):
 
 def load_weights(path):
     """({name: tensor}, step) of a .safetensors file. Raises UserError."""
+    with opened_weights(path) as (file, step):
+        return {name: file.get_tensor(name) for name in file.keys()}, step  # noqa: SIM118
+
+
+def saved_step(path):
+    """The step that a .safetensors file is of, without reading its weights. Raises UserError."""
+    with opened_weights(path) as (_, step):
+        return step
+
+
+@contextlib.contextmanager
+def opened_weights(path):
+    """(file, step) of a .safetensors file. Raises UserError, also for what is found while it is read."""
     if not Path(path).is_file():
         raise UserError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}")
     try:
         with safe_open(path, framework="pt") as file:
-            step = int((file.metadata() or {}).get("step", 0))
-            return {name: file.get_tensor(name) for name in file.keys()}, step  # noqa: SIM118
+            yield file, int((file.metadata() or {}).get("step", 0))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable .safetensors file: {error}") from error
 

@@ -53,7 +53,7 @@ def resumes(args):
     return args.resume and (Path(args.output_dir) / args.name / LAST).exists()
 
 
-def prepare_run_folder(run_dir, args, classes):
+def prepare_run_folder(run_dir, args, classes, num_steps):
     """Write config.json; before that, delete what an earlier run has written, or name the flags that differ from it."""
     if resumes(args):
         report_changed_flags(read_config(run_dir), args)
@@ -64,6 +64,7 @@ def prepare_run_folder(run_dir, args, classes):
     config = {
         "flags": vars(args),
         "classes": classes,
+        "num_steps": num_steps,
         "command": sys.argv,
         "versions": {
             "python": platform.python_version(),

@@ -117,7 +117,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         raise UserError(f"{run_dir} is at step {progress.step} already, beyond the {num_steps} asked for")
     barrier()  # every process has seen whether there is a run to resume
     if processes.rank == 0:
-        prepare_run_folder(run_dir, args, train_set.classes)
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps)
     if args.compile:
         model.compile()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model

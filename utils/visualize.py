@@ -152,6 +152,34 @@ def plot_attention(picture, masks, title, unit=UNIFORM):
     return figure
 
 
+def plot_attention_rows(picture, rows, title):
+    """The picture and beside it its masks, in a row for each of `rows`, {label: {name: (rows, columns)}}.
+
+    A column, which is a name, has one scale, so that its masks can be compared.
+    """
+    names = list(next(iter(rows.values())))
+    shape = min(2.0, max(0.1, picture.shape[1] / picture.shape[2]))
+    figure = Figure(figsize=(1.4 + 1.7 * (1 + len(names)), 1.3 + 1.7 * shape * len(rows)), layout="constrained")
+    heights = [*[1] * len(rows), 0.06 / shape]  # the colour bars stand in a row of their own
+    panels = figure.subplots(len(heights), 1 + len(names), squeeze=False, height_ratios=heights)
+    panels[0, 0].set_title("input", fontsize="medium")
+    panels[-1, 0].set_axis_off()
+    for axes, label in zip(panels[:-1, 0], rows, strict=True):
+        axes.imshow(picture.permute(1, 2, 0).numpy())
+        axes.set_axis_off()
+        axes.text(-0.08, 0.5, plain(label), transform=axes.transAxes, ha="right", va="center")
+    for column, name in zip(panels.T[1:], names, strict=True):
+        masks = [masks_of_row[name] for masks_of_row in rows.values()]
+        limits = (0, max(1.0, *(mask.max().item() for mask in masks)))
+        for axes, mask in zip(column[:-1], masks, strict=True):
+            drawn = overlay(axes, picture, mask, limits)
+        column[0].set_title(plain(name), fontsize="medium")
+        colour_bar(figure, drawn, "", cax=column[-1], orientation="horizontal")
+    figure.suptitle(wrapped(title, 20 * (1 + len(names))), fontsize="medium")
+    figure.supxlabel(UNIFORM, fontsize="small")
+    return figure
+
+
 def plot_heads(picture, masks, blocks, title):
     """A row for each of `blocks`, a column for each head; `masks` is (blocks, heads, rows, columns)."""
     rows, columns = masks.shape[:2]
@@ -277,7 +305,7 @@ def plot_runs(runs, title=""):
     label_curves(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1))
-    columns = 2 if max(map(len, labels)) <= 50 else 1
+    columns = min(len(handles), max(1, 100 // max(map(len, labels))))
     figure.legend(handles, [*map(plain, labels), "training"], loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(plain(title), fontsize="medium")
     return figure

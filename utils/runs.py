@@ -1,0 +1,174 @@
+"""Experiments of many runs: the command of each, whether it is finished, and working them off, on several GPUs too."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint import LAST, saved_step
+from utils.distributed import StopSignal
+from utils.errors import UserError
+from utils.tracking import read_config, read_metrics
+
+LOG = "train.log"
+LOOK_EVERY = 0.2  # seconds between two looks at the runs at work
+# What makes no other run of it: its folder may have been moved, its weights downloaded meanwhile.
+WITHOUT_EFFECT = {"output_dir", "resume", "overwrite", "local_rank", "download", "num_workers", "eval_batch_size"}
+
+
+@dataclass
+class Run:
+    """One call of a training script: its command, and all of its flags as the script sees them."""
+
+    command: list
+    flags: object
+
+    @property
+    def folder(self):
+        return Path(self.flags.output_dir) / self.flags.name
+
+
+def plan_run(script, flags, further=()):
+    """The Run of `script`, the module of a training script; it goes on where it was broken off.
+
+    `flags` are {name: value}, where True is a flag without a value, `further` more of them as in the shell. Raises
+    UserError where the script would not know one.
+    """
+    arguments = []
+    for flag, value in flags.items():
+        arguments += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    arguments += [*further, "--resume"]
+    return Run([sys.executable, script.__file__, *arguments], script.make_parser().parse_args(arguments))
+
+
+def check_earlier_run(run):
+    """Raises UserError where the run's folder holds one that was made with other flags."""
+    config = read_config(run.folder)
+    if config is None:
+        return
+    for flag, wanted in vars(run.flags).items():
+        found = config["flags"].get(flag, wanted)
+        if flag not in WITHOUT_EFFECT and found != wanted:
+            raise UserError(f"{run.folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
+
+
+def is_finished(run):
+    """Whether the run's last step is evaluated and saved."""
+    config, steps = read_config(run.folder), read_metrics(run.folder).get("step")
+    if not config or not steps or not (run.folder / LAST).exists():
+        return False
+    num_steps = config.get("num_steps") or config["flags"]["num_steps"]
+    return min(max(steps), saved_step(run.folder / LAST)) >= num_steps
+
+
+def data_name(flags):
+    """A run's data set for a title; that of an image folder is the folder."""
+    return Path(flags.data_dir).resolve().name if flags.dataset == "imagefolder" else flags.dataset
+
+
+def free_devices():
+    """What CUDA_VISIBLE_DEVICES is to be for each GPU that the user's own leaves; [None], the CPU, without a GPU."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(count))
+    return [name.strip() for name in names][:count] or [None]
+
+
+def work_off(runs, devices):
+    """Run all of `runs`, one at a time on each of `devices`; ({name: why} of those that failed, a stop signal or 0).
+
+    What a run prints goes to its LOG, and where there is only one device also to the terminal. At Ctrl-C, SIGTERM or
+    when the terminal is closed the runs at work save and end, and no other is started.
+    """
+    waiting, free, at_work, failed = list(runs), list(devices), [], {}
+    stop = StopSignal()
+    told = False
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, stop.receive)
+    with stop.listening():
+        try:
+            while at_work or (waiting and not stop.number):
+                while waiting and free and not stop.number:
+                    place = f"[{len(runs) - len(waiting) + 1}/{len(runs)}]"
+                    at_work.append(Job(waiting.pop(0), place, free.pop(0), echo=len(devices) == 1))
+                if stop.number and not told:
+                    for job in at_work:
+                        job.tell(stop.number)
+                    told = True
+                time.sleep(LOOK_EVERY)
+                for job in at_work.copy():
+                    if job.has_ended():
+                        at_work.remove(job)
+                        free.append(job.device)
+                        failure = job.report(asked_to_stop=bool(stop.number))
+                        if failure:
+                            failed[job.run.flags.name] = failure
+        finally:
+            for job in at_work:  # there is one only after an error or a second Ctrl-C
+                job.process.kill()
+                job.process.wait()
+    return failed, stop.number
+
+
+class Job:
+    """A run at work."""
+
+    def __init__(self, run, place, device, echo):
+        self.run, self.device, self.echo = run, device, echo
+        self.title = f"{place} {run.flags.name}"
+        self.began = time.monotonic()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        on_gpu = "" if device is None else f" on GPU {device}"
+        print(f"{self.title}: started{on_gpu}, log in {run.folder / LOG}", flush=True)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else an error could stand before earlier lines
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        with open(run.folder / LOG, "ab") as log:
+            self.output = open(run.folder / LOG, encoding="utf-8", errors="replace")  # noqa: SIM115
+            self.output.seek(0, os.SEEK_END)  # earlier attempts stand before
+            self.last_line = ""
+            self.process = subprocess.Popen(
+                run.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=os.name == "posix",  # else the terminal's Ctrl-C would reach it twice
+            )
+
+    def tell(self, signal_number):
+        """Pass a stop signal on, as one that training scripts listen to."""
+        if os.name == "posix":  # on Windows the terminal has told the run too
+            self.process.send_signal(signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
+
+    def has_ended(self):
+        """Also takes note of what the run has printed meanwhile."""
+        ended = self.process.poll() is not None
+        text = self.output.read()
+        if self.echo:
+            print(text, end="", flush=True)
+        self.last_line = next((line for line in reversed(text.splitlines()) if line.strip()), self.last_line)
+        return ended
+
+    def report(self, asked_to_stop):
+        """Say in a line how the run has ended; returns why it failed, if it did."""
+        self.output.close()
+        status = self.process.returncode
+        failure = None
+        if status == 0 and is_finished(self.run):
+            minutes = (time.monotonic() - self.began) / 60
+            accuracy = 100 * read_metrics(self.run.folder)["test_accuracy"][-1]
+            end = f"finished after {minutes:.1f} min, test accuracy {accuracy:.2f} %"
+        elif asked_to_stop:
+            end = "stopped"
+        else:
+            what = f"signal {-status}" if status < 0 else f"status {status}"
+            failure = f"{self.last_line or 'it printed nothing'} ({what}; log: {self.run.folder / LOG})"
+            end = f"failed: {failure}"
+        print(f"{self.title}: {end}", flush=True)
+        return failure
