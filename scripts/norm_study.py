@@ -25,7 +25,7 @@ from utils.arguments import Parser, argument, check_files, check_flags_together,
 from utils.augmentation import denormalise
 from utils.checkpoint import LAST
 from utils.datasets import DATASETS
-from utils.distributed import World
+from utils.distributed import World, choose_device
 from utils.errors import RunStoppedError, UserError, run_script
 from utils.runs import check_earlier_run, data_name, free_devices, is_finished, plan_run, work_off
 from utils.tracking import read_config, read_metrics
@@ -208,7 +208,7 @@ def formatted(accuracy, best, seconds, images_per_second):
 
 def draw_figures(finished, args):
     """For each architecture and start: the curves of all norms, and their attention on the same test pictures."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     flags = next(iter(finished.values())).flags
     test_set = DATASETS[flags.dataset].load(False, flags.data_dir, World(0, 1, 0, device), flags.num_workers)
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
