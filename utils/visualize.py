@@ -316,7 +316,7 @@ def label_curves(loss, accuracy):
     accuracy.set_ylabel("top-1 accuracy (%)")
     for axes in (loss, accuracy):
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))  # five digits a step must not touch
         axes.yaxis.get_major_formatter().set_useOffset(False)
         tidy(axes)
 
