@@ -20,6 +20,27 @@ HEAT = "viridis"
 UNIFORM = "attention relative to uniform"  # the unit of masks: 1 where every patch gets the same
 
 
+def attention_of(model, images):
+    """Logits, and each block's attention weights among all patches (B, heads, N, N), also after a token reduction."""
+    logits, attention, clusters = model.forward_with_clusters(images)
+    return logits, attention if clusters is None else expand_attention(attention, clusters.assignment)
+
+
+def expand_attention(attention, assignment):
+    """A list of attention weights among all N tokens or K clusters of them -> all of them (B, heads, N, N).
+
+    `assignment` (B, N) numbers each token's cluster. A member looks where its cluster looks, and gets an equal part of
+    what its cluster gets: so rows still sum to 1, and the class token's rollout is that of the merged tokens.
+    """
+    members = F.one_hot(assignment).float()  # (B, N, K)
+    shares = members / members.sum(dim=1, keepdim=True)
+    expanded = members[:, None], shares[:, None].transpose(-2, -1)
+    return [
+        weights if weights.shape[-1] == assignment.shape[1] else expanded[0] @ weights.float() @ expanded[1]
+        for weights in attention
+    ]
+
+
 def rollout(attention):
     """Attention rollout (Abnar and Zuidema, 2020): how much each token's output draws on each input token.
 
