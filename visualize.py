@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from evaluate import checkpoint_title, load_model, prepare_image
-from models import canonical_model_type
-from utils.arguments import Parser, add_checkpoint_flags, natural
+from models import TOKEN_REDUCTIONS, canonical_model_type
+from utils.arguments import Parser, add_checkpoint_flags, add_reduction_flags, natural, reduction_of
 from utils.augmentation import normalise
 from utils.datasets import check_image, pictures_below, read_image
 from utils.errors import UserError, run_script
@@ -19,6 +19,7 @@ from utils.tracking import read_run
 from utils.visualize import (
     UNIFORM,
     attention_distance,
+    attention_of,
     class_token_mask,
     grad_cam,
     plot_attention,
@@ -46,7 +47,9 @@ def main():
     if args.curves:
         write(plot_runs(runs_of(args.curves)), args, "curves")
     if args.checkpoint:
-        model, classes, img_size, _ = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
+        model, classes, img_size, _ = load_model(
+            args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
+        )
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         name = checkpoint_title(args.checkpoint)
         if hasattr(model, "forward_with_attention"):
@@ -57,7 +60,9 @@ def main():
 
 def parse_flags():
     parser = Parser(__doc__)
-    add_checkpoint_flags(parser.add_argument_group("model"), canonical_model_type)
+    group = parser.add_argument_group("model")
+    add_checkpoint_flags(group, canonical_model_type)
+    add_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--image", nargs="+", default=[], metavar="PATH", help="picture files, or folders of them")
     pictures.add_argument("--rollout", action="store_true", help="attention of all blocks multiplied through")
@@ -187,7 +192,7 @@ def first_layer(model):
 def look(model, image, img_size):
     """(logits, attention) of one picture, uint8 (3, H, W)."""
     batch = normalise(prepare_image(image, img_size)[None].to(model.pos_embed.device))
-    return model.forward_with_attention(batch)
+    return attention_of(model, batch)
 
 
 def caption(logits, classes):

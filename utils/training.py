@@ -233,11 +233,11 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
 @torch.no_grad()
 def attention_figure(model, images, labels, classes, precision, title):
     """Attention rollout of a ViT on test images (B, 3, H, W) with what they are and what it takes them for."""
-    from utils.visualize import class_token_mask, plot_pictures, rollout
+    from utils.visualize import attention_of, class_token_mask, plot_pictures, rollout
 
     model.eval()
     with precision.autocast():
-        logits, attention = model.forward_with_attention(precision.inputs(images))
+        logits, attention = attention_of(model, precision.inputs(images))
     model.train()
     masks = class_token_mask(rollout(attention), model.patch_embed.grid_size)
     pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
