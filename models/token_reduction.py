@@ -134,6 +134,20 @@ def _(s, k):
     return s.new_empty(len(s), k, dtype=torch.long)
 
 
+def upper_bound(s, k):
+    """What f(S) of no k candidates exceeds, (B,): the lowest of f(S_t) + the k largest gains over S_t, S_t greedy's.
+
+    By submodularity candidates gain together at most the sum of what each gains alone.
+    """
+    best = torch.zeros_like(s[:, :1])
+    bounds = []
+    for pick in facility_location(s, s.shape[1]).split(1, dim=1):
+        gains = (s - best).clamp(min=0).sum(dim=-1)
+        bounds.append(best.sum(dim=(1, 2)) + gains.topk(k).values.sum(dim=1))
+        best = torch.maximum(best, rows_of(s, pick))
+    return torch.stack(bounds).amin(dim=0)
+
+
 def facility_clusters(keys, k):
     """(kept (B, k), assignment (B, N)) among the patches alone, from their keys (B, N, C)."""
     s = similarity(keys)

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import evaluate
 import train
-from conftest import call_main, read_config, script, write_pictures
+from conftest import call_main, read_config, script, succeed, write_pictures
 from models import build_model
 from models.token_reduction import (
     Clusters,
@@ -23,6 +24,7 @@ from models.token_reduction import (
     similarity,
     tome_clusters,
     unmerge,
+    upper_bound,
 )
 from synthetic import make_images
 from test_models import randomised
@@ -79,6 +81,7 @@ def test_greedy_is_near_the_optimum(k):
     best = torch.stack([coverage(s, subset.expand(10, -1)) for subset in subsets]).amax(dim=0)
     assert (found >= (1 - 1 / np.e) * best).all()
     assert (found <= best + 1e-9).all()
+    assert (best <= upper_bound(s, k) + 1e-9).all() and (upper_bound(s, k) <= 11).all()
     if k == 1:
         torch.testing.assert_close(found, best)
 
@@ -383,3 +386,17 @@ def test_pictures_of_a_reduced_model(tmp_path):
     done = script(*command, "--keep_tokens", 0.25, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*-rollout.png"))) == 1
+
+
+def test_the_benchmark():
+    """Each row is there, and facility location covers the tokens best."""
+    command = ["benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2]
+    printed = succeed(*command, "--rounds", 1, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
+    rows = re.findall(r"^\| (none|facility|tome) \| (\S+) \| no \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
+    assert rows == [("none", "all"), *((name, keep) for keep in ("0.5", "4") for name in METHODS)]
+    ratios = re.findall(r"\| (\d+) of 64 \| ([\d.]+) \(.*?\) \| ([\d.]+) \(.*?\) \| ([\d.]+) ", printed)
+    assert [row[0] for row in ratios] == ["32", "4"]
+    for _, facility, tome, random in ratios:
+        assert 1 >= float(facility) > max(float(tome), float(random))
+    done = script(*command, "--reduction_layer", 6)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
