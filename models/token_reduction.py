@@ -11,6 +11,7 @@ s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. No gradient flows 
 takes no part: it is always kept, and nothing is merged into it.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -47,10 +48,14 @@ def make_reduction(token_reduction, keep_tokens, reduction_layer, num_patches, l
             raise ValueError(f"token_reduction {token_reduction} needs {name}")
     if token_reduction == "none":
         return None
-    if not 1 <= reduction_layer <= last_layer:
-        raise ValueError(f"reduction_layer {reduction_layer} is not one of the model's 1 to {last_layer}")
+    check_layer(reduction_layer, last_layer)
     keep = patches_to_keep(keep_tokens, num_patches)
     return Reduction(token_reduction, keep, reduction_layer) if keep < num_patches else None
+
+
+def check_layer(reduction_layer, last_layer):
+    if not 1 <= reduction_layer <= last_layer:
+        raise ValueError(f"reduction_layer {reduction_layer} is not one of the model's 1 to {last_layer}")
 
 
 def patches_to_keep(keep_tokens, num_patches):
@@ -68,7 +73,7 @@ def patches_to_keep(keep_tokens, num_patches):
 @torch.no_grad()
 def cluster_tokens(keys, reduction):
     """The attention's keys (B, heads, 1 + patches, head_dim), class token first -> Clusters, 1 + `keep` of them."""
-    with torch.autocast(keys.device.type, enabled=False):
+    with without_autocast(keys.device):
         kept, assignment = METHODS[reduction.method](keys[:, :, 1:].mean(dim=1, dtype=torch.float32), reduction.keep)
     return Clusters(F.pad(kept + 1, (1, 0)), F.pad(assignment + 1, (1, 0)))
 
@@ -84,7 +89,7 @@ def merge(x, clusters, sizes=None):
     if sizes is not None:
         weights = weights * sizes[:, None]
     totals = weights.sum(dim=-1)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         # Divided before the product: a sum of many tokens may be beyond float16.
         return (weights / totals[..., None]).to(x.dtype) @ x, totals
 
@@ -181,6 +186,13 @@ def tome_clusters(keys, k):
 def rows_of(s, indices):
     """Rows `indices` (B, k) of s (B, N, M): (B, k, M)."""
     return s.gather(1, indices[..., None].expand(-1, -1, s.shape[-1]))
+
+
+def without_autocast(device):
+    """Products in the type of their factors; the meta device, on which FLOPs are counted, knows no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 METHODS = {"facility": facility_clusters, "tome": tome_clusters}

@@ -47,8 +47,7 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        x, _ = self.encode(self.embed(images))
-        return self.classify(x)
+        return self.classify(*self.encode(self.embed(images)))
 
     def forward_with_attention(self, images):
         """Logits, and a list with one tensor of attention weights (B, heads, N, N) a block; rows sum to 1.
@@ -62,7 +61,7 @@ class VisionTransformer(nn.Module):
         """The same, and the Clusters of the token reduction (models/token_reduction.py) or None."""
         attention = []
         x, clusters = self.encode(self.embed(images), attention)
-        return self.classify(x), attention, clusters
+        return self.classify(x, clusters), attention, clusters
 
     def encode(self, x, attention=None):
         """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters or None).
@@ -88,7 +87,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
-    def classify(self, x):
+    def classify(self, x, clusters=None):
         # (B, hidden): a LayerNorm needs no other token than the one that is read
         x = self.norm(x[:, 0]) if isinstance(self.norm, LayerNorm) else self.norm(x)[:, 0]
         if self.pre_logits is not None:

@@ -248,7 +248,7 @@ def add_model_flags(parser, model_types, norm_types, token_reductions, canonical
         "that all processes work on at once: the batch, or with gradient accumulation each of its parts",
     )
     group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="of a ViT; default: the published model's")
-    add_reduction_flags(group, token_reductions, default="none")
+    add_reduction_flags(group, token_reductions, default="none; a Conformer: facility")
 
 
 def add_reduction_flags(group, names, default):
@@ -256,8 +256,8 @@ def add_reduction_flags(group, names, default):
     group.add_argument(
         "--token_reduction",
         metavar="NAME",
-        help=f"of a ViT: {', '.join(names)}. Merges patches: into those that facility location chooses, or by ToMe's "
-        f"bipartite soft matching; default: {default}",
+        help=f"of a ViT or Conformer: {', '.join(names)}. Merges patches: into those that facility location chooses, "
+        f"or by ToMe's bipartite soft matching; default: {default}",
     )
     group.add_argument(
         "--keep_tokens",
