@@ -1,4 +1,4 @@
-"""A ViT's training step with and without token reduction, in turns in one process, and how well the kept tokens stand
+"""A ViT's training step with and without token reduction, and its Conformer's, in turns in one process, and how well the kept tokens stand
 for all: f(S) of facility location, of ToMe's tokens and of random ones, relative to an upper bound.
 
 Images/s are medians of rounds. `x none` is the median over the rounds of the whole model's time divided by this one's;
@@ -15,7 +15,7 @@ import torch
 from throughput import NUM_CLASSES, add_step_flags, ours, take_turns  # puts the repository on the path
 
 from evaluate import load_published, make_model, prepare_image
-from models.configs import VITS
+from models.configs import CONFORMERS, VITS
 from models.token_reduction import METHODS, Reduction, cluster_tokens, coverage, similarity, upper_bound
 from utils.arguments import Parser, count_or_share, one_of, positive
 from utils.augmentation import normalise
@@ -29,18 +29,28 @@ RANDOM_DRAWS = 20
 def main():
     args = parse_flags()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    contenders = {("none",): {}}
-    for keep in args.keep_tokens:
-        for method in METHODS:
-            reduction = {"token_reduction": method, "keep_tokens": keep, "reduction_layer": args.reduction_layer}
-            contenders[method, keep] = reduction
-    for reduction in contenders.values():
+    contenders = contenders_of(args)
+    for model_type, reduction in contenders.values():
         with torch.device("meta"):
-            make_model(args.model_type, args.img_size, NUM_CLASSES, **reduction)  # a mistake shows before the work
+            make_model(model_type, args.img_size, NUM_CLASSES, **reduction)  # a mistake shows before the work
     table = coverage_table(args, device) if args.checkpoint else None
     print(speed_table(args, contenders, device))
     if table:
         print(f"\n{table}")
+
+
+def contenders_of(args):
+    """{(name, patches kept): (model type, keywords of build_model)}; the ViT's Conformer where there is one."""
+    layer = {"reduction_layer": args.reduction_layer}
+    contenders = {("none", "all"): (args.model_type, {})}
+    for keep in args.keep_tokens:
+        for method in METHODS:
+            reduction = {"token_reduction": method, "keep_tokens": keep, **layer}
+            contenders[method, keep] = (args.model_type, reduction)
+    conformer = args.model_type.replace("ViT", "Conformer")
+    if conformer in CONFORMERS:
+        contenders[conformer, CONFORMERS[conformer].keep_tokens] = (conformer, layer)
+    return contenders
 
 
 def parse_flags():
@@ -72,15 +82,15 @@ def parse_flags():
 
 
 def speed_table(args, contenders, device):
-    """Markdown: a training step of each of {name: keywords of build_model}, and its choice of tokens alone."""
+    """Markdown: a training step of each of `contenders_of`, and its choice of tokens alone."""
     torch._dynamo.config.recompile_limit = 64  # each model is another one
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
     steps, choices = {}, {}
     for compiled in (False, True) if args.compile else (False,):
-        for name, reduction in contenders.items():
+        for name, (model_type, reduction) in contenders.items():
             torch.manual_seed(0)
-            model = make_model(args.model_type, args.img_size, NUM_CLASSES, **reduction)
+            model = make_model(model_type, args.img_size, NUM_CLASSES, **reduction)
             _, steps[*name, compiled] = ours(args, model, device, images, labels)
             if compiled:
                 model.compile()
@@ -89,7 +99,7 @@ def speed_table(args, contenders, device):
     seconds = take_turns({**steps, **choices}, args.rounds, device)
     lines = [
         f"{args.model_type} at {args.img_size}x{args.img_size}, tokens reduced after block {args.reduction_layer} of "
-        f"{len(model.blocks)}, training step, batch {args.batch_size}, {args.precision}",
+        f"{VITS[args.model_type].num_layers}, training step, batch {args.batch_size}, {args.precision}",
         f"{device_name()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, "
         f"median of {args.rounds} rounds",
         "",
@@ -97,12 +107,12 @@ def speed_table(args, contenders, device):
         "| choosing alone (ms) | share of the step |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for *name, compiled in steps:
-        mine, choosing = seconds[*name, compiled], seconds.get(tuple(name))
-        pairs = zip(seconds["none", compiled], mine, strict=True)
+    for name, keep, compiled in steps:
+        mine, choosing = seconds[name, keep, compiled], seconds.get((name, keep))
+        pairs = zip(seconds["none", "all", compiled], mine, strict=True)
         cells = [
-            name[0],
-            str(name[1]) if choosing else "all",
+            name,
+            str(keep),
             "yes" if compiled else "no",
             f"{statistics.median(whole / reduced for whole, reduced in pairs):.2f}",
             f"{args.batch_size / statistics.median(mine):.1f}",

@@ -392,8 +392,11 @@ def test_the_benchmark():
     """Each row is there, and facility location covers the tokens best."""
     command = ["benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2]
     printed = succeed(*command, "--rounds", 1, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
-    rows = re.findall(r"^\| (none|facility|tome) \| (\S+) \| no \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
-    assert rows == [("none", "all"), *((name, keep) for keep in ("0.5", "4") for name in METHODS)]
+    rows = re.findall(
+        r"^\| (none|facility|tome|Conformer-Mini_4) \| (\S+) \| no \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE
+    )
+    reduced = [(name, keep) for keep in ("0.5", "4") for name in METHODS]
+    assert rows == [("none", "all"), *reduced, ("Conformer-Mini_4", "0.25")]
     ratios = re.findall(r"\| (\d+) of 64 \| ([\d.]+) \(.*?\) \| ([\d.]+) \(.*?\) \| ([\d.]+) ", printed)
     assert [row[0] for row in ratios] == ["32", "4"]
     for _, facility, tome, random in ratios:
