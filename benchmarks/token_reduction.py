@@ -1,5 +1,7 @@
-"""A ViT's training step with and without token reduction, and its Conformer's, in turns in one process, and how well the kept tokens stand
-for all: f(S) of facility location, of ToMe's tokens and of random ones, relative to an upper bound.
+"""A training step with and without token reduction, in turns in one process, and how well the kept tokens cover all.
+
+A ViT without reduction, by each method at each number of tokens, and the ViT's Conformer; then f(S) of facility
+location, of the tokens that ToMe merges the others into, and of random ones, relative to an upper bound.
 
 Images/s are medians of rounds. `x none` is the median over the rounds of the whole model's time divided by this one's;
 the choice of tokens is part of a step, and its share is told.

@@ -277,7 +277,7 @@ def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
         _, attention, clusters = model.forward_with_clusters(images)
-        _, expanded = attention_of(model, images)
+        _, expanded, _ = attention_of(model, images)
     assert [weights.shape for weights in expanded] == [(2, 2, 65, 65)] * 4
     torch.testing.assert_close(torch.stack(expanded).sum(dim=-1), torch.ones(4, 2, 2, 65))
     merged, _ = merge(rollout(attention[:2]), clusters)  # (B, 10, 65)
@@ -379,13 +379,18 @@ def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, c
 
 
 def test_pictures_of_a_reduced_model(tmp_path):
-    model = randomised(build_model("ViT-Mini_4", 32, num_classes=3))
-    np.savez(tmp_path / "ViT-Mini_4.npz", **model.export_npz())
-    picture = write_pictures(tmp_path / "pictures", [(40, 50)])[0]
-    command = ["visualize.py", "--checkpoint", tmp_path / "ViT-Mini_4.npz", "--image", picture, *GIVEN]
-    done = script(*command, "--keep_tokens", 0.25, "--output_dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "out").glob("*-rollout.png"))) == 1
+    """All kinds for a reduced model; the clusters alone need one."""
+    np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 32, num_classes=3)).export_npz())
+    write_pictures(tmp_path / "pictures", [(40, 50), (32, 32)])
+    command = ["visualize.py", "--checkpoint", tmp_path / "ViT-Mini_4.npz", "--image", tmp_path / "pictures"]
+    command += ["--output_dir", tmp_path / "out"]
+    succeed(*command, *GIVEN, "--keep_tokens", 0.25)
+    drawn = {path.stem for path in (tmp_path / "out").iterdir()}
+    kinds = ("rollout", "blocks", "heads", "clusters")
+    assert drawn >= {f"pictures-00{i}-{kind}" for i in range(2) for kind in kinds} | {"clusters", "distance"}
+    done = script(*command, "--clusters")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "merges no tokens; give --token_reduction" in done.stderr
 
 
 def test_the_benchmark():

@@ -237,7 +237,7 @@ def attention_figure(model, images, labels, classes, precision, title):
 
     model.eval()
     with precision.autocast():
-        logits, attention = attention_of(model, precision.inputs(images))
+        logits, attention, _ = attention_of(model, precision.inputs(images))
     model.train()
     masks = class_token_mask(rollout(attention), model.patch_embed.grid_size)
     pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
