@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from throughput import NUM_CLASSES, add_step_flags, ours, take_turns  # puts the repository on the path
 
 from evaluate import load_published, make_model, prepare_image
@@ -154,18 +155,26 @@ def coverage_table(args, device):
         f"{args.checkpoint} on the {len(paths)} pictures of {args.images}: f(S) / upper bound, mean and lowest; "
         f"{patches} patches, keys of block {args.reduction_layer}; of random patches the mean of {RANDOM_DRAWS} draws",
         "",
-        "| patches kept | facility location | ToMe | random |",
-        "|---|---|---|---|",
+        "| patches kept | facility location | ToMe | ToMe, the best token of each cluster | random |",
+        "|---|---|---|---|---|",
     ]
     for share in args.keep_tokens:
         k = share if isinstance(share, int) else max(1, round(share * patches))
         bound = upper_bound(s, k)
-        chosen = [cluster_tokens(keys, Reduction(method, k, 0)).kept[:, 1:] - 1 for method in METHODS]
+        clusters = {method: cluster_tokens(keys, Reduction(method, k, 0)) for method in METHODS}
+        chosen = [found.kept[:, 1:] - 1 for found in clusters.values()]
+        chosen.append(medoids(s, clusters["tome"].assignment[:, 1:] - 1))
         cells = [text_of(coverage(s, kept) / bound) for kept in chosen]
         draws = [torch.rand(len(s), patches, device=device).topk(k).indices for _ in range(RANDOM_DRAWS)]
         cells.append(text_of(torch.stack([coverage(s, draw) for draw in draws]).mean(dim=0) / bound))
         lines.append(f"| {k} of {patches} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def medoids(s, assignment):
+    """The member of each cluster that covers the others best: (B, k)."""
+    members = F.one_hot(assignment).float()  # (B, N, k)
+    return (s @ members).masked_fill(members == 0, -1).argmax(dim=1)
 
 
 def text_of(ratios):

@@ -3,8 +3,9 @@
 Facility location  f(S) = sum_i max_{j in S} s(i, j) over the patches i: how well the chosen ones S represent all.
                    f is monotone and submodular, so greedy picks reach at least 1 - 1/e of the best possible f(S).
 ToMe               bipartite soft matching (Bolya et al., 2023): every second token is matched with its most similar
-                   of the others, and the best matches are merged. That halves the tokens at most, so it is repeated,
-                   on the merged tokens' mean keys, until k are left. (ToMe itself merges a few tokens in each block.)
+                   of the others, and the best matches are merged. It is repeated, on the merged tokens' mean keys,
+                   until k are left, a quarter of the tokens at most each time: more would take nearly all of every
+                   second one, whatever the image shows. (ToMe itself merges a few tokens in each block.)
 
 Both compare the keys of the attention in the block before the reduction, averaged over the heads as in ToMe:
 s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. No gradient flows through the choice. The class token
@@ -168,7 +169,7 @@ def tome_clusters(keys, k):
     assignment = kept = torch.arange(n, device=keys.device).expand(batch, -1)
     sizes = None
     while n > k:
-        count = min(n - k, n // 2)  # merged in this round
+        count = min(n - k, max(1, n // 4))  # merged in this round
         unit = F.normalize(keys, dim=-1)
         score, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)  # (B, even tokens)
         leaving = score.topk(count).indices
