@@ -421,3 +421,22 @@ def test_the_benchmark():
         assert 1 >= float(facility) > max(map(float, others))
     done = script(*command, "--reduction_layer", 6)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+
+
+def test_the_experiment_goes_on_where_it_stopped(tmp_path):
+    command = ["scripts/token_reduction.py", "--dataset", "digits", "--examples_per_class", 2, "--num_steps", 2]
+    command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png", "--keep_tokens", 0.25]
+    command += ["--img_size", 8, "--train_batch_size", 4]
+    printed = succeed(*command)
+    assert printed.count("20 training and 360 test images") == 4
+    rows = re.findall(r"^\| (\S+) \| \S+ \| no \| .* \| ([\d.]+) % \|$", printed, re.MULTILINE)
+    assert [name for name, _ in rows] == ["none", "facility", "tome", "Conformer-Mini_4"]
+    (tmp_path / "figure.png").unlink()
+    again = succeed(*command)  # no run is repeated
+    assert "training and" not in again
+    assert re.findall(r"^\| (\S+) \| \S+ \| no \| .* \| ([\d.]+) % \|$", again, re.MULTILINE) == rows
+    assert (tmp_path / "figure.png").exists()
+    runs = tmp_path / "runs" / "ViT-Mini_4-tome-0.25-seed0"
+    done = script("benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 8, "--runs", runs)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)  # the benchmark's --reduction_layer is another
+    assert "with {'token_reduction': 'tome', 'keep_tokens': 0.25, 'reduction_layer': 2}, which is not" in done.stderr
