@@ -124,15 +124,14 @@ def facility_location(s: torch.Tensor, k: int) -> torch.Tensor:
     An operator of its own, since torch.compile would write the k rounds out one by one, and take minutes for it.
     """
     best = s.new_zeros(len(s), 1, s.shape[-1])  # how well each token is represented so far
-    taken = s.new_zeros(s.shape[:2])
-    picks = []
-    for _ in range(k):
-        values = torch.maximum(s, best).sum(dim=-1) + taken  # (B, N): f of the picks so far and one more
-        pick = values.argmax(dim=1, keepdim=True)
-        picks.append(pick)
-        taken = taken.scatter(1, pick, -torch.inf)
+    with_one_more = torch.empty_like(s)
+    picks = torch.empty(len(s), k, dtype=torch.long, device=s.device)
+    for n in range(k):
+        values = torch.maximum(s, best, out=with_one_more).sum(dim=-1)  # (B, N): f of the picks so far and one more
+        pick = values.scatter_(1, picks[:, :n], -torch.inf).argmax(dim=1, keepdim=True)
+        picks[:, n : n + 1] = pick
         best = torch.maximum(best, rows_of(s, pick))
-    return torch.cat(picks, dim=1)
+    return picks
 
 
 @facility_location.register_fake
