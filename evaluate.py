@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from models import MODEL_TYPES, build_model, canonical_model_type, num_classes_of
+from models import MODEL_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type, num_classes_of
 from utils.arguments import (
     Parser,
     add_checkpoint_flags,
     add_data_flags,
     add_precision_flags,
+    add_reduction_flags,
     check_picture_path,
     positive,
+    reduction_of,
 )
 from utils.augmentation import normalise
 from utils.checkpoint import load_into, load_weights
@@ -31,7 +33,9 @@ from utils.tracking import read_config
 def main():
     args = parse_flags()
     with world() as processes, torch.no_grad():
-        model, classes, img_size, flags = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
+        model, classes, img_size, flags = load_model(
+            args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
+        )
         if args.dataset is None and flags:
             args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
         model.to(processes.device).eval()
@@ -50,7 +54,9 @@ def main():
 def parse_flags():
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files to classify, instead of a data set")
-    add_checkpoint_flags(parser.add_argument_group("model"), canonical_model_type, required=True)
+    group = parser.add_argument_group("model")
+    add_checkpoint_flags(group, canonical_model_type, required=True)
+    add_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images at once")
@@ -63,32 +69,33 @@ def parse_flags():
     return parser.parse_args()
 
 
-def load_model(checkpoint, model_type=None, img_size=None, download=False):
+def load_model(checkpoint, model_type=None, img_size=None, download=False, reduction=None):
     """(model, names of its classes, image size, flags of its run) from a run's .safetensors or an .npz without a run.
 
-    `model_type` and `img_size` are found out where they are None. Raises UserError.
+    `model_type` and `img_size` are found out where they are None. `reduction` is {keyword of `build_model`: value} for
+    another token reduction than the run's own. Raises UserError.
     """
     path = Path(checkpoint)
     if path.suffix == ".npz":
-        return load_published(path, model_type, img_size, download)
+        return load_published(path, model_type, img_size, download, reduction)
     weights, _ = load_weights(path)
     config = read_config(path.parent) or {}
     if not {"flags", "classes"} <= config.keys():
         raise UserError(f"{path.parent} has no config.json of a run, so the model of {path.name} is unknown")
     flags, classes = config["flags"], config["classes"]
     model_type = model_type or flags["model_type"]
-    norm_type = flags.get("norm_type", "LN")
-    model = make_model(model_type, flags["img_size"], len(classes), norm_type=norm_type)
+    keywords = {"norm_type": flags.get("norm_type", "LN"), **reduction_of(flags, reduction)}
+    model = make_model(model_type, flags["img_size"], len(classes), **keywords)
     load_into(model, weights, path)
     img_size = img_size or flags["img_size"]
     if img_size != flags["img_size"]:
-        resized = make_model(model_type, img_size, len(classes), norm_type=norm_type)
+        resized = make_model(model_type, img_size, len(classes), **keywords)
         resized.load_from(model.export_npz(), head="keep")
         model = resized
     return model, classes, img_size, flags
 
 
-def load_published(path, model_type, img_size, download):
+def load_published(path, model_type, img_size, download, reduction):
     if download and not path.exists():
         fetch_published(path)
     arrays = open_npz(path)
@@ -99,7 +106,7 @@ def load_published(path, model_type, img_size, download):
     if num_classes is None:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
     img_size = img_size or pretrained_img_size(arrays, model_type)
-    model = make_model(model_type, img_size, num_classes)
+    model = make_model(model_type, img_size, num_classes, **(reduction or {}))
     load_pretrained(model, path, model_type, head="keep")
     return model, class_names(num_classes), img_size, {}
 

@@ -1,7 +1,7 @@
 """Fine-tune a ViT, hybrid or BiT ResNet from Google's checkpoint, or train one from scratch."""
 
-from models import MODEL_TYPES, NORM_TYPES, build_model, canonical_model_type
-from utils.arguments import add_model_flags, check_training_flags, training_parser
+from models import MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type
+from utils.arguments import add_model_flags, check_training_flags, reduction_of, training_parser
 from utils.errors import run_script
 from utils.training import run_training
 
@@ -15,13 +15,15 @@ def main():
 
 def make_parser():
     parser = training_parser(__doc__)
-    add_model_flags(parser, MODEL_TYPES, NORM_TYPES, canonical_model_type)
+    add_model_flags(parser, MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, canonical_model_type)
     return parser
 
 
 def model_maker(args):
     """The function of the number of classes that makes the model of these flags."""
-    overrides = {} if args.dropout_rate is None else {"dropout_rate": args.dropout_rate}
+    overrides = reduction_of(vars(args))
+    if args.dropout_rate is not None:
+        overrides["dropout_rate"] = args.dropout_rate
     return lambda num_classes: build_model(args.model_type, args.img_size, num_classes, args.norm_type, **overrides)
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint looks at in pictures, and the curves of runs over each other, as PNG files.
 
-Without --rollout, --blocks, --heads, --distance, --positions and --filters all of them are drawn. A CNN, which has no
-attention, gets Grad-CAM of the class that it predicts.
+Without --rollout, --blocks, --heads, --distance, --clusters, --positions and --filters all of them are drawn. A CNN,
+which has no attention, gets Grad-CAM of the class that it predicts.
 """
 
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from evaluate import checkpoint_title, load_model, prepare_image
-from models import canonical_model_type
-from utils.arguments import Parser, add_checkpoint_flags, natural
+from models import TOKEN_REDUCTIONS, canonical_model_type
+from utils.arguments import Parser, add_checkpoint_flags, add_reduction_flags, natural, reduction_of
 from utils.augmentation import normalise
 from utils.datasets import check_image, pictures_below, read_image
 from utils.distributed import choose_device
@@ -20,10 +20,12 @@ from utils.tracking import read_run
 from utils.visualize import (
     UNIFORM,
     attention_distance,
+    attention_of,
     class_token_mask,
     grad_cam,
     plot_attention,
     plot_attention_distance,
+    plot_clusters,
     plot_filters,
     plot_heads,
     plot_pictures,
@@ -37,8 +39,8 @@ from utils.visualize import (
 )
 
 GRID = 24  # pictures at most
-KINDS = ("rollout", "blocks", "heads", "distance", "positions", "filters")
-OF_IMAGES = {"rollout", "blocks", "heads", "distance"}
+KINDS = ("rollout", "blocks", "heads", "distance", "clusters", "positions", "filters")
+OF_IMAGES = {"rollout", "blocks", "heads", "distance", "clusters"}
 
 
 def main():
@@ -47,7 +49,9 @@ def main():
     if args.curves:
         write(plot_runs(runs_of(args.curves)), args, "curves")
     if args.checkpoint:
-        model, classes, img_size, _ = load_model(args.checkpoint, args.model_type, args.img_size, args.download)
+        model, classes, img_size, _ = load_model(
+            args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
+        )
         model.to(choose_device()).eval()
         name = checkpoint_title(args.checkpoint)
         if hasattr(model, "forward_with_attention"):
@@ -58,7 +62,9 @@ def main():
 
 def parse_flags():
     parser = Parser(__doc__)
-    add_checkpoint_flags(parser.add_argument_group("model"), canonical_model_type)
+    group = parser.add_argument_group("model")
+    add_checkpoint_flags(group, canonical_model_type)
+    add_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--image", nargs="+", default=[], metavar="PATH", help="picture files, or folders of them")
     pictures.add_argument("--rollout", action="store_true", help="attention of all blocks multiplied through")
@@ -68,6 +74,9 @@ def parse_flags():
     pictures.add_argument("--heads", action="store_true", help="every head of the --blocks")
     pictures.add_argument(
         "--distance", action="store_true", help="mean attention distance of each head, over all images"
+    )
+    pictures.add_argument(
+        "--clusters", action="store_true", help="which patches a token reduction merged, and a dot on those it kept"
     )
     pictures.add_argument("--positions", action="store_true", help="similarity of the position embeddings")
     pictures.add_argument("--filters", action="store_true", help="principal components of the first filters")
@@ -110,6 +119,10 @@ def draw_attention(model, classes, img_size, name, args):
         wanted.discard("blocks")  # --blocks then says which blocks' heads
     if not wanted:
         wanted = set(KINDS) if args.image else set(KINDS) - OF_IMAGES
+    if args.clusters and not model.reduction:
+        raise UserError(f"--clusters: {args.checkpoint} merges no tokens; give --token_reduction")
+    if not model.reduction:
+        wanted.discard("clusters")
     beyond = [block for block in args.blocks or () if block >= depth]
     if beyond:
         raise UserError(f"--blocks {beyond[0]}: the model has the blocks 0 to {depth - 1}")
@@ -123,10 +136,10 @@ def draw_attention(model, classes, img_size, name, args):
     if not wanted & OF_IMAGES:
         return
     grid_size = model.patch_embed.grid_size
-    grid, distances = [], 0
+    grid, merged, distances = [], [], 0
     for path, label in zip(args.image, labels_of(args.image), strict=True):
         image = read_image(path)
-        logits, attention = look(model, image, img_size)
+        logits, attention, clusters = look_at_clusters(model, image, img_size)
         image, best = shrunk(image), caption(logits, classes)
         title = f"{Path(path).name}: {best}\n{name}"
         if "rollout" in wanted:
@@ -134,6 +147,10 @@ def draw_attention(model, classes, img_size, name, args):
             write(plot_attention(image, {"attention rollout": mask}, title), args, f"{label}-rollout")
             if len(grid) < GRID:
                 grid.append((image, mask, f"{Path(path).name}\n{best}"))
+        if "clusters" in wanted:
+            merged.append((image, patches_of(clusters, grid_size), f"{Path(path).name}\n{best}"))
+            write(plot_clusters(*([part] for part in merged[-1]), merging(model, name)), args, f"{label}-clusters")
+            merged = merged[:GRID]
         if "distance" in wanted:
             distances = distances + attention_distance(attention, grid_size, model.patch_embed.img_size)
         single = torch.stack([class_token_mask(attention[block][0], grid_size) for block in blocks]).cpu()
@@ -143,6 +160,9 @@ def draw_attention(model, classes, img_size, name, args):
         if "heads" in wanted:
             write(plot_heads(image, single, blocks, title), args, f"{label}-heads")
     write_grid(grid, args, f"{name}: attention rollout")
+    if len(merged) > 1:
+        title = f"{merging(model, name)}{the_first(merged, args)}"
+        write(plot_clusters(*zip(*merged, strict=True), title), args, "clusters")
     if "distance" in wanted:
         title = f"{name}\n{len(args.image)} images at {img_size}x{img_size}"
         write(plot_attention_distance(distances / len(args.image), title), args, "distance")
@@ -180,8 +200,24 @@ def draw_grad_cam(model, classes, img_size, name, args):
 def write_grid(grid, args, title, unit=UNIFORM):
     """Several pictures side by side, [(picture, mask, caption), ...]; a single one needs no grid."""
     if len(grid) > 1:
-        title += f", the first {len(grid)} of {len(args.image)} pictures" if len(grid) < len(args.image) else ""
-        write(plot_pictures(*zip(*grid, strict=True), title, unit), args, "grid")
+        write(plot_pictures(*zip(*grid, strict=True), f"{title}{the_first(grid, args)}", unit), args, "grid")
+
+
+def the_first(grid, args):
+    return f", the first {len(grid)} of {len(args.image)} pictures" if len(grid) < len(args.image) else ""
+
+
+def merging(model, name):
+    """What `plot_clusters` shows."""
+    method, keep, layer = model.reduction
+    patches = model.patch_embed.grid_size[0] * model.patch_embed.grid_size[1]
+    return f"{name}: {patches} patches merged into {keep} after block {layer} ({method})"
+
+
+def patches_of(clusters, grid_size):
+    """(numbers of the clusters (rows, columns), [(row, column), ...] of the kept patches) of the first image."""
+    numbers = (clusters.assignment[0, 1:] - 1).unflatten(0, grid_size).cpu()
+    return numbers, [divmod(patch - 1, grid_size[1]) for patch in clusters.kept[0, 1:].tolist()]
 
 
 def first_layer(model):
@@ -189,11 +225,16 @@ def first_layer(model):
     return model.patch_embed.stem.conv_root if model.patch_embed.stem else model.patch_embed.proj
 
 
-@torch.no_grad()
 def look(model, image, img_size):
     """(logits, attention) of one picture, uint8 (3, H, W)."""
+    return look_at_clusters(model, image, img_size)[:2]
+
+
+@torch.no_grad()
+def look_at_clusters(model, image, img_size):
+    """The same and the Clusters of the token reduction, or None."""
     batch = normalise(prepare_image(image, img_size)[None].to(model.pos_embed.device))
-    return model.forward_with_attention(batch)
+    return attention_of(model, batch)
 
 
 def caption(logits, classes):

@@ -30,6 +30,7 @@ from utils.errors import run_script
 from utils.precision import OPT_LEVELS, Precision
 from utils.profiling import count_flops
 from utils.tracking import device_name
+from utils.training import compile_in_place
 
 TIMM = {
     "ViT-Ti_16": "vit_tiny_patch16_224",
@@ -101,7 +102,7 @@ def ours(args, model, device, images, labels):
     precision = Precision(level, DTYPES[args.precision], device)
     optimizer = precision.prepare(model, momentum_sgd)
     if args.compile:
-        model.compile()
+        compile_in_place(model)
 
     def forward():
         model.eval()
@@ -169,7 +170,7 @@ def eager_autocast(model, call, args, device, images, labels):
     """(forward, training step) of a model in ordinary PyTorch: autocast, clipping by norm, momentum SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     if args.compile:
-        model.compile()
+        compile_in_place(model)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     def autocast():

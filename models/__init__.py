@@ -3,15 +3,25 @@
 import difflib
 
 from models.bit_resnet import BiTResNet
-from models.configs import RESNETS, VITS
+from models.configs import CONFORMERS, RESNETS, VITS
+from models.conformer import Conformer
 from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError, num_classes_of
+from models.token_reduction import TOKEN_REDUCTIONS
 from models.vision_transformer import VisionTransformer
 
-MODEL_TYPES = (*VITS, *RESNETS)
+MODEL_TYPES = (*VITS, *CONFORMERS, *RESNETS)
 NORM_TYPES = tuple(TOKEN_NORMS)
 
-__all__ = ["MODEL_TYPES", "NORM_TYPES", "CheckpointError", "build_model", "canonical_model_type", "num_classes_of"]
+__all__ = [
+    "MODEL_TYPES",
+    "NORM_TYPES",
+    "TOKEN_REDUCTIONS",
+    "CheckpointError",
+    "build_model",
+    "canonical_model_type",
+    "num_classes_of",
+]
 
 
 def canonical_model_type(name):
@@ -26,21 +36,39 @@ def canonical_model_type(name):
     raise ValueError(f"unknown model type {name!r}; did you mean {', '.join(nearest)}?")
 
 
-def build_model(model_type, img_size=224, num_classes=10, norm_type="LN", **overrides):
+def build_model(
+    model_type,
+    img_size=224,
+    num_classes=10,
+    norm_type="LN",
+    token_reduction=None,
+    keep_tokens=None,
+    reduction_layer=None,
+    **overrides,
+):
     """A model with freshly initialised weights: (B, 3, H, W) images -> (B, num_classes) logits.
 
     `img_size` is a side in pixels or (height, width); ResNets take any. `norm_type` is that of a ViT's tokens.
+    A ViT with a `token_reduction`, "facility" or "tome", goes on with `keep_tokens` of its patches after
+    `reduction_layer` blocks: an int is their number, a float a share of them like 0.25. A Conformer has a
+    `token_reduction`, "facility" where none is given, and the other two in its config; "none" keeps all patches.
     `overrides` replace fields of the model's config (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
-    Raises ValueError for an unknown model type, field or norm, and for an image size that the patches do not divide.
+    Raises ValueError for an unknown model type, field, norm or token reduction, and for an image size that the patches
+    do not divide.
     """
     model_type = canonical_model_type(model_type)
-    config = {**VITS, **RESNETS}[model_type].copy_and_resolve_references()
+    config = {**VITS, **CONFORMERS, **RESNETS}[model_type].copy_and_resolve_references()
     unknown = sorted(set(overrides) - set(config))
     if unknown:
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
     config.update(overrides)
-    if model_type in VITS:
-        return VisionTransformer(config, img_size=img_size, num_classes=num_classes, norm_type=norm_type)
+    reduction = {"token_reduction": token_reduction, "keep_tokens": keep_tokens, "reduction_layer": reduction_layer}
+    reduction = {name: value for name, value in reduction.items() if value is not None}
+    if model_type not in RESNETS:
+        network = VisionTransformer if model_type in VITS else Conformer
+        return network(config, img_size, num_classes, norm_type, **reduction)
     if norm_type != "LN":
         raise ValueError(f"{model_type} always has GroupNorm; the norm type {norm_type!r} is for ViTs")
+    if reduction not in ({}, {"token_reduction": "none"}):
+        raise ValueError(f"{model_type} has no tokens; {next(iter(reduction))} is for ViTs and Conformers")
     return BiTResNet(config, num_classes=num_classes)

@@ -65,6 +65,15 @@ def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_strid
     )
 
 
+def conformer(reduction_layer, keep_tokens, cnn_units, cnn_width, **fields):
+    """A Conformer: the first `reduction_layer` blocks of the ViT with these fields, and behind them `cnn_units`
+    bottlenecks of `cnn_width` channels, on a grid of `keep_tokens` of the patches."""
+    cnn = {"cnn_units": cnn_units, "cnn_width": cnn_width}
+    return ConfigDict(
+        {**vit(**fields), "reduction_layer": reduction_layer, "keep_tokens": keep_tokens, **cnn}, convert_dict=False
+    )
+
+
 MINI = {"hidden_size": 128, "mlp_dim": 512, "num_heads": 4, "num_layers": 6}
 TI = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3, "num_layers": 12}
 S = {"hidden_size": 384, "mlp_dim": 1536, "num_heads": 6, "num_layers": 12}
@@ -92,6 +101,13 @@ VITS = {
     "R26-ViT-B_32": vit(1, **B, resnet_layers=(2, 2, 2, 2)),
     "R50-ViT-B_16": vit(1, **B, dropout_rate=0.1, resnet_layers=(3, 4, 9)),
     "R50-ViT-L_32": vit(1, **L, dropout_rate=0.1, resnet_layers=(3, 4, 6, 3)),
+}
+
+CONFORMERS = {
+    # A third of ViT-B_16's blocks, then the last stage of BiT's R50 on 7x7 tokens of 14x14 (at 224x224).
+    "Conformer-B_16": conformer(4, 0.25, cnn_units=3, cnn_width=2048, patch_size=16, **B),
+    # The same of ViT-Mini_4, for 32x32 images from scratch: two units of a quarter of the width on 4x4 tokens of 8x8.
+    "Conformer-Mini_4": conformer(2, 0.25, cnn_units=2, cnn_width=512, patch_size=4, **MINI, num_groups=4),
 }
 
 R50, R101, R152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)

@@ -40,13 +40,19 @@ class Loaded(NamedTuple):
     def __str__(self):
         if not self.initialised:
             return "everything is loaded"
-        if is_token_norm(self.initialised[0]):
-            return (
-                f"{len(self.left_out)} arrays of another norm are left out, {len(self.initialised)} of the model's own "
+        norms = [key for key in self.initialised if is_token_norm(key)]
+        others = [key for key in self.initialised if not is_token_norm(key)]
+        texts = []
+        if norms:
+            left_out = sum(map(is_token_norm, self.left_out))
+            texts.append(
+                f"{left_out} arrays of another norm are left out, {len(norms)} of the model's own "
                 "keep their initial values, everything else is loaded"
             )
-        parts = sorted({re.sub(r"/(a/|b/|c/|gamma|beta).*", "", key) for key in self.initialised})
-        return f"no weights of the right shape for {len(self.initialised)} arrays of {', '.join(parts)}: initialised"
+        if others:
+            parts = sorted({re.sub(r"/(a/|b/|c/|gamma|beta).*", "", key) for key in others})
+            texts.append(f"no weights of the right shape for {len(others)} arrays of {', '.join(parts)}: initialised")
+        return "; ".join(reversed(texts))
 
 
 class Entry(NamedTuple):
@@ -58,6 +64,23 @@ class Entry(NamedTuple):
 
 def vit_rows(model):
     """The table of a ViT or hybrid, head and `pre_logits` included."""
+    rows = [*encoder_rows(model), *token_norm_rows("Transformer/encoder_norm", model.norm)]
+    if model.pre_logits is not None:
+        rows += linear_rows("pre_logits", model.pre_logits)
+    return rows + linear_rows("head", model.head)
+
+
+def conformer_rows(model):
+    """The table of a Conformer: a ViT's as far as its blocks go, then names of its own."""
+    rows = encoder_rows(model)
+    for number, unit in enumerate(model.cnn, start=1):
+        rows += bottleneck_rows(f"conformer/unit{number:02d}", unit)
+    rows += norm_rows("conformer/group_norm", model.cnn_norm, scale="gamma", bias="beta")
+    return rows + conv_rows("head/conv2d", model.head.fc)
+
+
+def encoder_rows(model):
+    """Embeddings and blocks of a ViT or hybrid."""
     rows = [Entry("cls", model.cls_token), Entry(POS_EMBED, model.pos_embed)]
     if model.patch_embed.stem:
         rows += stem_rows(model.patch_embed.stem)
@@ -69,10 +92,7 @@ def vit_rows(model):
         rows += token_norm_rows(f"{prefix}/LayerNorm_2", block.norm2, block.add2)
         rows += linear_rows(f"{prefix}/MlpBlock_3/Dense_0", block.mlp.fc1)
         rows += linear_rows(f"{prefix}/MlpBlock_3/Dense_1", block.mlp.fc2)
-    rows += token_norm_rows("Transformer/encoder_norm", model.norm)
-    if model.pre_logits is not None:
-        rows += linear_rows("pre_logits", model.pre_logits)
-    return rows + linear_rows("head", model.head)
+    return rows
 
 
 def linear_rows(key, layer):
@@ -130,24 +150,29 @@ def resnet_rows(model):
     rows = conv_rows("resnet/root_block/standardized_conv2d", model.stem.conv)
     for i, stage in enumerate(model.stages):
         for j, unit in enumerate(stage.blocks):
-            prefix = f"resnet/block{i + 1}/unit{j + 1:02d}"
-            parts = (("a", unit.norm1, unit.conv1), ("b", unit.norm2, unit.conv2), ("c", unit.norm3, unit.conv3))
-            for part, norm, conv in parts:
-                rows += norm_rows(f"{prefix}/{part}/group_norm", norm, scale="gamma", bias="beta")
-                rows += conv_rows(f"{prefix}/{part}/standardized_conv2d", conv)
-            if unit.downsample:
-                rows += conv_rows(f"{prefix}/a/proj/standardized_conv2d", unit.downsample.conv)
+            rows += bottleneck_rows(f"resnet/block{i + 1}/unit{j + 1:02d}", unit)
     rows += norm_rows("resnet/group_norm", model.norm, scale="gamma", bias="beta")
     return rows + conv_rows("resnet/head/conv2d", model.head.fc)
 
 
+def bottleneck_rows(key, unit):
+    rows = []
+    parts = (("a", unit.norm1, unit.conv1), ("b", unit.norm2, unit.conv2), ("c", unit.norm3, unit.conv3))
+    for part, norm, conv in parts:
+        rows += norm_rows(f"{key}/{part}/group_norm", norm, scale="gamma", bias="beta")
+        rows += conv_rows(f"{key}/{part}/standardized_conv2d", conv)
+    if unit.downsample:
+        rows += conv_rows(f"{key}/a/proj/standardized_conv2d", unit.downsample.conv)
+    return rows
+
+
 @torch.no_grad()
-def load(rows, arrays, head, grid_size=None, whole=None):
+def load(rows, arrays, head, grid_size=None, whole=None, new=()):
     """Fill the views of `rows` from `arrays`, one at a time; see VisionTransformer.load_from.
 
     Position embeddings are resized to `grid_size`. `whole` is {key: shape} of a larger model that this one was cut
     from: its other keys may be left over, and where its shape is another, our initial values stay. They also stay
-    where the checkpoint has another norm than the model. Returns Loaded.
+    where the checkpoint has another norm than the model, and those of the keys `new`. Returns Loaded.
     """
     if head not in ("zero", "keep"):
         raise ValueError(f"head is 'zero' or 'keep', not {head!r}")
@@ -155,6 +180,7 @@ def load(rows, arrays, head, grid_size=None, whole=None):
     found = {canonical_key(key): key for key in arrays}
     wanted = [row for row in rows if head == "keep" or not is_head(row.key)]
     initialised, other_norm = norms_that_differ(wanted, found)
+    initialised = [*initialised, *new]
     wanted = [row for row in wanted if row.key not in initialised]
     check_keys(wanted, found, spare={*whole, *other_norm})
     for row in wanted:
@@ -193,6 +219,12 @@ def is_head(key):
     return key.startswith((*HEADS, "pre_logits/"))
 
 
+def is_beyond(key, blocks):
+    """Whether a ViT's key belongs behind its first `blocks` blocks, the head aside."""
+    number = re.match(r"Transformer/encoderblock_(\d+)/", key)
+    return int(number[1]) >= blocks if number else re.match(r"Transformer/encoder_(\w+_)?norm/", key) is not None
+
+
 def is_token_norm(key):
     return re.search(r"/(Layer|Batch|Group)Norm_\d/|/Rescale_\d/|/encoder_(batch_|group_)?norm/", key) is not None
 
@@ -207,7 +239,7 @@ def norms_that_differ(rows, found):
 
 def num_classes_of(arrays):
     """How many classes the checkpoint's head tells apart, or None if it has no head."""
-    biases = [arrays[key] for key in ("head/bias", "resnet/head/conv2d/bias") if key in arrays]
+    biases = [arrays[key] for key in ("head/bias", "head/conv2d/bias", "resnet/head/conv2d/bias") if key in arrays]
     return len(biases[0]) if biases else None
 
 

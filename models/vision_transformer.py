@@ -14,19 +14,32 @@ from models.attention import attend, attention_weights
 from models.dropout import Dropout
 from models.hybrid_stem import ResNetStem, lecun_normal_
 from models.norms import LayerNorm, final_norm, residual, token_norm
+from models.token_reduction import cluster_tokens, make_reduction, merge, proportional
 
 
 class VisionTransformer(nn.Module):
     """Images (B, 3, H, W) -> logits (B, num_classes), read from the class token."""
 
-    def __init__(self, config, img_size=224, num_classes=10, norm_type="LN"):
+    def __init__(
+        self,
+        config,
+        img_size=224,
+        num_classes=10,
+        norm_type="LN",
+        token_reduction="none",
+        keep_tokens=None,
+        reduction_layer=None,
+    ):
+        """`token_reduction` merges the patches after `reduction_layer` blocks; see models/token_reduction.py."""
         super().__init__()
         self.config = config
         self.num_classes = num_classes
         self.patch_embed = PatchEmbed(config, img_size)
-        num_tokens = 1 + self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
+        num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
+        places = (num_patches, config.num_layers - 1)  # behind the last block there is nothing to save
+        self.reduction = make_reduction(token_reduction, keep_tokens, reduction_layer, *places)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, config.hidden_size).normal_(std=0.02))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size).normal_(std=0.02))
         self.pos_drop = Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(Block(config, norm_type, number) for number in range(config.num_layers))
         self.norm = final_norm(norm_type, config.hidden_size)
@@ -36,19 +49,42 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(x)
+        return self.classify(*self.encode(self.embed(images)))
 
     def forward_with_attention(self, images):
-        """Logits, and a list with one tensor of attention weights (B, heads, N, N) a block; rows sum to 1."""
-        x = self.embed(images)
+        """Logits, and a list with one tensor of attention weights (B, heads, N, N) a block; rows sum to 1.
+
+        After a token reduction N is smaller.
+        """
+        logits, attention, _ = self.forward_with_clusters(images)
+        return logits, attention
+
+    def forward_with_clusters(self, images):
+        """The same, and the Clusters of the token reduction (models/token_reduction.py) or None."""
         attention = []
-        for block in self.blocks:
-            x, weights = block.forward_with_attention(x)
-            attention.append(weights)
-        return self.classify(x), attention
+        x, clusters = self.encode(self.embed(images), attention)
+        return self.classify(x, clusters), attention, clusters
+
+    def encode(self, x, attention=None):
+        """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters or None).
+
+        Each block's attention weights are appended to the list `attention`, where one is given.
+        """
+        clusters = bias = None
+        for number, block in enumerate(self.blocks, start=1):
+            reduces = self.reduction is not None and number == self.reduction.layer
+            if attention is not None:
+                x, keys, weights = block.forward_with_attention(x, bias)
+                attention.append(weights)
+            elif reduces:
+                x, keys = block(x, bias, with_keys=True)
+            else:
+                x = block(x, bias)
+            if reduces:
+                clusters = cluster_tokens(keys, self.reduction)
+                x, sizes = merge(x, clusters)  # (B, 1 + keep, hidden)
+                bias = proportional(sizes, keys.dtype)
+        return x, clusters
 
     def embed(self, images):
         """Patch and position embeddings, the class token first: (B, 3, H, W) -> (B, N, hidden)."""
@@ -56,7 +92,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
-    def classify(self, x):
+    def classify(self, x, clusters=None):
         # (B, hidden): a LayerNorm needs no other token than the one that is read
         x = self.norm(x[:, 0]) if isinstance(self.norm, LayerNorm) else self.norm(x)[:, 0]
         if self.pre_logits is not None:
@@ -130,14 +166,20 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.add2 = residual(norm_type, 2 * number + 2)
 
-    def forward(self, x):
-        x = self.add1(x, self.attn(self.norm1(x)))
-        return self.add2(x, self.mlp(self.norm2(x)))
+    def forward(self, x, bias=None, with_keys=False):
+        """The output, and with `with_keys` the attention's keys (B, heads, N, head_dim); for `bias` see `attend`."""
+        out, keys = self.attn.forward_with_keys(self.norm1(x), bias)
+        x = self.add_branches(x, out)
+        return (x, keys) if with_keys else x
 
-    def forward_with_attention(self, x):
-        out, weights = self.attn.forward_with_weights(self.norm1(x))
+    def forward_with_attention(self, x, bias=None):
+        """The output, the keys and the attention weights (B, heads, N, N)."""
+        out, keys, weights = self.attn.forward_with_weights(self.norm1(x), bias)
+        return self.add_branches(x, out), keys, weights
+
+    def add_branches(self, x, out):
         x = self.add1(x, out)
-        return self.add2(x, self.mlp(self.norm2(x))), weights
+        return self.add2(x, self.mlp(self.norm2(x)))
 
 
 class Attention(nn.Module):
@@ -154,15 +196,19 @@ class Attention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x):
-        q, k, v = self.project(x)
-        return self.merge(attend(q, k, v))
+    def forward(self, x, bias=None):
+        return self.forward_with_keys(x, bias)[0]
 
-    def forward_with_weights(self, x):
-        """The output and the attention weights (B, heads, N, N), which the fused kernel never forms."""
+    def forward_with_keys(self, x, bias=None):
+        """The output and the keys (B, heads, N, head_dim)."""
         q, k, v = self.project(x)
-        weights = attention_weights(q, k)
-        return self.merge(weights @ v), weights
+        return self.merge(attend(q, k, v, bias)), k
+
+    def forward_with_weights(self, x, bias=None):
+        """The output, the keys and the attention weights (B, heads, N, N), which the fused kernel never forms."""
+        q, k, v = self.project(x)
+        weights = attention_weights(q, k, bias)
+        return self.merge(weights @ v), k, weights
 
     def project(self, x):
         """(B, N, hidden) -> query, key, value, each (B, heads, N, head_dim)."""

@@ -124,7 +124,7 @@ def test_wrong_flags_of_evaluate(flags, message, monkeypatch, capsys):
 
 def test_every_flag_has_help_in_a_group():
     parser = training_parser("")
-    add_model_flags(parser, ("a",), ("b",), str)
+    add_model_flags(parser, ("a",), ("b",), ("c",), str)
     flags = [action for action in parser._actions if action.dest != "help"]
     assert all(action.help for action in flags)
     assert {action.container.title for action in flags}.isdisjoint({"options", "positional arguments"})

@@ -24,6 +24,7 @@ SIZES = {  # millions of parameters at 224x224 and 10 classes
     "R50-ViT-B_16": 97.90,
     "R26-ViT-S_32": 36.05,
     "R-ViT-Ti_16": 6.15,
+    "Conformer-B_16": 43.42,
 }
 TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
 

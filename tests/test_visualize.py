@@ -18,6 +18,8 @@ from synthetic import make_checkpoint, make_images
 from utils.visualize import (
     attention_distance,
     class_token_mask,
+    cluster_colours,
+    cluster_frames,
     grad_cam,
     plot_pictures,
     position_similarity,
@@ -29,6 +31,23 @@ from utils.visualize import (
 from visualize import first_layer, labels_of
 
 SMALL = {"hidden_size": 32, "mlp_dim": 32, "num_heads": 2, "num_layers": 4}
+
+
+def test_a_cluster_has_one_colour_and_a_frame():
+    """A picture of 4 x 6 pixels and 2 x 3 patches; cluster 1 lies in two pieces, of brightness 100 and 50."""
+    numbers = torch.tensor([[0, 0, 1], [1, 0, 0]])
+    picture = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    picture[0, :2, 4:] = 100
+    picture[0, 2:, :2] = 50
+    colours = cluster_colours(picture, numbers)
+    assert colours[..., 0].tolist() == [[0, 0, 75], [75, 0, 0]]
+    assert colours[..., 1:].max() == 0
+    lines, owners = cluster_frames(numbers)
+    middles = np.mean(lines, axis=1).round(2).tolist()
+    near = {(*middle, owner) for middle, owner in zip(middles, owners, strict=True)}
+    assert {(2.06, 0.5, 1), (1.94, 0.5, 0), (2.5, 0.94, 1), (2.94, 0.5, 1), (2.5, 0.06, 1)} <= near
+    assert len(lines) == 2 * 4 + 2 * 5  # both pieces of cluster 1 have four sides, and of 0 the ten around it
+    assert not any(owner == 0 and abs(x - 1) < 0.1 and y == 0.5 for x, y, owner in near)  # within cluster 0
 
 
 def random_attention(blocks, tokens, images=2, heads=3):

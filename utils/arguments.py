@@ -15,6 +15,8 @@ from utils.scheduler import DECAY_TYPES
 from utils.tracking import resumes
 from utils.training import OPTIMIZERS, WATCHED
 
+REDUCTION = ("token_reduction", "keep_tokens", "reduction_layer")  # flags, and keywords of `build_model`
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; help shows the defaults."""
@@ -232,7 +234,7 @@ def add_precision_flags(group):
     )
 
 
-def add_model_flags(parser, model_types, norm_types, canonical):
+def add_model_flags(parser, model_types, norm_types, token_reductions, canonical):
     """The model's flags; `canonical` finds a name in `model_types` or raises ValueError."""
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -246,6 +248,36 @@ def add_model_flags(parser, model_types, norm_types, canonical):
         "that all processes work on at once: the batch, or with gradient accumulation each of its parts",
     )
     group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="of a ViT; default: the published model's")
+    add_reduction_flags(group, token_reductions, default="none; a Conformer: facility")
+
+
+def add_reduction_flags(group, names, default):
+    """The flags of the token reduction; `default` stands in the help for what is meant by leaving them away."""
+    group.add_argument(
+        "--token_reduction",
+        metavar="NAME",
+        help=f"of a ViT or Conformer: {', '.join(names)}. Merges patches: into those that facility location chooses, "
+        f"or by ToMe's bipartite soft matching; default: {default}",
+    )
+    group.add_argument(
+        "--keep_tokens",
+        type=count_or_share,
+        metavar="N",
+        help="patches that stay: a number like 49, or a share of them like 0.25",
+    )
+    group.add_argument(
+        "--reduction_layer", type=positive, metavar="N", help="blocks before the token reduction, at least 1"
+    )
+
+
+def reduction_of(flags, given=None):
+    """The keywords of `build_model` for a run with these flags, {name: value}; those of `given` that are set win.
+
+    A given `token_reduction` of "none" takes the run's other two away.
+    """
+    given = {name: value for name, value in (given or {}).items() if name in REDUCTION and value is not None}
+    found = {name: flags[name] for name in REDUCTION if flags.get(name) is not None}
+    return given if given.get("token_reduction") == "none" else {**found, **given}
 
 
 def check_training_flags(args, make_model):
@@ -329,6 +361,11 @@ def fraction(text):
 
 def share(text):
     return number(text, float, "a number above 0, 1 at most", lambda x: 0 < x <= 1)
+
+
+def count_or_share(text):
+    """An int for a count, a float for a share: `1` is one, `1.0` all."""
+    return positive(text) if text.lstrip("+-").isdigit() else share(text)
 
 
 def number(text, kind, what, fits):

@@ -119,7 +119,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     if processes.rank == 0:
         prepare_run_folder(run_dir, args, train_set.classes, num_steps)
     if args.compile:
-        model.compile()
+        compile_in_place(model)
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
 
@@ -233,11 +233,11 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
 @torch.no_grad()
 def attention_figure(model, images, labels, classes, precision, title):
     """Attention rollout of a ViT on test images (B, 3, H, W) with what they are and what it takes them for."""
-    from utils.visualize import class_token_mask, plot_pictures, rollout
+    from utils.visualize import attention_of, class_token_mask, plot_pictures, rollout
 
     model.eval()
     with precision.autocast():
-        logits, attention = model.forward_with_attention(precision.inputs(images))
+        logits, attention, _ = attention_of(model, precision.inputs(images))
     model.train()
     masks = class_token_mask(rollout(attention), model.patch_embed.grid_size)
     pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
@@ -262,6 +262,12 @@ def make_optimizer(args, named_parameters):
     # The fused SGD of torch 2.9 leaves bfloat16 weights on a CPU (level O3) as they are.
     fused = all(parameter.dtype == torch.float32 for _, parameter in named_parameters)
     return OPTIMIZERS[args.optimizer](groups, lr=args.learning_rate, fused=fused)
+
+
+def compile_in_place(model):
+    """Compile by torch.compile; a block's code may be compiled for training, evaluation, merged tokens, odd batches."""
+    torch._dynamo.config.recompile_limit = 64  # of a function; beyond it PyTorch would go on without compiling
+    model.compile()
 
 
 def restore_optimizer(optimizer, state, name):

@@ -10,6 +10,8 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.collections import LineCollection
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure  # not pyplot: nothing global, and a notebook keeps its own backend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -18,6 +20,32 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
 HEAT = "viridis"
 UNIFORM = "attention relative to uniform"  # the unit of masks: 1 where every patch gets the same
+
+
+def attention_of(model, images):
+    """Logits, attention weights and Clusters of a ViT's `forward_with_clusters`, the weights of every block expanded.
+
+    So they are (B, heads, N, N) also after a token reduction.
+    """
+    logits, attention, clusters = model.forward_with_clusters(images)
+    if clusters is not None:
+        attention = expand_attention(attention, clusters.assignment)
+    return logits, attention, clusters
+
+
+def expand_attention(attention, assignment):
+    """A list of attention weights among all N tokens or K clusters of them -> all of them (B, heads, N, N).
+
+    `assignment` (B, N) numbers each token's cluster. A member looks where its cluster looks, and gets an equal part of
+    what its cluster gets: so rows still sum to 1, and the class token's rollout is that of the merged tokens.
+    """
+    members = F.one_hot(assignment).float()  # (B, N, K)
+    shares = members / members.sum(dim=1, keepdim=True)
+    expanded = members[:, None], shares[:, None].transpose(-2, -1)
+    return [
+        weights if weights.shape[-1] == assignment.shape[1] else expanded[0] @ weights.float() @ expanded[1]
+        for weights in attention
+    ]
 
 
 def rollout(attention):
@@ -217,6 +245,59 @@ def plot_pictures(pictures, masks, captions, title, unit=UNIFORM, columns=6):
     colour_bar(figure, drawn, unit, ax=panels, shrink=0.7)
     figure.suptitle(wrapped(title, 20 * (columns + 1)), fontsize="medium")
     return figure
+
+
+def plot_clusters(pictures, clusters, captions, title, columns=6):
+    """Pictures, uint8 (3, H, W), each above its patches in the mean colour of what they were merged with.
+
+    `clusters` has for each picture (numbers (rows, columns) of the patches' clusters, places [(row, column), ...] of
+    the kept patches). A cluster is framed in a colour of its own, also where it lies in pieces, as in ToMe's figures;
+    its kept patch has a dot of this colour.
+    """
+    rows = math.ceil(len(pictures) / columns)
+    columns = math.ceil(len(pictures) / rows)
+    alone = len(pictures) == 1  # then side by side
+    figure = Figure(figsize=(6, 3.8) if alone else (0.4 + 2.6 * columns, 0.7 + 5.4 * rows), layout="constrained")
+    panels = figure.subplots(1, 2).reshape(2, 1) if alone else figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for i, (picture, (numbers, kept), caption) in enumerate(zip(pictures, clusters, captions, strict=True)):
+        above, below = panels[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
+        above.imshow(picture.permute(1, 2, 0).numpy())
+        above.set_title(wrapped(caption, 28), fontsize="small")
+        size = numbers.shape
+        aspect = picture.shape[1] / picture.shape[2] * size[1] / size[0]  # the picture's, whatever the grid is
+        place = {"extent": (0, size[1], size[0], 0), "interpolation": "nearest", "aspect": aspect}
+        below.imshow(cluster_colours(picture, numbers).numpy(), **place)
+        hues = [hsv_to_rgb((0.618034 * number % 1, 0.9, 1.0)) for number in range(len(kept))]  # neighbours differ
+        lines, owners = cluster_frames(numbers)
+        below.add_collection(LineCollection(lines, colors=[hues[owner] for owner in owners], linewidths=1.2))
+        places = np.array(kept) + 0.5
+        below.scatter(places[:, 1], places[:, 0], s=12, c=hues, edgecolors="black", linewidths=0.5, zorder=3)
+    figure.suptitle(wrapped(title, 60 if alone else 30 * columns), fontsize="medium")
+    return figure
+
+
+def cluster_colours(picture, numbers):
+    """Each patch (rows, columns, 3), uint8, in the mean colour of all patches with its number (rows, columns)."""
+    patches = F.adaptive_avg_pool2d(picture.float(), numbers.shape).flatten(1)  # (3, patches)
+    members = F.one_hot(numbers.flatten()).float()  # (patches, clusters)
+    means = (patches @ members) / members.sum(dim=0).clamp(min=1)
+    return means[:, numbers].round().to(torch.uint8).permute(1, 2, 0)
+
+
+def cluster_frames(numbers):
+    """The sides of patches, numbered (rows, columns), where their cluster ends: [((x, y), (x, y)), ...], its number."""
+    inset = 0.06  # so that both clusters' frames are seen
+    outside = F.pad(numbers, (1, 1, 1, 1), value=-1)
+    lines, owners = [], []
+    for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        neighbour = outside[1 + down : 1 + down + numbers.shape[0], 1 + right : 1 + right + numbers.shape[1]]
+        for row, column in (numbers != neighbour).nonzero().tolist():
+            y, x = row + 0.5 + (0.5 - inset) * down, column + 0.5 + (0.5 - inset) * right  # the side's middle
+            lines.append(tuple((x + half * down, y + half * right) for half in (-0.5, 0.5)))
+            owners.append(int(numbers[row, column]))
+    return lines, owners
 
 
 def plot_attention_distance(distances, title):

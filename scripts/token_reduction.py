@@ -1,0 +1,87 @@
+"""Accuracy against speed: a ViT whole, reduced by facility location and by ToMe, and its Conformer, from scratch.
+
+All are trained the same way on a slice of CIFAR-10 at 32x32, some five minutes a run on a CPU core; then
+benchmarks/token_reduction.py times their training steps in turns, for one table and one figure of accuracy over
+images/s. The same command goes on where it broke off; finished runs are not run again.
+
+    python scripts/token_reduction.py --seeds 0 1
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from hybrid_vs_cnn import RECIPE, check_earlier_run, train  # puts the repository on the path
+
+from models.configs import CONFORMERS, VITS
+from models.token_reduction import METHODS
+from utils.arguments import Parser, check_picture_path, count_or_share, one_of, positive, seed
+from utils.errors import run_script
+
+
+def main():
+    args = parse_flags()
+    plan = [flags for number in args.seeds for flags in flags_of(number, args)]
+    for flags in plan:
+        check_earlier_run(flags)
+    for flags in plan:
+        train(flags)
+    folders = [str(Path(flags["output_dir"]) / flags["name"]) for flags in plan]
+    command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks/token_reduction.py"), "--runs", *folders]
+    command += ["--picture", args.figure, "--keep_tokens", *map(str, args.keep_tokens), "--checkpoint", ""]
+    command += ["--precision", "bf16", "--fp16_opt_level", RECIPE["fp16_opt_level"]]
+    for flag in ("model_type", "reduction_layer", "img_size"):
+        command += [f"--{flag}", str(getattr(args, flag))]
+    print(flush=True)
+    sys.exit(subprocess.run([*command, "--batch_size", str(args.train_batch_size)]).returncode)
+
+
+def parse_flags():
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("experiment")
+    group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-Mini_4", metavar="NAME", help="the ViT")
+    group.add_argument(
+        "--keep_tokens",
+        type=count_or_share,
+        nargs="+",
+        default=[0.75, 0.5, 0.25],
+        metavar="N",
+        help="patches that stay, numbers or shares",
+    )
+    group.add_argument(
+        "--reduction_layer", type=positive, default=2, metavar="N", help="blocks before the token reduction"
+    )
+    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="as for train.py")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="as for train.py")
+    group.add_argument("--output_dir", default="output/token_reduction", metavar="DIR", help="where the runs are kept")
+    group.add_argument("--figure", default="img/token_reduction.png", metavar="PNG", help="the figure to draw")
+    group.add_argument("--examples_per_class", type=positive, default=1000, metavar="N", help="size of the slice")
+    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="side of the images in pixels")
+    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="images a step")
+    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="optimizer steps of a run")
+    group.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help="a run of each model for each")
+    args = parser.parse_args()
+    check_picture_path(args.figure, "--figure")
+    return args
+
+
+def flags_of(number, args):
+    """The flags of train.py for each model's run with one seed."""
+    layer = {"reduction_layer": args.reduction_layer}
+    models = [(args.model_type, {})]
+    for keep in args.keep_tokens:
+        models += [(args.model_type, {"token_reduction": method, "keep_tokens": keep, **layer}) for method in METHODS]
+    conformer = args.model_type.replace("ViT", "Conformer")
+    if conformer in CONFORMERS:
+        models.append((conformer, layer))
+    given = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
+    shared = {**{flag: getattr(args, flag) for flag in given}, **RECIPE, "seed": number}
+    plan = []
+    for model_type, reduction in models:
+        parts = [model_type, *(str(reduction[key]) for key in ("token_reduction", "keep_tokens") if key in reduction)]
+        plan.append({"name": "-".join([*parts, f"seed{number}"]), "model_type": model_type, **reduction, **shared})
+    return plan
+
+
+if __name__ == "__main__":
+    run_script(main)
