@@ -8,7 +8,6 @@ goes on where it broke off; finished runs are not run again.
 """
 
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from models import build_model
 from utils.arguments import Parser, check_picture_path, positive, seed
 from utils.errors import run_script
 from utils.profiling import count_flops, count_parameters
-from utils.runs import check_earlier_run, data_name, is_finished, plan_run
+from utils.runs import check_earlier_run, data_name, finish, plan_run
 from utils.tracking import device_name, read_metrics
 from utils.visualize import plot_runs, save
 
@@ -29,6 +28,7 @@ MODELS = {
     "ResNet-Mini_Params": "CNN of as many parameters",
     "ResNet-Mini_Flops": "CNN of as many FLOPs",
 }
+GIVEN = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
 RECIPE = {
     "min_crop_scale": 0.5,
     "horizontal_flip": True,
@@ -49,7 +49,8 @@ def main():
         check_earlier_run(run)
     runs = {model_type: [] for model_type in MODELS}
     for run in plan:
-        runs[run.flags.model_type].append(finish(run))
+        finish(run)
+        runs[run.flags.model_type].append(read_metrics(run.folder))
     seeds = f"seeds {', '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else f"seed {args.seeds[0]}"
     print(f"\n{device_name()}, torch {torch.__version__}, {seeds}\n\n{table(runs, args.img_size)}")
     labels = {f"{model_type}: {what}": runs[model_type] for model_type, what in MODELS.items()}
@@ -60,35 +61,29 @@ def main():
 
 def parse_flags():
     parser = Parser(__doc__)
-    group = parser.add_argument_group("experiment")
-    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="as for train.py")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="as for train.py")
-    group.add_argument("--output_dir", default="output/hybrid_vs_cnn", metavar="DIR", help="where the runs are kept")
-    group.add_argument("--figure", default="img/hybrid_vs_cnn.png", metavar="PNG", help="the figure to draw")
-    group.add_argument("--examples_per_class", type=positive, default=1000, metavar="N", help="size of the slice")
-    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="side of the images in pixels")
-    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="images a step")
-    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="optimizer steps of a run")
-    group.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help="a run of each model for each")
+    add_experiment_flags(parser.add_argument_group("experiment"), "hybrid_vs_cnn")
     args = parser.parse_args()
     check_picture_path(args.figure, "--figure")
     return args
 
 
+def add_experiment_flags(group, name):
+    """The flags that this experiment shares with others of runs from scratch, GIVEN among them."""
+    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="as for train.py")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="as for train.py")
+    group.add_argument("--output_dir", default=f"output/{name}", metavar="DIR", help="where the runs are kept")
+    group.add_argument("--figure", default=f"img/{name}.png", metavar="PNG", help="the figure to draw")
+    group.add_argument("--examples_per_class", type=positive, default=1000, metavar="N", help="size of the slice")
+    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="side of the images in pixels")
+    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="images a step")
+    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="optimizer steps of a run")
+    group.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help="a run of each model for each")
+
+
 def flags_of(model_type, number, args):
     """The flags of train.py for one run."""
-    given = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
     name = {"name": f"{model_type}-seed{number}", "model_type": model_type, "seed": number}
-    return {**name, **{flag: getattr(args, flag) for flag in given}, **RECIPE}
-
-
-def finish(run):
-    """The metrics of the run, which train.py finishes where it is not finished yet."""
-    if not is_finished(run):
-        status = subprocess.run(run.command).returncode
-        if status:
-            sys.exit(status)  # train.py has said why
-    return read_metrics(run.folder)
+    return {**name, **{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE}
 
 
 def table(runs, img_size):

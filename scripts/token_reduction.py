@@ -11,23 +11,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hybrid_vs_cnn import RECIPE, check_earlier_run, train  # puts the repository on the path
+from hybrid_vs_cnn import GIVEN, RECIPE, add_experiment_flags  # puts the repository on the path
 
+import train
 from models.configs import CONFORMERS, VITS
 from models.token_reduction import METHODS
-from utils.arguments import Parser, check_picture_path, count_or_share, one_of, positive, seed
+from utils.arguments import Parser, check_picture_path, count_or_share, one_of, positive
 from utils.errors import run_script
+from utils.runs import check_earlier_run, finish, plan_run
 
 
 def main():
     args = parse_flags()
-    plan = [flags for number in args.seeds for flags in flags_of(number, args)]
-    for flags in plan:
-        check_earlier_run(flags)
-    for flags in plan:
-        train(flags)
-    folders = [str(Path(flags["output_dir"]) / flags["name"]) for flags in plan]
-    command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks/token_reduction.py"), "--runs", *folders]
+    plan = [plan_run(train, flags) for number in args.seeds for flags in flags_of(number, args)]
+    for run in plan:
+        check_earlier_run(run)
+    for run in plan:
+        finish(run)
+    command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks/token_reduction.py")]
+    command += ["--runs", *(str(run.folder) for run in plan)]
     command += ["--picture", args.figure, "--keep_tokens", *map(str, args.keep_tokens), "--checkpoint", ""]
     command += ["--precision", "bf16", "--fp16_opt_level", RECIPE["fp16_opt_level"]]
     for flag in ("model_type", "reduction_layer", "img_size"):
@@ -51,15 +53,7 @@ def parse_flags():
     group.add_argument(
         "--reduction_layer", type=positive, default=2, metavar="N", help="blocks before the token reduction"
     )
-    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="as for train.py")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="as for train.py")
-    group.add_argument("--output_dir", default="output/token_reduction", metavar="DIR", help="where the runs are kept")
-    group.add_argument("--figure", default="img/token_reduction.png", metavar="PNG", help="the figure to draw")
-    group.add_argument("--examples_per_class", type=positive, default=1000, metavar="N", help="size of the slice")
-    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="side of the images in pixels")
-    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="images a step")
-    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="optimizer steps of a run")
-    group.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help="a run of each model for each")
+    add_experiment_flags(group, "token_reduction")
     args = parser.parse_args()
     check_picture_path(args.figure, "--figure")
     return args
@@ -74,8 +68,7 @@ def flags_of(number, args):
     conformer = args.model_type.replace("ViT", "Conformer")
     if conformer in CONFORMERS:
         models.append((conformer, layer))
-    given = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
-    shared = {**{flag: getattr(args, flag) for flag in given}, **RECIPE, "seed": number}
+    shared = {**{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE, "seed": number}
     plan = []
     for model_type, reduction in models:
         parts = [model_type, *(str(reduction[key]) for key in ("token_reduction", "keep_tokens") if key in reduction)]

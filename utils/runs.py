@@ -66,6 +66,14 @@ def is_finished(run):
     return min(max(steps), saved_step(run.folder / LAST)) >= num_steps
 
 
+def finish(run):
+    """Let the run's script finish it here and now, where it is not finished yet; ends as the script does."""
+    if not is_finished(run):
+        status = subprocess.run(run.command).returncode
+        if status:
+            sys.exit(status)  # the script has said why
+
+
 def data_name(flags):
     """A run's data set for a title; that of an image folder is the folder."""
     return Path(flags.data_dir).resolve().name if flags.dataset == "imagefolder" else flags.dataset
