@@ -411,7 +411,7 @@ def test_the_benchmark():
     command = ["benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2]
     printed = succeed(*command, "--rounds", 1, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
     rows = re.findall(
-        r"^\| (none|facility|tome|Conformer-Mini_4) \| (\S+) \| no \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE
+        r"^\| (none|facility|tome|Conformer-Mini_4) \| (\S+) \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE
     )
     reduced = [(name, keep) for keep in ("0.5", "4") for name in METHODS]
     assert rows == [("none", "all"), *reduced, ("Conformer-Mini_4", "0.25")]
@@ -429,12 +429,12 @@ def test_the_experiment_goes_on_where_it_stopped(tmp_path):
     command += ["--img_size", 8, "--train_batch_size", 4]
     printed = succeed(*command)
     assert printed.count("20 training and 360 test images") == 4
-    rows = re.findall(r"^\| (\S+) \| \S+ \| no \| .* \| ([\d.]+) % \|$", printed, re.MULTILINE)
+    rows = re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", printed, re.MULTILINE)
     assert [name for name, _ in rows] == ["none", "facility", "tome", "Conformer-Mini_4"]
     (tmp_path / "figure.png").unlink()
     again = succeed(*command)  # no run is repeated
     assert "training and" not in again
-    assert re.findall(r"^\| (\S+) \| \S+ \| no \| .* \| ([\d.]+) % \|$", again, re.MULTILINE) == rows
+    assert re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", again, re.MULTILINE) == rows
     assert (tmp_path / "figure.png").exists()
     runs = tmp_path / "runs" / "ViT-Mini_4-tome-0.25-seed0"
     done = script("benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 8, "--runs", runs)
