@@ -23,11 +23,12 @@ from throughput import NUM_CLASSES, add_step_flags, compiled, ours, take_turns  
 from evaluate import load_published, make_model, prepare_image
 from models.configs import CONFORMERS, VITS
 from models.token_reduction import METHODS, Reduction, cluster_tokens, coverage, similarity, upper_bound
-from utils.arguments import Parser, check_picture_path, count_or_share, one_of, positive, reduction_of
+from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of, reduction_of
 from utils.augmentation import normalise
 from utils.datasets import pictures_below, read_image
 from utils.distributed import choose_device
 from utils.errors import UserError, run_script
+from utils.runs import spread
 from utils.tracking import device_name, read_run
 from utils.visualize import OKABE_ITO, save, tidy, wrapped
 
@@ -78,17 +79,7 @@ def parse_flags():
     parser = Parser(__doc__.split("\n\n")[0])
     group = parser.add_argument_group("benchmark")
     group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-B_16", help=", ".join(VITS))
-    group.add_argument(
-        "--keep_tokens",
-        type=count_or_share,
-        nargs="+",
-        default=[0.75, 0.5, 0.25],
-        metavar="N",
-        help="patches that stay, numbers or shares",
-    )
-    group.add_argument(
-        "--reduction_layer", type=positive, default=4, metavar="N", help="blocks before the token reduction"
-    )
+    add_reductions_flags(group, reduction_layer=4)
     add_step_flags(group, batch_size=8, rounds=5)
     group.add_argument(
         "--runs", nargs="+", default=[], metavar="DIR", help="folders of finished runs of these models, any seeds"
@@ -165,15 +156,9 @@ def speed_table(args, seconds, contenders, accuracies):
             f"{100 * statistics.median(choosing) / statistics.median(mine):.1f} %" if choosing else "",
         ]
         if accuracies:
-            cells.append(percent(accuracies[name]) if name in accuracies else "")
+            cells.append(spread(accuracies[name]) if name in accuracies else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def percent(values):
-    """`61.5 % (60.9 to 62.0)`"""
-    mean = f"{100 * statistics.mean(values):.1f} %"
-    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def draw(speeds, accuracies, title):

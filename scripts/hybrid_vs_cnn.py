@@ -19,7 +19,7 @@ from models import build_model
 from utils.arguments import Parser, check_picture_path, positive, seed
 from utils.errors import run_script
 from utils.profiling import count_flops, count_parameters
-from utils.runs import check_earlier_run, data_name, finish, plan_run
+from utils.runs import check_earlier_run, data_name, finish, plan_run, spread
 from utils.tracking import device_name, read_metrics
 from utils.visualize import plot_runs, save
 
@@ -95,9 +95,7 @@ def table(runs, img_size):
     for model_type, metrics in runs.items():
         with torch.device("meta"):
             model = build_model(model_type, img_size)
-        test, training = (
-            spread([100 * rows[f"{part}_accuracy"][-1] for rows in metrics]) for part in ("test", "train")
-        )
+        test, training = (spread([rows[f"{part}_accuracy"][-1] for rows in metrics]) for part in ("test", "train"))
         speed = statistics.median(value for rows in metrics for value in rows["images_per_second"])
         minutes = statistics.median(rows["seconds"][-1] for rows in metrics) / 60
         lines.append(
@@ -105,12 +103,6 @@ def table(runs, img_size):
             f"| {count_flops(model, img_size) / 1e9:.4f} G | {test} | {training} | {speed:.0f} | {minutes:.1f} min |"
         )
     return "\n".join(lines)
-
-
-def spread(values):
-    """`61.5 % (60.9 to 62.0)`"""
-    mean = f"{statistics.mean(values):.1f} %"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":

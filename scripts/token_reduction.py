@@ -16,7 +16,7 @@ from hybrid_vs_cnn import GIVEN, RECIPE, add_experiment_flags  # puts the reposi
 import train
 from models.configs import CONFORMERS, VITS
 from models.token_reduction import METHODS
-from utils.arguments import Parser, check_picture_path, count_or_share, one_of, positive
+from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of
 from utils.errors import run_script
 from utils.runs import check_earlier_run, finish, plan_run
 
@@ -42,17 +42,7 @@ def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("experiment")
     group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-Mini_4", metavar="NAME", help="the ViT")
-    group.add_argument(
-        "--keep_tokens",
-        type=count_or_share,
-        nargs="+",
-        default=[0.75, 0.5, 0.25],
-        metavar="N",
-        help="patches that stay, numbers or shares",
-    )
-    group.add_argument(
-        "--reduction_layer", type=positive, default=2, metavar="N", help="blocks before the token reduction"
-    )
+    add_reductions_flags(group, reduction_layer=2)
     add_experiment_flags(group, "token_reduction")
     args = parser.parse_args()
     check_picture_path(args.figure, "--figure")

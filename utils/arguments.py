@@ -270,6 +270,21 @@ def add_reduction_flags(group, names, default):
     )
 
 
+def add_reductions_flags(group, reduction_layer):
+    """The flags of a comparison of several reductions at one layer, which is `reduction_layer` by default."""
+    group.add_argument(
+        "--keep_tokens",
+        type=count_or_share,
+        nargs="+",
+        default=[0.75, 0.5, 0.25],
+        metavar="N",
+        help="patches that stay, numbers or shares",
+    )
+    group.add_argument(
+        "--reduction_layer", type=positive, default=reduction_layer, metavar="N", help="blocks before the reduction"
+    )
+
+
 def reduction_of(flags, given=None):
     """The keywords of `build_model` for a run with these flags, {name: value}; those of `given` that are set win.
 
