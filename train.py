@@ -22,8 +22,9 @@ def make_parser():
 def model_maker(args):
     """The function of the number of classes that makes the model of these flags."""
     overrides = reduction_of(vars(args))
-    if args.dropout_rate is not None:
-        overrides["dropout_rate"] = args.dropout_rate
+    for name in ("dropout_rate", "drop_path_rate"):
+        if getattr(args, name) is not None:
+            overrides[name] = getattr(args, name)
     return lambda num_classes: build_model(args.model_type, args.img_size, num_classes, args.norm_type, **overrides)
 
 

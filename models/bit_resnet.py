@@ -91,6 +91,8 @@ class Root(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 (strided), 1x1 convolutions, each after GroupNorm and ReLU, added to the (projected) input."""
 
+    is_block = True
+
     def __init__(self, in_channels, out_channels, stride, num_groups):
         super().__init__()
         width = out_channels // 4

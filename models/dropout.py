@@ -34,6 +34,15 @@ class Dropout(nn.Module):
         return f"rate={self.rate}"
 
 
+class StochasticDepth(Dropout):
+    """Drops all of a sample's residual branch (B, ...), by the rule of Dropout (Huang et al., 2016)."""
+
+    def forward(self, x):
+        if not self.training or self.rate == 0.0:
+            return x
+        return x * super().forward(x.new_ones(len(x), *[1] * (x.ndim - 1)))
+
+
 def dropout_mask(keys, count, rate):
     """A bool tensor (B, count), True with probability `rate`, row b from keys[b] = (factor, offset).
 

@@ -48,6 +48,8 @@ class ResNetStem(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 (strided), 1x1 convolutions to `4 * width` channels, added to the (projected) input, then ReLU."""
 
+    is_block = True
+
     def __init__(self, in_channels, width, stride, num_groups):
         super().__init__()
         out_channels = 4 * width

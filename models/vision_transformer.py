@@ -11,7 +11,7 @@ from torch import nn
 
 from models import npz
 from models.attention import attend, attention_weights
-from models.dropout import Dropout
+from models.dropout import Dropout, StochasticDepth
 from models.hybrid_stem import ResNetStem, lecun_normal_
 from models.norms import LayerNorm, final_norm, residual, token_norm
 from models.token_reduction import cluster_tokens, make_reduction, merge, proportional
@@ -157,13 +157,18 @@ def patches(x, size):
 class Block(nn.Module):
     """Pre-norm encoder block: attention, then MLP, each added to the residual stream (B, N, hidden)."""
 
+    is_block = True  # as a Bottleneck: what the model repeats
+
     def __init__(self, config, norm_type, number):
         super().__init__()
+        drop_path_rate = config.drop_path_rate * number / max(1, config.num_layers - 1)  # 0 in the first block
         self.norm1 = token_norm(norm_type, config.hidden_size)
         self.attn = Attention(config)
+        self.drop_path1 = StochasticDepth(drop_path_rate)
         self.add1 = residual(norm_type, 2 * number + 1)
         self.norm2 = token_norm(norm_type, config.hidden_size)
         self.mlp = Mlp(config)
+        self.drop_path2 = StochasticDepth(drop_path_rate)
         self.add2 = residual(norm_type, 2 * number + 2)
 
     def forward(self, x, bias=None, with_keys=False):
@@ -178,8 +183,8 @@ class Block(nn.Module):
         return self.add_branches(x, out), keys, weights
 
     def add_branches(self, x, out):
-        x = self.add1(x, out)
-        return self.add2(x, self.mlp(self.norm2(x)))
+        x = self.add1(x, self.drop_path1(out))
+        return self.add2(x, self.drop_path2(self.mlp(self.norm2(x))))
 
 
 class Attention(nn.Module):

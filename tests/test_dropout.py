@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.dropout import Dropout, dropout_mask
+from models import build_model
+from models.dropout import Dropout, StochasticDepth, dropout_mask
 from utils.datasets import dropout_keys
 
 
@@ -56,3 +57,23 @@ def test_gradient_flows_where_the_mask_lets_it():
 def test_nothing_is_dropped_in_evaluation():
     x = torch.randn(2, 10)
     assert torch.equal(Dropout(0.5).eval()(x), x)
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_stochastic_depth_drops_whole_samples(seeded):
+    layer = StochasticDepth(0.25).train()
+    x = torch.randn(4000, 3, 2)
+    if seeded:
+        layer.seed_samples(keys_at(*range(4000)))
+    out = layer(x)
+    dropped = (out == 0).all(dim=(1, 2))
+    torch.testing.assert_close(out[~dropped], x[~dropped] / 0.75)
+    assert dropped.double().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_stochastic_depth_grows_with_the_block():
+    blocks = build_model("ViT-Mini_4", 8, drop_path_rate=0.5).blocks
+    for drop_path in ("drop_path1", "drop_path2"):
+        rates = [getattr(block, drop_path).rate for block in blocks]
+        assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])

@@ -19,7 +19,10 @@ from conftest import call_main, read_config
 from models import build_model
 from utils.augmentation import normalise, random_crops, resized_crops
 from utils.datasets import DATASETS
+from utils.memory import recompute_activations
+from utils.profiling import activation_bytes
 from utils.random import samples_at
+from utils.training import compile_in_place
 
 
 def run(flags, monkeypatch, name="run"):
@@ -97,6 +100,49 @@ def test_a_resumed_run_ends_with_the_same_bits(optimizer, precision, tiny_flags,
     timing = ("images_per_second", "seconds")
     for row, other in zip(rows, resumed_rows, strict=True):
         assert [row[key] for key in row if key not in timing] == [other[key] for key in row if key not in timing]
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN"])
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "Conformer-Mini_4", "ResNet-Mini_Flops"])
+def test_recomputed_activations_give_the_same_bits(model_type, norm_type, tiny_flags, monkeypatch):
+    """And the running statistics of BN count each batch once."""
+    flags = ["--model_type", model_type, "--img_size", 16, "--num_steps", 4, "--eval_every", 4]
+    if not model_type.startswith("ResNet"):
+        flags += ["--norm_type", norm_type, "--dropout_rate", 0.1, "--drop_path_rate", 0.2]
+    elif norm_type == "BN":
+        pytest.skip("a ResNet has one norm")
+    plain, _ = run(tiny_flags(*flags), monkeypatch)
+    recomputed, _ = run(tiny_flags(*flags, "--grad_checkpointing", "--overwrite"), monkeypatch)
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "ResNet-Mini_Flops"])
+def test_recomputed_activations_are_not_kept(model_type):
+    model, images = build_model(model_type, 32), torch.randn(2, 3, 32, 32)
+    kept = []
+    for _ in range(2):
+        kept.append(activation_bytes(model, lambda: model(images).sum().backward()))
+        recompute_activations(model)
+    assert kept[1] < kept[0] / 2
+
+
+def test_recomputed_blocks_are_compiled():
+    """One graph for the patch embedding, one for all blocks."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model, images = build_model("ViT-Mini_4", 8, num_layers=3), torch.randn(2, 3, 8, 8)
+    torch.nn.init.normal_(model.head.weight)
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            recompute_activations(model, compiled)
+            compile_in_place(model)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
 
 
 def stop_after(step, monkeypatch):

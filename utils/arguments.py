@@ -172,6 +172,11 @@ def training_parser(description):
         help="for float16; 0: dynamic at O1 and O2, 1 at O3",
     )
     precision.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="keep no activations but the blocks' inputs and compute them again: less memory, a third more time",
+    )
+    precision.add_argument(
         "--compile", action="store_true", help="compile the model by torch.compile: slow to start, then faster"
     )
 
@@ -248,6 +253,12 @@ def add_model_flags(parser, model_types, norm_types, token_reductions, canonical
         "that all processes work on at once: the batch, or with gradient accumulation each of its parts",
     )
     group.add_argument("--dropout_rate", type=fraction, metavar="RATE", help="of a ViT; default: the published model's")
+    group.add_argument(
+        "--drop_path_rate",
+        type=fraction,
+        metavar="RATE",
+        help="of a ViT: stochastic depth, from 0 in the first block to RATE in the last; default: 0",
+    )
     add_reduction_flags(group, token_reductions, default="none; a Conformer: facility")
 
 

@@ -22,6 +22,7 @@ from utils.datasets import DATASETS, dropout_keys, stream_positions
 from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
 from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
+from utils.memory import recompute_activations
 from utils.precision import make_precision
 from utils.pretrained import download, load_pretrained
 from utils.scheduler import learning_rate
@@ -118,6 +119,8 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     barrier()  # every process has seen whether there is a run to resume
     if processes.rank == 0:
         prepare_run_folder(run_dir, args, train_set.classes, num_steps)
+    if args.grad_checkpointing:
+        recompute_activations(model, args.compile)
     if args.compile:
         compile_in_place(model)
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
