@@ -14,6 +14,7 @@ from utils.pretrained import check_exists, published_url
 from utils.scheduler import DECAY_TYPES
 from utils.tracking import resumes
 from utils.training import OPTIMIZERS, WATCHED
+from utils.weights_and_biases import check_project, import_wandb
 
 REDUCTION = ("token_reduction", "keep_tokens", "reduction_layer")  # flags, and keywords of `build_model`
 
@@ -51,6 +52,18 @@ def training_parser(description):
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
     run.add_argument(
         "--seed", type=seed, default=42, metavar="N", help="of the weights, the sample order, crops and dropout"
+    )
+    run.add_argument(
+        "--wandb",
+        action="store_true",
+        help="send flags and curves to Weights & Biases too (pip install wandb); WANDB_MODE=offline keeps them in the "
+        "run's folder",
+    )
+    run.add_argument(
+        "--wandb_project",
+        default=os.environ.get("WANDB_PROJECT", "vision-transformers"),
+        metavar="NAME",
+        help="with --wandb: the project that the run belongs to",
     )
 
     weights = parser.add_argument_group("pretrained weights")
@@ -335,6 +348,9 @@ def check_flags_together(args, make_model):
         import_apex_amp()
         if args.bf16:
             raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
+    if args.wandb:
+        check_project(args.wandb_project)
+        import_wandb()
     if args.download and not args.pretrained_dir:
         raise UserError("--download needs --pretrained_dir, the path to download to")
     try:

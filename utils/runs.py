@@ -19,7 +19,10 @@ from utils.tracking import read_config, read_metrics
 LOG = "train.log"
 LOOK_EVERY = 0.2  # seconds between two looks at the runs at work
 # What makes no other run of it: its folder may have been moved, its weights downloaded meanwhile.
-WITHOUT_EFFECT = {"output_dir", "resume", "overwrite", "local_rank", "download", "num_workers", "eval_batch_size"}
+WITHOUT_EFFECT = {
+    *("output_dir", "resume", "overwrite", "wandb", "wandb_project"),
+    *("local_rank", "download", "num_workers", "eval_batch_size"),
+}
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""The records of a run: config.json, metrics.csv, TensorBoard, curves.png, and what the terminal shows."""
+"""The records of a run: config.json, metrics.csv, TensorBoard, W&B, curves.png, and what the terminal shows."""
 
 import csv
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import BEST, LAST, replace_file
 from utils.errors import UserError
+from utils.weights_and_biases import RECORDS, RUN_ID
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "curves.png"
 COLUMNS = (
@@ -61,6 +63,9 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
         for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "state-*.pt", "events.out.tfevents.*", ".*.tmp"):
             for path in run_dir.glob(pattern):
                 path.unlink()
+        if not args.resume:  # a run that broke off before its first checkpoint goes on at W&B
+            (run_dir / RUN_ID).unlink(missing_ok=True)
+            shutil.rmtree(run_dir / RECORDS, ignore_errors=True)
     config = {
         "flags": vars(args),
         "classes": classes,
@@ -81,8 +86,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
 def report_changed_flags(config, args):
     before = config["flags"] if config else vars(args)
     for flag, value in vars(args).items():
-        if flag not in ("resume", "overwrite", "local_rank") and before.get(flag) != value:
-            print(f"warning: resuming with --{flag} {value}; the run was started with {before.get(flag)}")
+        if flag not in ("resume", "overwrite", "local_rank", "wandb") and before.get(flag, value) != value:
+            print(f"warning: resuming with --{flag} {value}; the run was started with {before[flag]}")
 
 
 def read_config(run_dir):
@@ -133,10 +138,11 @@ def device_name():
 class Tracker:
     """Writes the records, in the first process only; elsewhere its methods do nothing."""
 
-    def __init__(self, run_dir, first_step, num_steps, seconds, enabled):
-        """`seconds` is what the run has taken before it was resumed at `first_step`."""
+    def __init__(self, run_dir, first_step, num_steps, seconds, enabled, wandb=None):
+        """`seconds` is what the run has taken before it was resumed at `first_step`; `wandb` a WeightsAndBiases."""
         self.run_dir = run_dir
         self.enabled = enabled
+        self.wandb = wandb
         self.started = time.monotonic() - seconds
         if not enabled:
             return
@@ -166,21 +172,21 @@ class Tracker:
             return
         last_step = first_step + len(losses) - 1
         for step, loss in enumerate(losses, start=first_step):
-            self.tensorboard.add_scalar("train/loss", loss, step)
-        self.tensorboard.add_scalar("train/lr", lr, last_step)
-        self.tensorboard.add_scalar("train/images_per_second", images_per_second, last_step)
+            self.add_scalars({"train/loss": loss}, step)
+        self.add_scalars({"train/lr": lr, "train/images_per_second": images_per_second}, last_step)
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.2e}, {images_per_second:.1f} img/s", refresh=False)
         self.bar.update(len(losses))
 
-    def log_evaluation(self, row):
+    def log_evaluation(self, row, best_accuracy, best_step):
         """A row of metrics.csv (see COLUMNS), the same in TensorBoard and as a line in the terminal."""
         if not self.enabled:
             return
         self.rows.append({name: format(row[name], ".8g") for name in COLUMNS})
         self.write_metrics()
-        self.tensorboard.add_scalar("test/loss", row["test_loss"], row["step"])
-        self.tensorboard.add_scalar("test/accuracy", row["test_accuracy"], row["step"])
+        self.add_scalars({"test/loss": row["test_loss"], "test/accuracy": row["test_accuracy"]}, row["step"])
         self.tensorboard.flush()
+        if self.wandb:
+            self.wandb.summarise({"best_accuracy": best_accuracy, "best_step": best_step})
         width = len(str(self.bar.total))
         self.say(
             f"step {row['step']:>{width}}/{self.bar.total}"
@@ -189,10 +195,19 @@ class Tracker:
             f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s"
         )
 
+    def add_scalars(self, values, step):
+        """{name: number} in TensorBoard and at W&B."""
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step)
+
     def log_figure(self, name, figure, step):
-        """A matplotlib figure in TensorBoard."""
+        """A matplotlib figure in TensorBoard and at W&B."""
         if self.enabled:
             self.tensorboard.add_figure(name, figure, step)
+            if self.wandb:
+                self.wandb.log_figure(name, figure, step)
 
     def write_metrics(self):
         def write(path):
@@ -219,6 +234,8 @@ class Tracker:
             flags = read_config(self.run_dir)["flags"]
             title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
             save(plot_curves(read_metrics(self.run_dir), title), self.run_dir / CURVES)
+        if self.wandb:
+            self.wandb.finish()
 
     def summarise(self, best_accuracy, best_step):
         """Say how well the run has ended and where everything lies."""

@@ -27,6 +27,7 @@ from utils.precision import make_precision
 from utils.pretrained import download, load_pretrained
 from utils.scheduler import learning_rate
 from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
+from utils.weights_and_biases import WeightsAndBiases
 
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
@@ -164,7 +165,9 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 "lr": lr_at(progress.step),
                 "images_per_second": progress.images / progress.training_seconds,
                 "seconds": tracker.seconds(),
-            }
+            },
+            progress.best_accuracy,
+            progress.best_step,
         )
         progress.loss = progress.correct = progress.images = progress.training_seconds = 0
 
@@ -178,7 +181,9 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
             }
             save_checkpoint(run_dir, progress.step, precision.weights(), state)
 
-    tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=processes.rank == 0)
+    first = processes.rank == 0
+    wandb = WeightsAndBiases(run_dir, args) if args.wandb and first else None
+    tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=first, wandb=wandb)
     tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
     watched = test_set.examples(WATCHED, img_size) if args.log_attention_every and processes.rank == 0 else None

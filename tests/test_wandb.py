@@ -1,0 +1,238 @@
+"""--wandb: the same records at Weights & Biases, real where it is installed and otherwise by a stand-in."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import types
+
+import pytest
+
+import train
+from conftest import ROOT, call_main, read_config, script, succeed
+from test_scripts import metrics, run_dir, start, wait_for_checkpoint
+from utils.weights_and_biases import WeightsAndBiases
+
+STAND_INS = ROOT / "tests" / "stand_ins"
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """A function that returns what the stand-in was asked for since it was last called."""
+    path = tmp_path / "calls"
+    monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
+    monkeypatch.setenv("WANDB_CALLS", str(path))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    spec = importlib.util.spec_from_file_location("wandb", STAND_INS / "wandb" / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def read():
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("")
+        return [json.loads(line) for line in lines]
+
+    return read
+
+
+def only(calls, name):
+    return [call for call in calls if call["call"] == name]
+
+
+def scalars(calls):
+    """{name: {step: value}} of what was logged."""
+    found = {}
+    for call in only(calls, "log"):
+        for name, value in call["values"].items():
+            assert found.setdefault(name, {}).setdefault(call["step"], value) == value
+    return found
+
+
+def tensorboard_scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def test_the_same_scalars_at_the_same_steps(calls, tiny_flags, monkeypatch):
+    flags = tiny_flags("--wandb", "--log_attention_every", 6)
+    call_main(train, flags, monkeypatch)
+    asked = calls()
+    (begun,) = only(asked, "online")
+    assert (begun["project"], begun["name"], begun["dir"]) == ("vision-transformers", "run", str(run_dir(flags)))
+    assert begun["config"] == read_config(run_dir(flags))["flags"]
+    assert begun["config"]["learning_rate"] == 0.03
+    pictures = {6, 12}
+    logged = scalars(asked)
+    assert set(logged.pop("attention rollout")) == pictures
+    expected = tensorboard_scalars(run_dir(flags))
+    assert {name: list(values) for name, values in logged.items()} == {
+        name: list(values) for name, values in expected.items()
+    }
+    assert set(logged["train/loss"]) == set(range(1, 13))
+    for name, values in logged.items():
+        assert values == pytest.approx(expected[name], rel=1e-6)
+    steps = [call["step"] for call in only(asked, "log")]
+    assert steps == sorted(steps)
+    best = max(metrics(flags), key=lambda row: float(row["test_accuracy"]))
+    summary = only(asked, "summary")[-1]
+    assert summary["best_accuracy"] == pytest.approx(float(best["test_accuracy"]))
+    assert summary["best_step"] == int(best["step"])
+    assert asked[-1] == {"call": "finish", "exit_code": 0}
+
+
+def test_a_resumed_run_goes_on_there(calls, tiny_flags, monkeypatch):
+    flags = tiny_flags("--wandb", "--wandb_project", "mine")
+    call_main(train, flags, monkeypatch)
+    (first,) = only(calls(), "online")
+    monkeypatch.setenv("WANDB_STEP", "15")  # the sitting was killed at step 14
+    call_main(train, [*flags, "--resume", "--num_steps", 18], monkeypatch)
+    asked = calls()
+    (second,) = only(asked, "online")
+    assert (second["id"], second["resume"], second["project"]) == (first["id"], "allow", "mine")
+    assert second["config"]["num_steps"] == 18
+    assert second["allow_val_change"]
+    assert list(scalars(asked)["train/loss"]) == [15, 16, 17, 18]
+
+    monkeypatch.delenv("WANDB_STEP")
+    (run_dir(flags) / "last.safetensors").unlink()  # as if it had been killed before its first checkpoint
+    call_main(train, [*flags, "--resume"], monkeypatch)
+    asked = calls()
+    assert only(asked, "online")[0]["id"] == first["id"]
+    assert list(scalars(asked)["train/loss"]) == list(range(1, 13))
+
+    kept = run_dir(flags) / "wandb" / "offline-run"
+    kept.mkdir(parents=True)
+    call_main(train, [*flags, "--overwrite"], monkeypatch)
+    assert only(calls(), "online")[0]["id"] != first["id"]
+    assert not kept.exists()
+
+
+STARTED = ["online"]
+RETRIED = ["online", "teardown", "offline"]
+KEPT = "its records are kept in .*wandb, for `wandb sync`"
+WITHOUT = "the run goes on without it"
+
+
+@pytest.mark.parametrize(
+    "broken, warnings, asked",
+    [
+        ("online", [KEPT], [*RETRIED, "log", "image", "log", "summary", "finish"]),
+        ("online offline", [KEPT, WITHOUT], RETRIED),
+        ("online teardown", [KEPT, WITHOUT], RETRIED[:2]),
+        ("log", [WITHOUT], [*STARTED, "log"]),
+        ("image", [WITHOUT], [*STARTED, "log", "image"]),
+        ("summary", [WITHOUT], [*STARTED, "log", "image", "log", "summary"]),
+        ("finish", [WITHOUT], [*STARTED, "log", "image", "log", "summary", "finish"]),
+    ],
+)
+def test_a_failure_there_is_a_warning(broken, warnings, asked, calls, tiny_flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WANDB_FAILS", broken)
+    run = WeightsAndBiases(tmp_path, train.make_parser().parse_args(tiny_flags("--wandb")))
+    run.log({"train/loss": 1.0}, 1)
+    run.log_figure("attention rollout", None, 1)
+    run.summarise({"best_accuracy": 0.5})
+    run.finish()
+    lines = capsys.readouterr().out.splitlines()
+    for line, warning in zip(lines, warnings, strict=True):
+        call = "online" if warning == KEPT else broken.split()[-1]
+        assert re.fullmatch(rf"warning: Weights & Biases has failed \({call} is out of order\); {warning}", line)
+    assert [call["call"] for call in calls()] == asked
+
+
+def test_training_goes_on_without_it(calls, tiny_flags, monkeypatch):
+    monkeypatch.setenv("WANDB_FAILS", "log")
+    flags = tiny_flags("--wandb", "--num_steps", 2)
+    call_main(train, flags, monkeypatch)
+    assert [row["step"] for row in metrics(flags)] == ["2"]
+    assert [call["call"] for call in calls()] == ["online", "log"]
+
+
+def test_a_run_that_fails_is_marked_as_failed(calls, tiny_flags, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, tiny_flags("--wandb", "--learning_rate", 1e30, "--max_grad_norm", 0), monkeypatch)
+    assert stopped.value.code == 1
+    assert calls()[-1] == {"call": "finish", "exit_code": 1}
+
+
+OLD, EMPTY = types.ModuleType("wandb"), types.ModuleType("wandb")
+OLD.__version__ = "0.16.3"
+
+
+@pytest.mark.parametrize(
+    "package, message",
+    [
+        (None, "; pip install wandb\n"),
+        (EMPTY, "has no attribute '__version__'); pip install wandb\n"),
+        (OLD, "a newer Weights & Biases than 0.16.3; pip install --upgrade wandb\n"),
+    ],
+)
+def test_without_the_package(package, message, tiny_flags, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    flags = tiny_flags("--wandb")
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, flags, monkeypatch)
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("train.py: error: --wandb needs ")
+    assert errors.endswith(message)
+    assert errors.count("\n") == 1
+    assert not run_dir(flags).exists()
+
+
+def test_without_the_flag_it_is_not_imported(tiny_flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
+    call_main(train, tiny_flags("--num_steps", 1), monkeypatch)
+
+
+def test_a_project_that_would_be_refused(calls, tiny_flags, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, tiny_flags("--wandb", "--wandb_project", "a/b"), monkeypatch)
+    assert stopped.value.code == 2
+    assert "--wandb_project 'a/b' is no name of a project" in capsys.readouterr().err
+
+
+def test_the_project_of_the_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
+    assert train.make_parser().parse_args(["--name", "x"]).wandb_project == "ours"
+
+
+def test_only_the_first_process_starts_it(calls, tiny_flags):
+    succeed("train.py", *tiny_flags("--wandb", "--num_steps", 2), processes=2)
+    asked = calls()
+    assert len(only(asked, "online")) == len(only(asked, "finish")) == 1
+    assert list(scalars(asked)["train/loss"]) == [1, 2]
+
+
+def test_without_the_package_in_the_shell(tiny_flags, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("raise ImportError('imported')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = script("train.py", *tiny_flags("--wandb"))
+    assert done.returncode == 2
+    assert done.stderr == "train.py: error: --wandb needs Weights & Biases (imported); pip install wandb\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_offline_with_the_real_one_through_a_break(tiny_flags, monkeypatch):
+    pytest.importorskip("wandb", minversion="0.31")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = tiny_flags("--wandb", "--num_steps", 100000, "--eval_every", 5)
+    process = start(flags)
+    wait_for_checkpoint(process, flags, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped by SIGTERM after step (\d+); saved .*last.safetensors", errors)[1])
+    assert (run_dir(flags) / f"state-{step}.pt").exists()
+    call_main(train, [*flags, "--resume", "--num_steps", step + 2], monkeypatch)
+    run_id = (run_dir(flags) / "wandb-id.txt").read_text().strip()
+    sittings = list((run_dir(flags) / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert len(sittings) == 2
+    for sitting in sittings:
+        records = sitting.read_bytes()
+        assert all(name in records for name in (b"train/loss", b"test/accuracy", b"best_accuracy", b"learning_rate"))
