@@ -120,7 +120,9 @@ def draw_attention(model, classes, img_size, name, args):
     if not wanted:
         wanted = set(KINDS) if args.image else set(KINDS) - OF_IMAGES
     if args.clusters and not model.reduction:
-        raise UserError(f"--clusters: {args.checkpoint} merges no tokens; give --token_reduction")
+        if args.token_reduction in (None, "none"):
+            raise UserError(f"--clusters: {args.checkpoint} merges no tokens; give --token_reduction")
+        raise UserError(f"--clusters: --keep_tokens {args.keep_tokens} keeps all patches; give a smaller number")
     if not model.reduction:
         wanted.discard("clusters")
     beyond = [block for block in args.blocks or () if block >= depth]

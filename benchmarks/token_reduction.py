@@ -22,7 +22,15 @@ from throughput import NUM_CLASSES, add_step_flags, compiled, ours, take_turns  
 
 from evaluate import load_published, make_model, prepare_image
 from models.configs import CONFORMERS, VITS
-from models.token_reduction import METHODS, Reduction, cluster_tokens, coverage, similarity, upper_bound
+from models.token_reduction import (
+    METHODS,
+    Reduction,
+    cluster_tokens,
+    coverage,
+    patches_to_keep,
+    similarity,
+    upper_bound,
+)
 from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of, reduction_of
 from utils.augmentation import normalise
 from utils.datasets import pictures_below, read_image
@@ -33,6 +41,7 @@ from utils.tracking import device_name, read_run
 from utils.visualize import OKABE_ITO, save, tidy, wrapped
 
 RANDOM_DRAWS = 20
+SAME = ("dataset", "data_dir", "examples_per_class", "num_steps", "train_batch_size")  # of runs that are compared
 LABELS = {"none": "ViT, all patches", "facility": "facility location", "tome": "ToMe"}
 
 
@@ -43,7 +52,7 @@ def main():
     for model_type, reduction in contenders.values():
         with torch.device("meta"):
             make_model(model_type, args.img_size, NUM_CLASSES, **reduction)  # a mistake shows before the work
-    accuracies = accuracies_of(args.runs, contenders)
+    accuracies = accuracies_of(args.runs, contenders, args.img_size)
     table = coverage_table(args, device) if args.checkpoint else None
     seconds = time_steps(args, contenders, device)
     title = (
@@ -101,11 +110,16 @@ def parse_flags():
     return args
 
 
-def accuracies_of(runs, contenders):
+def accuracies_of(runs, contenders, img_size):
     """{contender: [test accuracy at the end of each of its runs]}. Raises UserError for a run of another model."""
-    found = {}
+    found, tasks = {}, set()
     for run in runs:
         flags, metrics = read_run(run)
+        tasks.add(tuple(str(flags.get(name)) for name in SAME))
+        if len(tasks) > 1 or flags["img_size"] != img_size or flags.get("norm_type", "LN") != "LN":
+            raise UserError(
+                f"{run} is not to be compared: the runs need LN, this --img_size, and equal {', '.join(SAME)}"
+            )
         model_type, given = flags["model_type"], reduction_of(flags)
         for name, (wanted_type, wanted) in contenders.items():
             default = CONFORMERS[model_type].reduction_layer if model_type in CONFORMERS else None
@@ -227,7 +241,10 @@ def coverage_table(args, device):
         "|---|---|---|---|---|",
     ]
     for share in args.keep_tokens:
-        k = share if isinstance(share, int) else max(1, round(share * patches))
+        try:
+            k = patches_to_keep(share, patches)
+        except ValueError as error:
+            raise UserError(f"{args.checkpoint}: {error}; --checkpoint '' leaves its table away") from error
         bound = upper_bound(s, k)
         clusters = {method: cluster_tokens(keys, Reduction(method, k, 0)) for method in METHODS}
         chosen = [found.kept[:, 1:] - 1 for found in clusters.values()]

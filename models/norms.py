@@ -125,13 +125,18 @@ class RescaledResidual(nn.Module):
 
     def __init__(self, k):
         super().__init__()
-        # tensors, not numbers: a compiled block would be compiled anew for each k
-        self.register_buffer("identity_scale", torch.tensor(math.sqrt(k / (k + 1))), persistent=False)
-        self.register_buffer("branch_scale", torch.tensor(math.sqrt(1 / (k + 1))), persistent=False)
+        self.identity_scale, self.branch_scale = math.sqrt(k / (k + 1)), math.sqrt(1 / (k + 1))
+        # The same as a tensor: by numbers of its own, each k would be compiled anew.
+        self.register_buffer("scales", torch.tensor([self.identity_scale, self.branch_scale]), persistent=False)
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, x, branch):
-        return self.identity_scale * x + (self.branch_scale * self.weight).to(x.dtype) * branch
+        if torch.compiler.is_compiling():  # in one pass, whose sums are float32
+            identity_scale, branch_scale = self.scales.unbind()
+            return (identity_scale * x.float() + branch_scale * self.weight.float() * branch.float()).to(x.dtype)
+        # What changes is summed first: a scaled x rounded to 16 bits would let the variance grow with the depth.
+        change = self.branch_scale * (self.weight.to(x.dtype) * branch) - (1 - self.identity_scale) * x
+        return x + change
 
 
 TOKEN_NORMS = {"LN": LayerNorm, "BN": TokenBatchNorm, "GN": TokenGroupNorm, "Rescale": Bias}

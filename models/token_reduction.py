@@ -10,6 +10,10 @@ ToMe               bipartite soft matching (Bolya et al., 2023): every second to
 Both compare the keys of the attention in the block before the reduction, averaged over the heads as in ToMe:
 s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. No gradient flows through the choice. The class token
 takes no part: it is always kept, and nothing is merged into it.
+
+Merging exact duplicates changes no output: the mean is theirs, and attention counts a merged token by its size. That
+holds for the norms LN and Rescale, and for BN in evaluation; the statistics of GN, and of BN in training, count a
+merged token once.
 """
 
 import contextlib
@@ -83,7 +87,7 @@ def merge(x, clusters, sizes=None):
     """Tokens (B, N, C) -> (the clusters' means (B, K, C), their sizes (B, K)).
 
     `sizes` (B, N) says how many patches each token stands for already, one where it is left away; it is a member's
-    weight in the mean. A product with a sparse matrix: differentiable, and in the same order every time.
+    weight in the mean. A matrix product: differentiable, and in the same order every time.
     """
     numbers = torch.arange(clusters.kept.shape[1], device=x.device)
     weights = (clusters.assignment[:, None] == numbers[:, None]).float()  # (B, K, N)

@@ -19,7 +19,7 @@ from models import build_model
 from utils.arguments import Parser, check_picture_path, positive, seed
 from utils.errors import run_script
 from utils.profiling import count_flops, count_parameters
-from utils.runs import check_earlier_run, data_name, finish, plan_run, spread
+from utils.runs import check_plan, data_name, finish, plan_run, raise_failures, spread
 from utils.tracking import device_name, read_metrics
 from utils.visualize import plot_runs, save
 
@@ -45,11 +45,10 @@ RECIPE = {
 def main():
     args = parse_flags()
     plan = [plan_run(train, flags_of(model_type, number, args)) for number in args.seeds for model_type in MODELS]
-    for run in plan:
-        check_earlier_run(run)
+    check_plan(train, plan)
+    raise_failures(finish(plan), len(plan))
     runs = {model_type: [] for model_type in MODELS}
     for run in plan:
-        finish(run)
         runs[run.flags.model_type].append(read_metrics(run.folder))
     seeds = f"seeds {', '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else f"seed {args.seeds[0]}"
     print(f"\n{device_name()}, torch {torch.__version__}, {seeds}\n\n{table(runs, args.img_size)}")

@@ -21,15 +21,15 @@ import train
 from evaluate import load_model
 from models import NORM_TYPES, canonical_model_type
 from models.configs import VITS
-from utils.arguments import Parser, argument, check_files, check_flags_together, one_of, positive
+from utils.arguments import Parser, argument, one_of, positive
 from utils.augmentation import denormalise
 from utils.checkpoint import LAST
 from utils.datasets import DATASETS
 from utils.distributed import World, choose_device
-from utils.errors import RunStoppedError, UserError, run_script
-from utils.runs import check_earlier_run, data_name, free_devices, is_finished, plan_run, work_off
+from utils.errors import UserError, run_script
+from utils.runs import check_plan, data_name, finish, is_finished, plan_run, raise_failures
 from utils.tracking import read_config, read_metrics
-from utils.visualize import class_token_mask, plot_attention_rows, plot_runs, save
+from utils.visualize import attention_of, class_token_mask, plot_attention_rows, plot_runs, save
 from visualize import blocks_to_draw, caption, check_output
 
 REPORTED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
@@ -65,32 +65,20 @@ OURS = {  # flags of train.py that the study gives each run itself: what to give
 def main():
     args, further = parse_flags()
     runs = plan(args, further)
-    for run in runs.values():
-        check_flags_together(run.flags, train.model_maker(run.flags))
-        check_earlier_run(run)
-    unfinished = [run for run in runs.values() if not is_finished(run)]
+    check_plan(train, runs.values(), files=not args.dry_run)
     if args.dry_run:
-        for run in unfinished:
-            print(shlex.join(run.command))
+        for run in runs.values():
+            if not is_finished(run):
+                print(shlex.join(run.command))
         return
-    for run in unfinished:
-        check_files(run.flags)
     for folder, flag in ((args.output_dir, "--output_dir"), (args.figures, "--figures")):
         check_output(folder, flag)
-    devices = free_devices()
-    at_once = f"spread over {len(devices)} GPUs" if len(devices) > 1 else "one after the other"
-    how = f"; {len(unfinished)} to come, {at_once}" if unfinished else ""
-    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished before{how}", flush=True)
-    failed, signal_number = work_off(unfinished, devices)
-    if signal_number:
-        raise RunStoppedError("stopped; the same command goes on", status=128 + signal_number)
+    failed = finish(runs.values())
     finished = {key: run for key, run in runs.items() if is_finished(run)}
     if finished:
         write_table(runs, finished, args.output_dir)
         draw_figures(finished, args)
-    if failed:
-        lines = [f"{len(failed)} of {len(runs)} runs failed; the same command tries them again"]
-        raise RunStoppedError("\n  ".join([*lines, *(f"{name}: {why}" for name, why in failed.items())]), status=1)
+    raise_failures(failed, len(runs))
 
 
 def parse_flags():
@@ -145,7 +133,10 @@ def parse_flags():
             raise UserError(f"{flag} is not for all runs: {OURS[flag]}")
     for model_type in args.model_types:
         if model_type not in VITS:
-            raise UserError(f"{model_type} has no norm of tokens to choose; --model_types can be {', '.join(VITS)}")
+            names = ", ".join(VITS)
+            raise UserError(
+                f"{model_type} is not in this study, which is of ViTs and hybrids; --model_types can be {names}"
+            )
     args.figures = args.figures or args.output_dir / "figures"
     return args, further
 
@@ -230,7 +221,7 @@ def draw_figures(finished, args):
 def looked_at(run, images, classes, device):
     """For each image what the run's last weights take it for, and their attention {block: mask}, mean of the heads."""
     model = load_model(run.folder / LAST)[0].to(device).eval()
-    logits, attention = model.forward_with_attention(images)
+    logits, attention, _ = attention_of(model, images)
     masks = {
         f"block {block}": class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu()
         for block in blocks_to_draw(len(model.blocks))

@@ -18,16 +18,14 @@ from models.configs import CONFORMERS, VITS
 from models.token_reduction import METHODS
 from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of
 from utils.errors import run_script
-from utils.runs import check_earlier_run, finish, plan_run
+from utils.runs import check_plan, finish, plan_run, raise_failures
 
 
 def main():
     args = parse_flags()
     plan = [plan_run(train, flags) for number in args.seeds for flags in flags_of(number, args)]
-    for run in plan:
-        check_earlier_run(run)
-    for run in plan:
-        finish(run)
+    check_plan(train, plan)
+    raise_failures(finish(plan), len(plan))
     command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks/token_reduction.py")]
     command += ["--runs", *(str(run.folder) for run in plan)]
     command += ["--picture", args.figure, "--keep_tokens", *map(str, args.keep_tokens), "--checkpoint", ""]

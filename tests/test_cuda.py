@@ -12,8 +12,10 @@ from conftest import ROOT
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
+from models.token_reduction import METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
+from test_training import run, stop_after
 from utils.distributed import choose_device
 from utils.precision import Precision
 from utils.tracking import read_metrics
@@ -114,7 +116,7 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale(device):
 
 
 def train_on_the_gpu(tiny_flags, *flags):
-    """The metrics of a run of train.py; --resume or --overwrite may be among the flags."""
+    """The metrics of a run of train.py."""
     flags = tiny_flags("--num_steps", 40, "--eval_every", 20, "--learning_rate", 0.05, "--min_crop_scale", 0.8, *flags)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
     command = [sys.executable, "train.py", *flags]
@@ -148,9 +150,39 @@ def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
-def test_a_run_goes_on_where_it_stopped(tiny_flags):
-    whole = train_on_the_gpu(tiny_flags, "--fp16")
-    train_on_the_gpu(tiny_flags, "--fp16", "--overwrite", "--num_steps", 20, "--warmup_steps", 3)
-    resumed = train_on_the_gpu(tiny_flags, "--fp16", "--resume")
-    assert resumed["step"] == whole["step"]
-    assert resumed["test_loss"][1] < whole["test_loss"][0]
+def test_a_run_goes_on_where_it_stopped(tiny_flags, monkeypatch):
+    """Adam's moments, the loss scale and the stream of samples are those of the run that was not stopped."""
+    flags = ["--fp16", "--optimizer", "adamw", "--learning_rate", 0.001, "--num_steps", 24, "--eval_every", 8]
+    _, rows = run(tiny_flags(*flags), monkeypatch)
+    stop_after(12, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(tiny_flags(*flags, "--name", "broken"), monkeypatch)
+    _, resumed = run(tiny_flags(*flags, "--name", "broken", "--resume"), monkeypatch, "broken")
+    assert [row["step"] for row in resumed] == [row["step"] for row in rows]
+    losses, expected = ([row["test_loss"] for row in part] for part in (resumed, rows))
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_are_chosen_as_on_the_cpu(method, device):
+    keys = torch.randn(3, 4, 1 + 196, 64, dtype=torch.float64).float()
+    on_cpu, on_gpu = (cluster_tokens(keys.to(place), Reduction(method, 49, 4)) for place in ("cpu", device))
+    assert torch.equal(on_gpu.kept.cpu(), on_cpu.kept)
+    assert torch.equal(on_gpu.assignment.cpu(), on_cpu.assignment)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_sizes(dtype, device):
+    q, k, v = torch.randn(3, 2, 4, 50, 16, device=device, dtype=DTYPES[dtype]).unbind(0)
+    bias = torch.randint(1, 9, (2, 1, 1, 50), device=device).log().to(DTYPES[dtype])
+    expected = attention_weights(q.double(), k.double(), bias.double()) @ v.double()
+    assert relative_error(attend(q, k, v, bias).cpu().double(), expected.cpu()) < 0.01
+
+
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "Conformer-Mini_4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
+    flags = ["--model_type", model_type, "--img_size", 16, "--token_reduction", method, "--keep_tokens", 4]
+    metrics = train_on_the_gpu(tiny_flags, *flags, "--reduction_layer", 2, "--bf16", "--compile")
+    assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5

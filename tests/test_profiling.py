@@ -59,7 +59,9 @@ def test_the_experiment_of_hybrid_and_cnns_goes_on_where_it_stopped(tmp_path):
     rows = re.findall(r"\| (\S+), (hybrid ViT|CNN of [\w ]+) \| [\d.]+ M \| ([\d.]+) G \| [\d.]+ % \|", printed)
     assert [name for name, _, _ in rows] == ["R26-ViT-Mini_4", "ResNet-Mini_Params", "ResNet-Mini_Flops"]
     (tmp_path / "figure.png").unlink()
-    assert printed.endswith(succeed(*command))  # only the table: no run is repeated
+    first, table = succeed(*command).split("\n", 1)
+    assert first == "3 runs, 3 of them finished before"
+    assert printed.endswith(table)  # no run is repeated
     assert (tmp_path / "figure.png").exists()
     for flag, value in (("--examples_per_class", 3), ("--num_steps", 4)):
         done = script(*command, flag, value)  # other runs than those that are there

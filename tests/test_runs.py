@@ -153,7 +153,7 @@ def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path):
         (["--norm_types", "XN"], "unknown norm type 'XN'; did you mean LN, BN, GN, Rescale"),
         (["--starts", "scrath"], "unknown start 'scrath'; did you mean scratch"),
         (["--model_types", "ViT-B16"], "unknown model type 'ViT-B16'"),
-        (["--model_types", "BiT-M-R50x1"], "BiT-M-R50x1 has no norm of tokens to choose"),
+        (["--model_types", "BiT-M-R50x1"], "BiT-M-R50x1 is not in this study, which is of ViTs and hybrids"),
         (["--model_type", "ViT-B_16"], "--model_type is not for all runs: give --model_types"),
         (["--name=x"], "--name is not for all runs"),
         (["--img_size", "225"], "image size 225 is not a multiple of the model's patch size 16"),

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 import evaluate
 import train
@@ -197,20 +198,28 @@ def test_unmerge_puts_each_value_back_to_its_members(method):
 
 
 @pytest.mark.parametrize("method, keep_tokens", [("facility", 32), ("tome", 48)])
-@pytest.mark.parametrize("dtype, exact", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_merging_exact_duplicates_leaves_the_output_as_it_is(method, keep_tokens, dtype, exact):
+@pytest.mark.parametrize(
+    "dtype, exact, norm_type",
+    [
+        (torch.float32, 1e-5, "LN"),
+        (torch.bfloat16, 0.03, "LN"),
+        (torch.float32, 1e-5, "BN"),
+        (torch.float32, 1e-5, "Rescale"),
+    ],
+)
+def test_merging_exact_duplicates_leaves_the_output_as_it_is(method, keep_tokens, dtype, exact, norm_type):
     """32 kinds of patches, each twice, without position embeddings: 32 tokens can stand for all 64.
 
     ToMe in one round: in the next it would miss some equals.
     """
     images = torch.from_numpy(make_images(32))
     images[..., 16:, :] = images[..., :16, :]  # in the lower half the upper half's patches again
-    whole = randomised(small())
+    whole = randomised(small(norm_type=norm_type)).eval()
     whole.pos_embed.data.zero_()
     # ToMe looks for a patch of even number among those of odd number, so the rows are moved by one patch.
     images[..., 16:, :] = images[..., 16:, :].roll(4, dims=-1)
     assert (whole.embed(images)[:, 1:].unique(dim=1).shape[1]) == 32
-    model = reduced(method, keep_tokens=keep_tokens).eval()
+    model = reduced(method, keep_tokens=keep_tokens, norm_type=norm_type).eval()
     model.load_state_dict(whole.state_dict())
     whole.to(dtype), model.to(dtype)
     with torch.no_grad():
@@ -421,6 +430,9 @@ def test_the_benchmark():
         assert 1 >= float(facility) > max(map(float, others))
     done = script(*command, "--reduction_layer", 6)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    done = script("benchmarks/token_reduction.py", "--model_type", "ViT-S_16", "--keep_tokens", 98)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert "digits.npz: keep_tokens 98 is neither a count from 1 to the model's 64 patches" in done.stderr
 
 
 def test_the_experiment_goes_on_where_it_stopped(tmp_path):
@@ -440,3 +452,26 @@ def test_the_experiment_goes_on_where_it_stopped(tmp_path):
     done = script("benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 8, "--runs", runs)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)  # the benchmark's --reduction_layer is another
     assert "with {'token_reduction': 'tome', 'keep_tokens': 0.25, 'reduction_layer': 2}, which is not" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "keywords, graphs",
+    [
+        ({}, 2),  # the patch embedding, the blocks
+        ({"norm_type": "Rescale"}, 2),
+        ({"dropout_rate": 0.1, "drop_path_rate": 0.0}, 2),
+        # before the reduction, the block whose keys it takes, after it
+        ({"token_reduction": "facility", "keep_tokens": 16, "reduction_layer": 4}, 4),
+    ],
+)
+def test_a_block_is_compiled_once_for_all(keywords, graphs):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = randomised(build_model("ViT-Nano_4", 32, **keywords)).train()
+    for number, layer in enumerate(layer for layer in model.modules() if hasattr(layer, "seed_samples")):
+        layer.seed_samples(torch.full((2, 2), number + 1, dtype=torch.int32))
+    images = torch.from_numpy(make_images(32))
+    expected = model(images)
+    model.compile(backend=counter)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == graphs

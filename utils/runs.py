@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
+from utils.arguments import check_files, check_flags_together
 from utils.checkpoint import LAST, saved_step
-from utils.distributed import StopSignal
-from utils.errors import UserError
+from utils.datasets import DATASETS
+from utils.distributed import StopSignal, World
+from utils.errors import RunStoppedError, UserError
+from utils.pretrained import download
 from utils.tracking import read_config, read_metrics
 
 LOG = "train.log"
@@ -62,20 +65,60 @@ def check_earlier_run(run):
 
 
 def is_finished(run):
-    """Whether the run's last step is evaluated and saved."""
-    config, steps = read_config(run.folder), read_metrics(run.folder).get("step")
-    if not config or not steps or not (run.folder / LAST).exists():
+    """Whether the run's last step is evaluated and saved. One whose files are damaged is not: its script says more."""
+    try:
+        config, steps = read_config(run.folder), read_metrics(run.folder).get("step")
+        saved = saved_step(run.folder / LAST) if (run.folder / LAST).exists() else 0
+    except UserError:
         return False
-    num_steps = config.get("num_steps") or config["flags"]["num_steps"]
-    return min(max(steps), saved_step(run.folder / LAST)) >= num_steps
+    num_steps = config and (config.get("num_steps") or config["flags"]["num_steps"])
+    return bool(steps and num_steps) and min(max(steps), saved) >= num_steps
 
 
-def finish(run):
-    """Let the run's script finish it here and now, where it is not finished yet; ends as the script does."""
-    if not is_finished(run):
-        status = subprocess.run(run.command).returncode
-        if status:
-            sys.exit(status)  # the script has said why
+def check_plan(script, runs, files=True):
+    """Raises UserError for a run whose flags don't fit together, whose folder holds one with other flags, or, where
+    `files` are to be there already, which lacks its data or weights.
+    """
+    for run in runs:
+        check_flags_together(run.flags, script.model_maker(run.flags))
+        check_earlier_run(run)
+        if files and not is_finished(run):
+            check_files(run.flags)
+
+
+def finish(runs):
+    """Let the scripts finish all of `runs` that are not finished yet; {name: why} of those that failed.
+
+    Raises RunStoppedError when asked to stop.
+    """
+    unfinished = [run for run in runs if not is_finished(run)]
+    devices = free_devices()
+    at_once = f"spread over {len(devices)} GPUs" if len(devices) > 1 else "one after the other"
+    how = f"; {len(unfinished)} to come, {at_once}" if unfinished else ""
+    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished before{how}", flush=True)
+    if len(devices) > 1:
+        fetch_for(unfinished)
+    failed, signal_number = work_off(unfinished, devices)
+    if signal_number:
+        raise RunStoppedError("stopped; the same command goes on", status=128 + signal_number)
+    return failed
+
+
+def fetch_for(runs):
+    """Download what several runs would otherwise fetch at once into the same place. Raises UserError."""
+    for path in {run.flags.pretrained_dir for run in runs if run.flags.download}:
+        if not os.path.exists(path):
+            download(path)
+    for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
+        if dataset.startswith("cifar"):
+            DATASETS[dataset].load(False, data_dir, World(0, 1, 0, torch.device("cpu")), 0)
+
+
+def raise_failures(failed, count):
+    """Raises RunStoppedError that names the failed ones, {name: why}, of `count` runs, if there are any."""
+    if failed:
+        lines = [f"{len(failed)} of {count} runs failed; the same command tries them again"]
+        raise RunStoppedError("\n  ".join([*lines, *(f"{name}: {why}" for name, why in failed.items())]), status=1)
 
 
 def data_name(flags):
