@@ -135,8 +135,8 @@ class RescaledResidual(nn.Module):
             identity_scale, branch_scale = self.scales.unbind()
             return (identity_scale * x.float() + branch_scale * self.weight.float() * branch.float()).to(x.dtype)
         # What changes is summed first: a scaled x rounded to 16 bits would let the variance grow with the depth.
-        change = self.branch_scale * (self.weight.to(x.dtype) * branch) - (1 - self.identity_scale) * x
-        return x + change
+        branch = (self.branch_scale * self.weight).to(x.dtype) * branch
+        return x + torch.sub(branch, x, alpha=1 - self.identity_scale)
 
 
 TOKEN_NORMS = {"LN": LayerNorm, "BN": TokenBatchNorm, "GN": TokenGroupNorm, "Rescale": Bias}
