@@ -187,7 +187,7 @@ def training_parser(description):
     precision.add_argument(
         "--grad_checkpointing",
         action="store_true",
-        help="keep no activations but the blocks' inputs and compute them again: less memory, a third more time",
+        help="keep the blocks' inputs only and compute the rest again: less memory, a second forward pass",
     )
     precision.add_argument(
         "--compile", action="store_true", help="compile the model by torch.compile: slow to start, then faster"
