@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 
 class LayerNorm(nn.LayerNorm):
@@ -71,14 +70,28 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def over_processes(self, x, weight, bias):
         """The processes' batches are of one size, so their means and variances may be averaged."""
         size = dist.get_world_size()
-        mean = all_reduce(x.float().mean(dim=(0, 1))) / size
+        mean = SumOverProcesses.apply(x.float().mean(dim=(0, 1))) / size
         centred = x.float() - mean
-        variance = all_reduce(centred.square().mean(dim=(0, 1))) / size
+        variance = SumOverProcesses.apply(centred.square().mean(dim=(0, 1))) / size
         with torch.no_grad():
             count = size * x[..., 0].numel()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return torch.addcmul(bias, centred, weight * (variance + self.eps).rsqrt()).to(x.dtype)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors; each of them hands its gradient to all."""
+
+    @staticmethod
+    def forward(context, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        return SumOverProcesses.forward(context, gradient)
 
 
 class TokenGroupNorm(nn.GroupNorm):

@@ -214,12 +214,13 @@ def test_a_resumption_that_cannot_be_leaves_the_record_as_it_is(
     assert read_config(tmp_path / "output" / "run") == before
 
 
-def test_a_damaged_state_is_named(tiny_flags, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["state.json", ".metadata", "__0_0.distcp"])
+def test_a_damaged_state_is_named(name, tiny_flags, monkeypatch, capsys, tmp_path):
     run(tiny_flags(), monkeypatch)
-    (tmp_path / "output" / "run" / "state-12.pt").write_bytes(b"abc")
+    (tmp_path / "output" / "run" / "state-12" / name).write_bytes(b"abc")
     with pytest.raises(SystemExit):
         call_main(train, tiny_flags("--resume"), monkeypatch)
-    assert "state-12.pt can't be read, so" in capsys.readouterr().err
+    assert "state-12 can't be read, so" in capsys.readouterr().err
 
 
 def test_a_resumed_run_takes_the_weight_decay_of_the_flags(tiny_flags, monkeypatch):

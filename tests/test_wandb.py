@@ -228,7 +228,7 @@ def test_offline_with_the_real_one_through_a_break(tiny_flags, monkeypatch):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     step = int(re.search(r"stopped by SIGTERM after step (\d+); saved .*last.safetensors", errors)[1])
-    assert (run_dir(flags) / f"state-{step}.pt").exists()
+    assert (run_dir(flags) / f"state-{step}").exists()
     call_main(train, [*flags, "--resume", "--num_steps", step + 2], monkeypatch)
     run_id = (run_dir(flags) / "wandb-id.txt").read_text().strip()
     sittings = list((run_dir(flags) / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.datasets import DATASETS, image_folders
+from utils.distributed import PARALLEL
 from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
 from utils.pretrained import check_exists, published_url
@@ -115,6 +116,12 @@ def training_parser(description):
         help="steps between two evaluations, each with a checkpoint",
     )
     training.add_argument(
+        "--save_every",
+        type=positive,
+        metavar="N",
+        help="steps between two checkpoints besides those of the evaluations: what a crash may cost; default: none",
+    )
+    training.add_argument(
         "--log_attention_every",
         type=positive,
         metavar="N",
@@ -168,6 +175,15 @@ def training_parser(description):
         "--label_smoothing", type=fraction, default=0.0, metavar="SHARE", help="probability spread over all classes"
     )
 
+    optimisation.add_argument(
+        "--ema_decay",
+        type=fraction,
+        default=0.0,
+        metavar="DECAY",
+        help="evaluate, and keep as the best, an exponential moving average of the weights, such as 0.9999; "
+        "0: the weights themselves",
+    )
+
     precision = parser.add_argument_group("precision and speed")
     add_precision_flags(precision)
     precision.add_argument(
@@ -194,6 +210,14 @@ def training_parser(description):
     )
 
     processes = parser.add_argument_group("processes")
+    processes.add_argument(
+        "--parallel",
+        type=one_of("way to share the work", PARALLEL),
+        default="ddp",
+        metavar="NAME",
+        help="of several processes: ddp, each with all weights; fsdp (FSDP2), each with a shard of the weights, "
+        "gradients and momenta, for models that do not fit",
+    )
     processes.add_argument(
         "--local_rank",
         "--local-rank",
@@ -348,6 +372,12 @@ def check_flags_together(args, make_model):
         import_apex_amp()
         if args.bf16:
             raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
+    machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.resume:
+        # A process knows only of its own machine's restarts.
+        raise UserError("torchrun --max-restarts on several machines needs --resume, to go on from the last checkpoint")
+    if args.parallel == "fsdp":
+        check_sharding(args)
     if args.wandb:
         check_project(args.wandb_project)
         import_wandb()
@@ -360,6 +390,16 @@ def check_flags_together(args, make_model):
         raise UserError(str(error)) from error
     if args.log_attention_every and not hasattr(model, "forward_with_attention"):
         raise UserError(f"--log_attention_every: {args.model_type} has no attention")
+
+
+def check_sharding(args):
+    """Raises UserError for what can't be done with a shard of the weights."""
+    if args.fp16 and not args.bf16 and torch.cuda.is_available():
+        raise UserError("--parallel fsdp knows no loss scale for float16; use --bf16")
+    if (args.fp16 or args.bf16) and args.fp16_opt_level == "O3":
+        raise UserError("--parallel fsdp knows no level O3; use O2, whose float32 masters are shared out too")
+    if args.log_attention_every:
+        raise UserError("--log_attention_every needs the whole model in one process; leave --parallel fsdp away")
 
 
 def check_files(args):

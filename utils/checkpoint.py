@@ -1,53 +1,111 @@
 """A run's own checkpoints: `last.safetensors`, `best.safetensors` and, beside them, what resuming needs.
 
-`last.safetensors` names its step; the optimizer's state of that step is in `state-<step>.pt`. The state is
-written first and older ones are deleted last, so at any moment the two files of one step are both there.
+`last.safetensors` names its step; the optimizer's state of that step is in the folder `state-<step>/`, to which every
+process writes its part (torch.distributed.checkpoint). The state is written first and older ones are deleted last, so
+at any moment weights and state of one step are both there. Neither says how many processes wrote it or what each of
+them held, so a run goes on with any number of them, with whole weights or with shards.
 """
 
 import contextlib
+import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
+from utils.distributed import barrier
 from utils.errors import UserError
 
+STATE = "state.json"
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
-def save_checkpoint(run_dir, step, weights, state):
-    """Write the weights and the state of `step`; a crash at any point leaves the older pair or the new one."""
-    run_dir = Path(run_dir)
-    if state["progress"]["best_step"] == step:
-        save_weights(run_dir / BEST, weights, step)
-    replace_file(state_path(run_dir, step), lambda path: torch.save(state, path))
-    save_weights(run_dir / LAST, weights, step)
-    for path in run_dir.glob("state-*.pt"):
-        if path != state_path(run_dir, step):
-            path.unlink()
+def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, first):
+    """Write the weights and the state of `step`; a crash at any point leaves the older pair or the new one.
+
+    All processes call it together; those that are not `first` write their part of `tensors`, {name: tensor}, and help
+    to put the weights together. `best_weights` is None where this step is not the best; `state` is JSON's.
+    """
+    folder = state_folder(run_dir, step)
+    if first and folder.exists():  # of a sitting that was killed while it wrote
+        shutil.rmtree(folder)
+    barrier()
+    with without_warnings():
+        import torch.distributed.checkpoint as dcp  # a slow import that evaluation need not pay
+
+        dcp.save(tensors, checkpoint_id=folder)
+    if best_weights is not None:
+        save_weights(Path(run_dir) / BEST, best_weights, step, first)
+    if first:
+        replace_file(folder / STATE, lambda path: path.write_text(json.dumps(state)))
+    save_weights(Path(run_dir) / LAST, weights, step, first)
+    if first:
+        for path in Path(run_dir).glob("state-*"):
+            if path != folder:
+                shutil.rmtree(path)
 
 
 def load_checkpoint(run_dir):
-    """(weights, state) of the run's last checkpoint. Raises UserError."""
+    """(weights, state) of the run's last checkpoint; `load_tensors` takes the rest of it. Raises UserError."""
     path = Path(run_dir) / LAST
     weights, step = load_weights(path)
-    state_file = state_path(run_dir, step)
+    with readable_state(run_dir, step):
+        return weights, json.loads((state_folder(run_dir, step) / STATE).read_text())
+
+
+def load_tensors(run_dir, step, like):
+    """The tensors of `save_checkpoint`, as `like(name, shape, dtype)` makes place for them. Raises UserError."""
+    with readable_state(run_dir, step), without_warnings():
+        import torch.distributed.checkpoint as dcp
+
+        reader = dcp.FileSystemReader(state_folder(run_dir, step))
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = {name: like(name, kept.size, kept.properties.dtype) for name, kept in stored.items()}
+        try:
+            dcp.load(tensors, storage_reader=reader)
+        except dcp.api.CheckpointException as error:  # which is no Exception
+            raise OSError(error) from error
+        return tensors
+
+
+def state_folder(run_dir, step):
+    return Path(run_dir) / f"state-{step}"
+
+
+@contextlib.contextmanager
+def readable_state(run_dir, step):
+    """Raises UserError for whatever goes wrong inside."""
     try:
-        return weights, torch.load(state_file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is not torch.save's raises nearly every type
-        what = "can't be read" if state_file.exists() else "is missing"
-        raise UserError(f"{state_file} {what}, so {path} can't be resumed; start anew with --overwrite") from error
+        yield
+    except Exception as error:  # damaged files raise nearly every type
+        folder, path = state_folder(run_dir, step), Path(run_dir) / LAST
+        what = "can't be read" if folder.exists() else "is missing"
+        raise UserError(f"{folder} {what}, so {path} can't be resumed; start anew with --overwrite") from error
 
 
-def state_path(run_dir, step):
-    return Path(run_dir) / f"state-{step}.pt"
+@contextlib.contextmanager
+def without_warnings():
+    """A single process is warned that it is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def save_weights(path, weights, step):
-    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"step": str(step)}))
+def save_weights(path, weights, step, first=True):
+    """Write {name: tensor}, whole or sharded, as one file by the first process; all of them call it."""
+    tensors = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if first:
+            tensors[name] = tensor.cpu().contiguous()
+    if first:
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"step": str(step)}))
 
 
 def load_weights(path):

@@ -307,14 +307,13 @@ def spread_indices(size, count):
 def stream_positions(batch_size, accumulation_steps, world, first_step, num_steps):
     """For each step from `first_step` on and each of its accumulation steps, this process's stream positions.
 
-    All processes together take the positions [step * batch_size, (step + 1) * batch_size).
+    All processes together take the positions [step * batch_size, (step + 1) * batch_size), part after part: however
+    many there are, each part holds the same samples, over which BN takes its statistics.
     """
-    share = batch_size // world.size
-    part = share // accumulation_steps
-    for step in range(first_step, num_steps):
-        start = step * batch_size + world.rank * share
-        for i in range(accumulation_steps):
-            yield np.arange(start + i * part, start + (i + 1) * part)
+    count = batch_size // accumulation_steps // world.size
+    for part in range(first_step * accumulation_steps, num_steps * accumulation_steps):
+        start = (part * world.size + world.rank) * count
+        yield np.arange(start, start + count)
 
 
 def dropout_keys(seed, positions, num_layers, device):

@@ -1,16 +1,24 @@
 """The processes of a run: one, or as many as `torchrun` or `torch.distributed.launch` started."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
+
+PARALLEL = ("ddp", "fsdp")
 
 
 class World(NamedTuple):
@@ -31,6 +39,11 @@ def choose_device(local_rank=0):
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # a run's images are of one size, so the search for a kernel pays
     return torch.device("cuda", local_rank)
+
+
+def restarted():
+    """Whether torchrun has started the processes anew because one of them died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @contextlib.contextmanager
@@ -55,6 +68,7 @@ def world(local_rank=None):
         error.met_at_work = True
         raise
     finally:
+        gc.collect()  # gloo may abort at exit where a DDP wrapper or an FSDP model outlives the process group
         dist.destroy_process_group()
 
 
@@ -69,6 +83,40 @@ def barrier():
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def shard_weights(model, world, dtype=None):
+    """Leave each process its part of every weight, gradient and momentum (FSDP2; ZeRO, Rajbhandari et al., 2020).
+
+    Each block of the model (a module with `is_block`) gathers its weights before it computes and gives them back after
+    it; what is outside the blocks stays together from the forward to the backward pass. With a 16-bit `dtype` weights
+    and activations are cast to it, while gradients are summed and kept in float32, as the shards are.
+    """
+    # The keys that a block hands to a token reduction are a view, into which nobody writes.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in [module for module in model.modules() if getattr(module, "is_block", False)]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def local_parts(tensors):
+    """What this process holds of each tensor: all of it, or its shard."""
+    return [tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
+
+
+@contextlib.contextmanager
+def gradients_summed(network, last):
+    """Gradients are summed over the processes once a step, with its `last` accumulation part."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(network, DistributedDataParallel) and not last:
+        with network.no_sync():
+            yield
+    else:
+        yield
 
 
 @contextlib.contextmanager

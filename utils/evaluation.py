@@ -1,9 +1,11 @@
 """Loss and accuracy on a test set, each image counted exactly once over all processes."""
 
+import math
 import sys
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from utils.distributed import sum_over_processes
@@ -22,6 +24,8 @@ def evaluate(model, test_set, img_size, batch_size, precision, world, per_class=
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, top-1 hits, top-5 hits
     confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=world.device)
     share = len(range(world.rank, len(test_set), world.size))
+    batches = 0
+    rounds = math.ceil(len(range(0, len(test_set), world.size)) / batch_size)  # of the process with the most images
     bar = tqdm(total=share, desc="test", unit="img", leave=False, disable=world.rank > 0 or not sys.stderr.isatty())
     with bar:
         for images, labels in test_set.eval_batches(img_size, batch_size, world):
@@ -31,10 +35,14 @@ def evaluate(model, test_set, img_size, batch_size, precision, world, per_class=
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
             count += len(labels)
+            batches += 1
             if per_class:
                 cells = labels * num_classes + logits.argmax(1)
                 confusion += torch.bincount(cells, minlength=num_classes**2)
             bar.update(len(labels))
+        if isinstance(model, FSDPModule):  # its weights are gathered only where all processes take part
+            for _ in range(rounds - batches):
+                model(precision.inputs(torch.zeros(1, 3, *img_size, device=world.device)))
     model.train(was_training)
     totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()

@@ -21,21 +21,26 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)
 AMP_BACKENDS = ("torch", "apex")
 
 
-def make_precision(args, device, amp_backend="torch", loss_scale=0.0):
-    """The precision that the flags --fp16, --bf16 and --fp16_opt_level ask for."""
+def make_precision(args, device, amp_backend="torch", loss_scale=0.0, sharded=False):
+    """The precision that the flags --fp16, --bf16 and --fp16_opt_level ask for; `sharded` as in Precision."""
     level = args.fp16_opt_level if args.fp16 or args.bf16 else "O0"
     if amp_backend == "apex" and level != "O0":
         return ApexPrecision(level, loss_scale)
     dtype = torch.float16 if device.type == "cuda" and not args.bf16 else torch.bfloat16
-    return Precision(level, dtype, device, loss_scale)
+    return Precision(level, dtype, device, loss_scale, sharded)
 
 
 class Precision:
     """The float types of a model's weights and activations, its loss scale, and the update that fits them."""
 
-    def __init__(self, level, dtype, device, loss_scale=0.0):
-        """`loss_scale` 0 is dynamic at O1 and O2 in float16, and 1 otherwise."""
+    def __init__(self, level, dtype, device, loss_scale=0.0, sharded=False):
+        """`loss_scale` 0 is dynamic at O1 and O2 in float16, and 1 otherwise.
+
+        Of a `sharded` model the shards are the masters of O2: the weights are cast, norms too, where a block gathers
+        them.
+        """
         self.level = level
+        self.sharded = sharded
         self.dtype = dtype
         self.device = device
         dynamic = dtype == torch.float16 and level in ("O1", "O2") and not loss_scale
@@ -45,23 +50,25 @@ class Precision:
     def cast(self, model):
         """Give the float32 `model` the level's types in place."""
         for module in model.modules():
-            if self.level == "O3" or (self.level == "O2" and not isinstance(module, NORMS)):
+            if self.level == "O3" or (self.level == "O2" and not self.sharded and not isinstance(module, NORMS)):
                 for p in module.parameters(recurse=False):
                     p.data = p.data.to(self.dtype)
 
     def prepare(self, model, make_optimizer):
-        """Cast `model` for training; returns `make_optimizer([(name, parameter), ...])` over its master weights."""
+        """Cast `model` for training; returns `make_optimizer([(name, parameter), ...])` over its master weights,
+        which `named` holds by their names.
+        """
         float32 = {name: p.detach() for name, p in model.named_parameters()}
         self.cast(model)
         self.model = model
         self.masters = {}  # {name: float32 master} of the 16-bit parameters
-        if self.level == "O2":
+        if self.level == "O2" and not self.sharded:
             self.masters = {name: float32[name] for name, p in model.named_parameters() if p.dtype == self.dtype}
             for master in self.masters.values():
                 master.grad = torch.zeros_like(master)
-        named = [(name, self.masters.get(name, p)) for name, p in model.named_parameters()]
-        self.parameters = [p for _, p in named]
-        return make_optimizer(named)
+        self.named = {name: self.masters.get(name, p) for name, p in model.named_parameters()}
+        self.parameters = list(self.named.values())
+        return make_optimizer(self.named.items())
 
     def autocast(self):
         if self.level == "O1":
@@ -114,7 +121,8 @@ class ApexPrecision:
 
     def prepare(self, model, make_optimizer):
         self.model = model
-        self.optimizer = make_optimizer(list(model.named_parameters()))
+        self.named = dict(model.named_parameters())
+        self.optimizer = make_optimizer(self.named.items())
         self.amp.initialize(model, self.optimizer, opt_level=self.level, loss_scale=self.loss_scale)
         return self.optimizer
 

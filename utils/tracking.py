@@ -60,9 +60,11 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
     if resumes(args):
         report_changed_flags(read_config(run_dir), args)
     else:
-        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "state-*.pt", "events.out.tfevents.*", ".*.tmp"):
+        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "events.out.tfevents.*", ".*.tmp"):
             for path in run_dir.glob(pattern):
                 path.unlink()
+        for folder in run_dir.glob("state-*"):
+            shutil.rmtree(folder)
         if not args.resume:  # a run that broke off before its first checkpoint goes on at W&B
             (run_dir / RUN_ID).unlink(missing_ok=True)
             shutil.rmtree(run_dir / RECORDS, ignore_errors=True)

@@ -14,12 +14,24 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.augmentation import denormalise
-from utils.checkpoint import LAST, load_checkpoint, load_into, save_checkpoint
+from utils.averaging import WeightAverage
+from utils.checkpoint import LAST, load_checkpoint, load_into, load_tensors, save_checkpoint
 from utils.datasets import DATASETS, dropout_keys, stream_positions
-from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
+from utils.distributed import (
+    StopSignal,
+    barrier,
+    first_on_each_machine,
+    gradients_summed,
+    local_parts,
+    restarted,
+    shard_weights,
+    sum_over_processes,
+    world,
+)
 from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
 from utils.memory import recompute_activations
@@ -34,6 +46,7 @@ OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+AVERAGE = "average"  # a checkpoint's name for the moving average of a weight
 WATCHED = 8  # test images whose attention --log_attention_every draws
 READ_EVERY = {"cpu": 1, "cuda": 20}  # steps between two looks at the loss, each of which waits for the device
 
@@ -78,25 +91,31 @@ class Window:
 
 def run_training(args, make_model):
     """What a training script does once its flags are checked: `make_model(num_classes)` is trained on the data."""
+    if restarted():
+        args.resume, args.overwrite = True, False
     run_dir = open_run_folder(args)
     with world(args.local_rank) as processes:
-        source = DATASETS[args.dataset]
-        torch.manual_seed(args.seed)
-        model = make_model(source.count_classes(args.data_dir))
-        state = None
-        if resumes(args):
-            weights, state = load_checkpoint(run_dir)
-            load_into(model, weights, run_dir / LAST)
-        elif args.pretrained_dir:
-            with first_on_each_machine(processes):
-                if args.download and not os.path.exists(args.pretrained_dir):
-                    download(args.pretrained_dir)
-            loaded = load_pretrained(model, args.pretrained_dir, args.model_type)
-            if loaded.initialised and processes.rank == 0:
-                print(f"{args.pretrained_dir}: {loaded}")
-        places = (args.data_dir, processes, args.num_workers)
-        train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
-        train(model, train_set, test_set, args, processes, run_dir, state)
+        prepare_and_train(args, make_model, processes, run_dir)
+
+
+def prepare_and_train(args, make_model, processes, run_dir):
+    source = DATASETS[args.dataset]
+    torch.manual_seed(args.seed)
+    model = make_model(source.count_classes(args.data_dir))
+    state = None
+    if resumes(args):
+        weights, state = load_checkpoint(run_dir)
+        load_into(model, weights, run_dir / LAST)
+    elif args.pretrained_dir:
+        with first_on_each_machine(processes):
+            if args.download and not os.path.exists(args.pretrained_dir):
+                download(args.pretrained_dir)
+        loaded = load_pretrained(model, args.pretrained_dir, args.model_type)
+        if loaded.initialised and processes.rank == 0:
+            print(f"{args.pretrained_dir}: {loaded}")
+    places = (args.data_dir, processes, args.num_workers)
+    train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
+    train(model, train_set, test_set, args, processes, run_dir, state)
 
 
 def train(model, train_set, test_set, args, processes, run_dir, state=None):
@@ -107,24 +126,33 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     """
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
     img_size = (args.img_size, args.img_size)
-    precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale)
-    model.to(processes.device).train()
-    optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
-    progress = Progress()
-    if state:
-        progress = Progress(**state["progress"])
-        restore_optimizer(optimizer, state["optimizer"], args.optimizer)
-        precision.load_state_dict(state["precision"])
+    first = processes.rank == 0
+    progress = Progress(**state["progress"]) if state else Progress()
+    if state and state["optimizer"] != args.optimizer:
+        was = state["optimizer"]
+        raise UserError(f"the run was started with --optimizer {was}, so it can't be resumed with {args.optimizer}")
     if progress.step > num_steps:
         raise UserError(f"{run_dir} is at step {progress.step} already, beyond the {num_steps} asked for")
-    barrier()  # every process has seen whether there is a run to resume
-    if processes.rank == 0:
-        prepare_run_folder(run_dir, args, train_set.classes, num_steps)
+    sharded = args.parallel == "fsdp" and processes.size > 1
+    precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
+    model.train()
     if args.grad_checkpointing:
         recompute_activations(model, args.compile)
     if args.compile:
         compile_in_place(model)
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
+    if sharded:  # block by block, so that a model which fits on no device gets there
+        shard_weights(model, processes, dtype=precision.dtype if precision.level == "O2" else None)
+    model.to(processes.device)
+    optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
+    average = WeightAverage(precision.named, args.ema_decay) if args.ema_decay else None
+    if state:
+        restore(optimizer, average, load_tensors(run_dir, progress.step, place_beside(precision.named)))
+        precision.load_state_dict(state["precision"])
+    barrier()  # every process has seen whether there is a run to resume
+    if first:
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps)
+    copies = processes.size > 1 and not sharded
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if copies else model
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
 
     def lr_at(step):
@@ -146,13 +174,15 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
 
     def check_weights():
         """A finite loss may still have led to weights that are not, and those must not be saved."""
-        if not torch.stack([weight.isfinite().all() for weight in precision.weights().values()]).all():
+        weights = local_parts(precision.weights().values())
+        if sum_over_processes(1.0 - torch.stack([weight.isfinite().all() for weight in weights]).all().float()):
             raise not_finite(
                 f"the weights are not finite after step {progress.step}", lr_at(progress.step - 1), run_dir
             )
 
     def evaluate_and_record():
-        result = evaluate(model, test_set, img_size, args.eval_batch_size, precision, processes)
+        with average.in_place(model) if average else contextlib.nullcontext():
+            result = evaluate(model, test_set, img_size, args.eval_batch_size, precision, processes)
         if result["accuracy"] > progress.best_accuracy:
             progress.best_accuracy, progress.best_step = result["accuracy"], progress.step
         tracker.log_evaluation(
@@ -173,20 +203,20 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
 
     def save():
         progress.total_seconds = tracker.seconds()
-        if processes.rank == 0:
-            state = {
-                "optimizer": {"name": args.optimizer, **optimizer.state_dict()},
-                "precision": precision.state_dict(),
-                "progress": asdict(progress),
-            }
-            save_checkpoint(run_dir, progress.step, precision.weights(), state)
+        weights, tensors = precision.weights(), optimizer_tensors(optimizer)
+        evaluated = weights
+        if average:
+            evaluated = {**weights, **average.weights}
+            tensors |= {f"{name}/{AVERAGE}": tensor for name, tensor in average.weights.items()}
+        best = evaluated if progress.best_step == progress.step else None
+        state = {"optimizer": args.optimizer, "precision": precision.state_dict(), "progress": asdict(progress)}
+        save_checkpoint(run_dir, progress.step, weights, best, tensors, state, first)
 
-    first = processes.rank == 0
     wandb = WeightsAndBiases(run_dir, args) if args.wandb and first else None
     tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=first, wandb=wandb)
     tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
-    watched = test_set.examples(WATCHED, img_size) if args.log_attention_every and processes.rank == 0 else None
+    watched = test_set.examples(WATCHED, img_size) if args.log_attention_every and first else None
     window = Window()
     batches = training_batches(train_set, args, processes, progress.step, num_steps)
     try:
@@ -209,6 +239,8 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 precision.step(optimizer, args.max_grad_norm)
                 window.add(step_loss, step_hits)
                 progress.step += 1
+                if average:
+                    average.update(precision.named, progress.step)
 
                 evaluates = progress.step % args.eval_every == 0 or progress.step == num_steps
                 if len(window.losses) == READ_EVERY[processes.device.type] or evaluates:
@@ -224,9 +256,9 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                         tracker.log_figure("attention rollout", figure, progress.step)
                     window.start()  # drawing is not training time
                 signal_number = stop.agreed()
-                if signal_number and window.losses:
-                    read_back()
-                if evaluates or signal_number:
+                if evaluates or signal_number or (args.save_every and progress.step % args.save_every == 0):
+                    if window.losses:
+                        read_back()
                     check_weights()
                     save()
                     window.start()
@@ -235,7 +267,6 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         tracker.summarise(progress.best_accuracy, progress.best_step)
     finally:
         tracker.close()
-        network = None  # gloo may abort at exit while the wrapper lives
 
 
 @torch.no_grad()
@@ -266,30 +297,49 @@ def make_optimizer(args, named_parameters):
     groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in named_parameters:
         decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
-        groups[0 if decays else 1]["params"].append(parameter)
-    # The fused SGD of torch 2.9 leaves bfloat16 weights on a CPU (level O3) as they are.
+        groups[0 if decays else 1]["params"].append((name, parameter))
+    # The fused SGD of torch 2.9 leaves bfloat16 weights on a CPU (level O3) as they are, and knows no shards.
     fused = all(parameter.dtype == torch.float32 for _, parameter in named_parameters)
+    fused = fused and not (args.optimizer == "sgd" and any(isinstance(p, DTensor) for _, p in named_parameters))
     return OPTIMIZERS[args.optimizer](groups, lr=args.learning_rate, fused=fused)
 
 
 def compile_in_place(model):
     """Compile by torch.compile; a block's code may be compiled for training, evaluation, merged tokens, odd batches."""
     torch._dynamo.config.recompile_limit = 64  # of a function; beyond it PyTorch would go on without compiling
+    torch._dynamo.config.optimize_ddp = False  # it would split a block's graph at DDP's buckets, to send parts earlier
     model.compile()
 
 
-def restore_optimizer(optimizer, state, name):
-    """Take a checkpoint's momenta; rates and decay are the flags'. Raises UserError for another kind of optimizer."""
-    if state["name"] != name:
-        raise UserError(f"the run was started with --optimizer {state['name']}, so it can't be resumed with {name}")
-    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+def optimizer_tensors(optimizer):
+    """{"<weight>/<quantity>": tensor}: the momenta of each weight, whole or sharded, and Adam's count of the steps."""
+    named = [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]
+    return {f"{name}/{key}": tensor for name, weight in named for key, tensor in optimizer.state[weight].items()}
 
 
-def gradients_summed(network, last):
-    """Gradients are summed over the processes once a step, with its last accumulation part."""
-    if last or not isinstance(network, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return network.no_sync()
+def place_beside(weights):
+    """The `like` of `load_tensors` for `optimizer_tensors` of the weights {name: tensor}: whole or sharded as those."""
+
+    def place(key, shape, dtype):
+        weight = weights[key.rpartition("/")[0]]
+        return torch.zeros_like(weight, dtype=dtype) if weight.shape == shape else torch.zeros(shape, dtype=dtype)
+
+    return place
+
+
+def restore(optimizer, average, tensors):
+    """Take a checkpoint's momenta and weight averages; rates and decay are the flags'."""
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    state = {number: {} for number in range(len(names))}
+    for key, tensor in tensors.items():
+        name, _, quantity = key.rpartition("/")
+        if quantity != AVERAGE:
+            state[names.index(name)][quantity] = tensor
+        elif average:
+            average.weights[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def seed_samples(layers, seed, positions, device):
@@ -302,7 +352,9 @@ def seed_samples(layers, seed, positions, device):
 def opening_lines(args, model, train_set, test_set, processes, first_step, num_steps):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     begins = f"resuming at step {first_step} of {num_steps}, steps" if first_step else f"{num_steps} steps"
-    device = f"{processes.size} processes on {processes.device.type}" if processes.size > 1 else str(processes.device)
+    shards = ", each with its shard of the weights" if args.parallel == "fsdp" else ""
+    many = f"{processes.size} processes on {processes.device.type}{shards}"
+    device = many if processes.size > 1 else str(processes.device)
     lines = [
         f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
         f"{len(test_set)} test images, {len(train_set.classes)} classes",
