@@ -39,36 +39,43 @@ def differences(weights, others):
     return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
 
 
-def plain_loop(steps, batch, one_process):
-    """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine."""
+def plain_loop(steps, batch, one_process, mix=lambda images, labels, step: (images, F.one_hot(labels, 10).float())):
+    """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine.
+
+    Returns (weights, losses of the steps, hits of the steps).
+    """
     torch.manual_seed(42)
     model = build_model("ViT-Mini_4", img_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = DATASETS["digits"].load(True, "data", one_process, 0)
-    losses = []
+    losses, hits = [], []
     for step in range(steps):
         progress = (step - 3) / (steps - 3)
         optimizer.param_groups[0]["lr"] = 0.1 * (step / 3 if step < 3 else (1 + math.cos(math.pi * progress)) / 2)
         epochs, indices = samples_at(42, np.arange(step * batch, (step + 1) * batch), len(data))
         boxes, _ = random_crops(42, epochs, indices, len(data), 8, 8, 0.05)
         images = normalise(resized_crops(data.images[indices], boxes, (8, 8)))
-        loss = F.cross_entropy(model(images), data.labels[indices], label_smoothing=0.1)
+        images, targets = mix(images, data.labels[indices], step)
+        logits = model(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return model.state_dict(), losses
+        hits.append((logits.argmax(dim=1) == targets.argmax(dim=1)).sum().item())
+    return model.state_dict(), losses, hits
 
 
 def test_the_loop_does_what_a_plain_loop_does(tiny_flags, monkeypatch, one_process):
     flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1)
     weights, rows = run(flags, monkeypatch)
-    expected, losses = plain_loop(12, 16, one_process)
+    expected, losses, hits = plain_loop(12, 16, one_process)
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["step"] for row in rows] == [6, 12]
     assert rows[0]["train_loss"] == pytest.approx(np.mean(losses[:6]), rel=1e-5)
     assert rows[1]["train_loss"] == pytest.approx(np.mean(losses[6:]), rel=1e-5)
+    assert [96 * row["train_accuracy"] for row in rows] == pytest.approx([sum(hits[:6]), sum(hits[6:])])
     assert [row["lr"] for row in rows] == pytest.approx([0.1 * (1 + math.cos(math.pi / 3)) / 2, 0.0])
     assert max(differences(weights, initial()).values()) > 0.01
 

@@ -168,6 +168,22 @@ def training_parser(description):
         "--label_smoothing", type=fraction, default=0.0, metavar="SHARE", help="probability spread over all classes"
     )
 
+    optimisation.add_argument(
+        "--mixup",
+        type=beta_alpha,
+        default=0.0,
+        metavar="ALPHA",
+        help="mix pairs of pictures and labels in a proportion from Beta(ALPHA, ALPHA) (Zhang et al., 2018); 0: never",
+    )
+    optimisation.add_argument(
+        "--cutmix",
+        type=beta_alpha,
+        default=0.0,
+        metavar="ALPHA",
+        help="paste a box of another picture, its share from Beta(ALPHA, ALPHA) (Yun et al., 2019); 0: never; with "
+        "--mixup too, half of the steps do either",
+    )
+
     precision = parser.add_argument_group("precision and speed")
     add_precision_flags(precision)
     precision.add_argument(
@@ -342,6 +358,13 @@ def check_flags_together(args, make_model):
             f"{args.gradient_accumulation_steps} accumulation steps; "
             f"{args.train_batch_size // parts * parts or parts} would be"
         )
+    if (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
+        flag = "--mixup" if args.mixup else "--cutmix"
+        raise UserError(
+            f"{flag} mixes pairs, so --train_batch_size {args.train_batch_size} must give an even number to each of "
+            f"{processes} processes x {args.gradient_accumulation_steps} accumulation steps; "
+            f"{args.train_batch_size + parts} would"
+        )
     if args.epochs:
         args.num_steps = None
     if args.amp_backend == "apex":
@@ -395,6 +418,11 @@ def positive_float(text):
 
 def natural_float(text):
     return number(text, float, "a number, 0 or above", lambda x: 0 <= x < float("inf"))
+
+
+def beta_alpha(text):
+    """Of smaller ones than 0.01 PyTorch's samples underflow, to 0.5 instead of 0 or 1."""
+    return number(text, float, "0, or a number from 0.01", lambda x: x == 0 or 0.01 <= x < float("inf"))
 
 
 def fraction(text):

@@ -23,6 +23,7 @@ from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_ov
 from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
 from utils.memory import recompute_activations
+from utils.mixing import make_mixing, mix_pairs
 from utils.precision import make_precision
 from utils.pretrained import download, load_pretrained
 from utils.scheduler import learning_rate
@@ -126,6 +127,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         compile_in_place(model)
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.size > 1 else model
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
+    mixing = make_mixing(args.mixup, args.cutmix)
 
     def lr_at(step):
         return learning_rate(step, args.learning_rate, args.warmup_steps, num_steps, args.decay_type)
@@ -198,10 +200,16 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 for part in range(args.gradient_accumulation_steps):
                     positions, (images, labels) = next(batches)
                     seed_samples(dropouts, args.seed, positions, processes.device)
+                    targets = labels
+                    if mixing:
+                        images, targets = mix_pairs(
+                            mixing, images, labels, len(train_set.classes), args.seed, progress.step
+                        )
+                        labels = targets.argmax(dim=1)  # of the larger share, for the training accuracy
                     with gradients_summed(network, last=part == args.gradient_accumulation_steps - 1):
                         with precision.autocast():
                             logits = network(precision.inputs(images)).float()
-                        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+                        loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
                         loss = loss / args.gradient_accumulation_steps
                         precision.backward(loss)
                     step_loss += loss.detach()
