@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 import models
 import train
-from conftest import call_main, read_config
+from conftest import call_main, read_config, write_pictures
 from models import build_model
 from utils.augmentation import normalise, random_crops, resized_crops
 from utils.datasets import DATASETS
+from utils.errors import UserError
 from utils.memory import recompute_activations
 from utils.profiling import activation_bytes
 from utils.random import samples_at
+from utils.tracking import read_metrics
 from utils.training import compile_in_place
 
 
@@ -181,7 +183,8 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     names = {path.name.split(".")[0] for path in folder.iterdir()}
     assert names == {"last", "best", "state-13", "metrics", "config", "curves", "events"}
     assert list(rows[0]) == [
-        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "images_per_second", "seconds")
+        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5_accuracy"),
+        *("lr", "images_per_second", "seconds"),
     ]
     assert [row["step"] for row in rows] == [6, 12, 13]
     config = read_config(folder)
@@ -197,8 +200,9 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     events = EventAccumulator(str(folder)).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert steps["train/loss"] == list(range(1, 14))
-    assert steps["test/loss"] == steps["test/accuracy"] == [6, 12, 13]
-    assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", "test/loss", "test/accuracy"}
+    tests = {"test/loss", "test/accuracy", "test/top5_accuracy"}
+    assert all(steps[tag] == [6, 12, 13] for tag in tests)
+    assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", *tests}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +249,52 @@ def test_resuming_a_finished_run_says_where_it_lies(tiny_flags, monkeypatch, cap
     before = capsys.readouterr().out.splitlines()[-6:]
     run(tiny_flags("--resume"), monkeypatch)
     assert capsys.readouterr().out.splitlines()[-6:] == before
+
+
+def test_top5_accuracy_of_many_classes(tiny_flags, monkeypatch, tmp_path, capsys, one_process):
+    """12 classes of pictures; then the run as an earlier version has left it, without that column."""
+    for number in range(12):
+        for split in ("train", "val"):
+            write_pictures(tmp_path / "pictures" / split / f"class{number:02d}", [(8, 8)] * 3, seed=number)
+    flags = tiny_flags("--dataset", "imagefolder", "--data_dir", tmp_path / "pictures", "--learning_rate", 0.1)
+    weights, rows = run(flags, monkeypatch)
+    model = build_model("ViT-Mini_4", img_size=8, num_classes=12).eval()
+    model.load_state_dict(weights)
+    test_set = DATASETS["imagefolder"].load(False, tmp_path / "pictures", one_process, 0)
+    ranks = model(normalise(test_set.images)).argsort(dim=1, descending=True)
+    hits = [label in best for label, best in zip(test_set.labels.tolist(), ranks[:, :5].tolist(), strict=True)]
+    assert rows[-1]["test_top5_accuracy"] == pytest.approx(np.mean(hits))
+    assert rows[-1]["test_accuracy"] < np.mean(hits) < 1
+    printed = capsys.readouterr().out
+    assert re.search(rf"test loss [\d.]+ accuracy +[\d.]+ % top-5 +{100 * np.mean(hits):.2f} %  lr", printed)
+    ending = rf"\ntest accuracy [\d.]+ %, top-5 {100 * np.mean(hits):.2f} %, best "
+    assert re.search(ending, printed)
+
+    path = tmp_path / "output" / "run" / "metrics.csv"
+    with open(path, newline="") as file:
+        older = [{name: row[name] for name in row if name != "test_top5_accuracy"} for row in csv.DictReader(file)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(older[0]))
+        writer.writeheader()
+        writer.writerows(older)
+    assert read_metrics(path.parent)["test_accuracy"] == [row["test_accuracy"] for row in rows]
+    assert np.isnan(read_metrics(path.parent)["test_top5_accuracy"]).all()
+    run([*flags, "--resume"], monkeypatch)  # which has nothing left to do
+    printed = capsys.readouterr().out
+    assert re.search(r"\ntest accuracy [\d.]+ %, best ", printed)
+    _, resumed = run([*flags, "--resume", "--num_steps", 18], monkeypatch)
+    assert np.isnan([row["test_top5_accuracy"] for row in resumed]).tolist() == [True, True, False]
+    assert re.search(ending.partition("top-5")[0] + "top-5", capsys.readouterr().out)
+    path.write_text(path.read_text().replace("train_loss", "loss"))
+    with pytest.raises(UserError, match="needs numbers in the columns step, train_loss, "):
+        read_metrics(path.parent)
+
+
+def test_few_classes_are_shown_without_top5(tiny_flags, monkeypatch, capsys):
+    run(tiny_flags(), monkeypatch)
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed
+    assert "top-5" not in printed
 
 
 def test_epochs_instead_of_steps(tiny_flags, monkeypatch, tmp_path):

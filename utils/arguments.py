@@ -181,7 +181,7 @@ def training_parser(description):
         default=0.0,
         metavar="ALPHA",
         help="paste a box of another picture, its share from Beta(ALPHA, ALPHA) (Yun et al., 2019); 0: never; with "
-        "--mixup too, half of the steps do either",
+        "--mixup too, each step does one of the two at random",
     )
 
     precision = parser.add_argument_group("precision and speed")

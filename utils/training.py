@@ -164,6 +164,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 "train_accuracy": progress.correct / progress.images,
                 "test_loss": result["loss"],
                 "test_accuracy": result["accuracy"],
+                "test_top5_accuracy": result["top5_accuracy"],
                 "lr": lr_at(progress.step),
                 "images_per_second": progress.images / progress.training_seconds,
                 "seconds": tracker.seconds(),
@@ -185,7 +186,8 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
 
     first = processes.rank == 0
     wandb = WeightsAndBiases(run_dir, args) if args.wandb and first else None
-    tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=first, wandb=wandb)
+    stands = (progress.step, num_steps, progress.total_seconds)
+    tracker = Tracker(run_dir, *stands, len(train_set.classes), enabled=first, wandb=wandb)
     tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
     watched = test_set.examples(WATCHED, img_size) if args.log_attention_every and processes.rank == 0 else None
