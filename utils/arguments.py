@@ -12,8 +12,8 @@ from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
 from utils.pretrained import check_exists, published_url
 from utils.scheduler import DECAY_TYPES
-from utils.tracking import resumes
-from utils.training import OPTIMIZERS, WATCHED
+from utils.tracking import best_weights, resumes
+from utils.training import MODES, OPTIMIZERS, WATCHED
 from utils.weights_and_biases import check_project, import_wandb
 
 REDUCTION = ("token_reduction", "keep_tokens", "reduction_layer")  # flags, and keywords of `build_model`
@@ -47,6 +47,14 @@ def training_parser(description):
 
     run = parser.add_argument_group("run")
     run.add_argument("--name", required=True, help="name of the run, and of its folder below --output_dir")
+    run.add_argument(
+        "--mode",
+        type=one_of("mode", MODES),
+        default="train",
+        metavar="MODE",
+        help="train, or eval: test the run's best weights, or before there are any --pretrained_dir with its head; "
+        "the other flags may stay as in training, and nothing is written",
+    )
     run.add_argument("--output_dir", default="output", metavar="DIR", help="where runs are kept")
     run.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
@@ -350,6 +358,30 @@ def check_flags_together(args, make_model):
         raise UserError(f"--name {args.name!r} is not a plain folder name")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    if args.mode == "train":
+        check_division(args)
+    if args.epochs:
+        args.num_steps = None
+    if args.amp_backend == "apex":
+        import_apex_amp()
+        if args.bf16:
+            raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
+    if args.wandb and args.mode == "train":
+        check_project(args.wandb_project)
+        import_wandb()
+    if args.download and not args.pretrained_dir:
+        raise UserError("--download needs --pretrained_dir, the path to download to")
+    try:
+        with torch.device("meta"):
+            model = make_model(num_classes=1)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if args.log_attention_every and not hasattr(model, "forward_with_attention"):
+        raise UserError(f"--log_attention_every: {args.model_type} has no attention")
+
+
+def check_division(args):
+    """Whether the batch can be divided over the processes and accumulation steps. Raises UserError."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     parts = processes * args.gradient_accumulation_steps
     if args.train_batch_size % parts:
@@ -365,31 +397,19 @@ def check_flags_together(args, make_model):
             f"{processes} processes x {args.gradient_accumulation_steps} accumulation steps; "
             f"{args.train_batch_size + parts} would"
         )
-    if args.epochs:
-        args.num_steps = None
-    if args.amp_backend == "apex":
-        import_apex_amp()
-        if args.bf16:
-            raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
-    if args.wandb:
-        check_project(args.wandb_project)
-        import_wandb()
-    if args.download and not args.pretrained_dir:
-        raise UserError("--download needs --pretrained_dir, the path to download to")
-    try:
-        with torch.device("meta"):
-            model = make_model(num_classes=1)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if args.log_attention_every and not hasattr(model, "forward_with_attention"):
-        raise UserError(f"--log_attention_every: {args.model_type} has no attention")
 
 
 def check_files(args):
     """Whether the data and the weights are there, as far as can be told without reading them. Raises UserError."""
     if args.dataset == "imagefolder":
         image_folders(args.data_dir)
-    if args.pretrained_dir and not resumes(args) and not (args.download and published_url(args.pretrained_dir)):
+    has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
+    if args.mode == "eval" and not has_weights and not args.pretrained_dir:
+        raise UserError(
+            f"--mode eval: {best_weights(args)} does not exist and no --pretrained_dir is given; train first, or see "
+            "--output_dir and --name"
+        )
+    if args.pretrained_dir and not has_weights and not (args.download and published_url(args.pretrained_dir)):
         check_exists(args.pretrained_dir)
 
 

@@ -59,6 +59,11 @@ def resumes(args):
     return args.resume and (Path(args.output_dir) / args.name / LAST).exists()
 
 
+def best_weights(args):
+    """Where the run of these flags keeps its best weights, whether there are any or not."""
+    return Path(args.output_dir) / args.name / BEST
+
+
 def prepare_run_folder(run_dir, args, classes, num_steps):
     """Write config.json; before that, delete what an earlier run has written, or name the flags that differ from it."""
     if resumes(args):

@@ -7,7 +7,6 @@ exact, and any number of processes sees the same global batch.
 import contextlib
 import functools
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -19,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.augmentation import denormalise
 from utils.checkpoint import LAST, load_checkpoint, load_into, save_checkpoint
 from utils.datasets import DATASETS, dropout_keys, stream_positions
-from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
+from utils.distributed import StopSignal, barrier, sum_over_processes, world
 from utils.errors import RunStoppedError, UserError
-from utils.evaluation import evaluate
+from utils.evaluation import evaluate, run_evaluation
 from utils.memory import recompute_activations
 from utils.mixing import make_mixing, mix_pairs
 from utils.precision import make_precision
-from utils.pretrained import download, load_pretrained
+from utils.pretrained import take_pretrained
 from utils.scheduler import learning_rate
 from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
 from utils.weights_and_biases import WeightsAndBiases
@@ -89,15 +88,13 @@ def run_training(args, make_model):
             weights, state = load_checkpoint(run_dir)
             load_into(model, weights, run_dir / LAST)
         elif args.pretrained_dir:
-            with first_on_each_machine(processes):
-                if args.download and not os.path.exists(args.pretrained_dir):
-                    download(args.pretrained_dir)
-            loaded = load_pretrained(model, args.pretrained_dir, args.model_type)
-            if loaded.initialised and processes.rank == 0:
-                print(f"{args.pretrained_dir}: {loaded}")
+            take_pretrained(model, args, processes)
         places = (args.data_dir, processes, args.num_workers)
         train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
         train(model, train_set, test_set, args, processes, run_dir, state)
+
+
+MODES = {"train": run_training, "eval": run_evaluation}
 
 
 def train(model, train_set, test_set, args, processes, run_dir, state=None):
@@ -312,11 +309,10 @@ def seed_samples(layers, seed, positions, device):
 def opening_lines(args, model, train_set, test_set, processes, first_step, num_steps):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     begins = f"resuming at step {first_step} of {num_steps}, steps" if first_step else f"{num_steps} steps"
-    device = f"{processes.size} processes on {processes.device.type}" if processes.size > 1 else str(processes.device)
     lines = [
         f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
         f"{len(test_set)} test images, {len(train_set.classes)} classes",
-        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {device}",
+        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {processes}",
     ]
     if args.warmup_steps >= num_steps:
         lines.append(f"warning: the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps")
