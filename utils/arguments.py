@@ -442,7 +442,7 @@ def natural_float(text):
 
 def beta_alpha(text):
     """Of smaller ones than 0.01 PyTorch's samples underflow, to 0.5 instead of 0 or 1."""
-    return number(text, float, "0, or a number from 0.01", lambda x: x == 0 or 0.01 <= x < float("inf"))
+    return number(text, float, "0 or a number of at least 0.01", lambda x: x == 0 or 0.01 <= x < float("inf"))
 
 
 def fraction(text):
