@@ -23,7 +23,7 @@ from utils.checkpoint import load_into, load_weights
 from utils.datasets import DATASETS, read_image
 from utils.distributed import world
 from utils.errors import UserError, run_script
-from utils.evaluation import evaluate
+from utils.evaluation import check_classes, evaluate
 from utils.precision import make_precision
 from utils.pretrained import download as fetch_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
@@ -148,11 +148,8 @@ def measure(model, classes, img_size, precision, processes, args):
     if found != len(classes):
         raise UserError(f"{args.checkpoint} tells {len(classes)} classes apart, {dataset} has {found}")
     test_set = source.load(False, data_dir, processes, args.num_workers)
-    if not args.checkpoint.endswith(".npz") and classes != test_set.classes:
-        mine, theirs = next(pair for pair in zip(classes, test_set.classes, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            f"{args.checkpoint} was trained on other classes: {mine!r} stands where {dataset} has {theirs!r}"
-        )
+    if not args.checkpoint.endswith(".npz"):
+        check_classes(args.checkpoint, classes, dataset, test_set.classes)
     start = time.perf_counter()
     size = (img_size, img_size)
     result = evaluate(model, test_set, size, args.eval_batch_size, precision, processes, per_class=True)

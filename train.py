@@ -3,14 +3,14 @@
 from models import MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type
 from utils.arguments import add_model_flags, check_training_flags, reduction_of, training_parser
 from utils.errors import run_script
-from utils.training import run_training
+from utils.training import MODES
 
 
 def main():
     args = make_parser().parse_args()
     make_model = model_maker(args)
     check_training_flags(args, make_model)
-    run_training(args, make_model)
+    MODES[args.mode](args, make_model)
 
 
 def make_parser():

@@ -5,7 +5,7 @@ import functools
 from models import build_model
 from utils.arguments import check_training_flags, training_parser
 from utils.errors import run_script
-from utils.training import run_training
+from utils.training import MODES
 
 
 def train_cnn(model_type, description):
@@ -14,7 +14,7 @@ def train_cnn(model_type, description):
     args = parser.parse_args()
     make_model = functools.partial(build_model, args.model_type, args.img_size)
     check_training_flags(args, make_model)
-    run_training(args, make_model)
+    MODES[args.mode](args, make_model)
 
 
 def main():

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 import models
 import train
-from conftest import call_main, read_config
+from conftest import call_main, read_config, write_pictures
 from models import build_model
 from utils.augmentation import normalise, random_crops, resized_crops
 from utils.datasets import DATASETS
+from utils.errors import UserError
 from utils.memory import recompute_activations
 from utils.profiling import activation_bytes
 from utils.random import samples_at
+from utils.tracking import read_metrics
 from utils.training import compile_in_place
 
 
@@ -39,36 +41,43 @@ def differences(weights, others):
     return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
 
 
-def plain_loop(steps, batch, one_process):
-    """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine."""
+def plain_loop(steps, batch, one_process, mix=lambda images, labels, step: (images, F.one_hot(labels, 10).float())):
+    """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine.
+
+    Returns (weights, losses of the steps, hits of the steps).
+    """
     torch.manual_seed(42)
     model = build_model("ViT-Mini_4", img_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = DATASETS["digits"].load(True, "data", one_process, 0)
-    losses = []
+    losses, hits = [], []
     for step in range(steps):
         progress = (step - 3) / (steps - 3)
         optimizer.param_groups[0]["lr"] = 0.1 * (step / 3 if step < 3 else (1 + math.cos(math.pi * progress)) / 2)
         epochs, indices = samples_at(42, np.arange(step * batch, (step + 1) * batch), len(data))
         boxes, _ = random_crops(42, epochs, indices, len(data), 8, 8, 0.05)
         images = normalise(resized_crops(data.images[indices], boxes, (8, 8)))
-        loss = F.cross_entropy(model(images), data.labels[indices], label_smoothing=0.1)
+        images, targets = mix(images, data.labels[indices], step)
+        logits = model(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return model.state_dict(), losses
+        hits.append((logits.argmax(dim=1) == targets.argmax(dim=1)).sum().item())
+    return model.state_dict(), losses, hits
 
 
 def test_the_loop_does_what_a_plain_loop_does(tiny_flags, monkeypatch, one_process):
     flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1)
     weights, rows = run(flags, monkeypatch)
-    expected, losses = plain_loop(12, 16, one_process)
+    expected, losses, hits = plain_loop(12, 16, one_process)
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["step"] for row in rows] == [6, 12]
     assert rows[0]["train_loss"] == pytest.approx(np.mean(losses[:6]), rel=1e-5)
     assert rows[1]["train_loss"] == pytest.approx(np.mean(losses[6:]), rel=1e-5)
+    assert [96 * row["train_accuracy"] for row in rows] == pytest.approx([sum(hits[:6]), sum(hits[6:])])
     assert [row["lr"] for row in rows] == pytest.approx([0.1 * (1 + math.cos(math.pi / 3)) / 2, 0.0])
     assert max(differences(weights, initial()).values()) > 0.01
 
@@ -174,7 +183,8 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     names = {path.name.split(".")[0] for path in folder.iterdir()}
     assert names == {"last", "best", "state-13", "metrics", "config", "curves", "events"}
     assert list(rows[0]) == [
-        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "images_per_second", "seconds")
+        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5_accuracy"),
+        *("lr", "images_per_second", "seconds"),
     ]
     assert [row["step"] for row in rows] == [6, 12, 13]
     config = read_config(folder)
@@ -190,8 +200,9 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     events = EventAccumulator(str(folder)).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert steps["train/loss"] == list(range(1, 14))
-    assert steps["test/loss"] == steps["test/accuracy"] == [6, 12, 13]
-    assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", "test/loss", "test/accuracy"}
+    tests = {"test/loss", "test/accuracy", "test/top5_accuracy"}
+    assert all(steps[tag] == [6, 12, 13] for tag in tests)
+    assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", *tests}
 
 
 @pytest.mark.parametrize(
@@ -239,6 +250,52 @@ def test_resuming_a_finished_run_says_where_it_lies(tiny_flags, monkeypatch, cap
     before = capsys.readouterr().out.splitlines()[-6:]
     run(tiny_flags("--resume"), monkeypatch)
     assert capsys.readouterr().out.splitlines()[-6:] == before
+
+
+def test_top5_accuracy_of_many_classes(tiny_flags, monkeypatch, tmp_path, capsys, one_process):
+    """12 classes of pictures; then the run as an earlier version has left it, without that column."""
+    for number in range(12):
+        for split in ("train", "val"):
+            write_pictures(tmp_path / "pictures" / split / f"class{number:02d}", [(8, 8)] * 3, seed=number)
+    flags = tiny_flags("--dataset", "imagefolder", "--data_dir", tmp_path / "pictures", "--learning_rate", 0.1)
+    weights, rows = run(flags, monkeypatch)
+    model = build_model("ViT-Mini_4", img_size=8, num_classes=12).eval()
+    model.load_state_dict(weights)
+    test_set = DATASETS["imagefolder"].load(False, tmp_path / "pictures", one_process, 0)
+    ranks = model(normalise(test_set.images)).argsort(dim=1, descending=True)
+    hits = [label in best for label, best in zip(test_set.labels.tolist(), ranks[:, :5].tolist(), strict=True)]
+    assert rows[-1]["test_top5_accuracy"] == pytest.approx(np.mean(hits))
+    assert rows[-1]["test_accuracy"] < np.mean(hits) < 1
+    printed = capsys.readouterr().out
+    assert re.search(rf"test loss [\d.]+ accuracy +[\d.]+ % top-5 +{100 * np.mean(hits):.2f} %  lr", printed)
+    ending = rf"\ntest accuracy [\d.]+ %, top-5 {100 * np.mean(hits):.2f} %, best "
+    assert re.search(ending, printed)
+
+    path = tmp_path / "output" / "run" / "metrics.csv"
+    with open(path, newline="") as file:
+        older = [{name: row[name] for name in row if name != "test_top5_accuracy"} for row in csv.DictReader(file)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(older[0]))
+        writer.writeheader()
+        writer.writerows(older)
+    assert read_metrics(path.parent)["test_accuracy"] == [row["test_accuracy"] for row in rows]
+    assert np.isnan(read_metrics(path.parent)["test_top5_accuracy"]).all()
+    run([*flags, "--resume"], monkeypatch)  # which has nothing left to do
+    printed = capsys.readouterr().out
+    assert re.search(r"\ntest accuracy [\d.]+ %, best ", printed)
+    _, resumed = run([*flags, "--resume", "--num_steps", 18], monkeypatch)
+    assert np.isnan([row["test_top5_accuracy"] for row in resumed]).tolist() == [True, True, False]
+    assert re.search(ending.partition("top-5")[0] + "top-5", capsys.readouterr().out)
+    path.write_text(path.read_text().replace("train_loss", "loss"))
+    with pytest.raises(UserError, match="needs numbers in the columns step, train_loss, "):
+        read_metrics(path.parent)
+
+
+def test_few_classes_are_shown_without_top5(tiny_flags, monkeypatch, capsys):
+    run(tiny_flags(), monkeypatch)
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed
+    assert "top-5" not in printed
 
 
 def test_epochs_instead_of_steps(tiny_flags, monkeypatch, tmp_path):

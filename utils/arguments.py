@@ -13,8 +13,8 @@ from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
 from utils.pretrained import check_exists, published_url
 from utils.scheduler import DECAY_TYPES
-from utils.tracking import resumes
-from utils.training import OPTIMIZERS, WATCHED
+from utils.tracking import best_weights, resumes
+from utils.training import MODES, OPTIMIZERS, WATCHED
 from utils.weights_and_biases import check_project, import_wandb
 
 REDUCTION = ("token_reduction", "keep_tokens", "reduction_layer")  # flags, and keywords of `build_model`
@@ -48,6 +48,14 @@ def training_parser(description):
 
     run = parser.add_argument_group("run")
     run.add_argument("--name", required=True, help="name of the run, and of its folder below --output_dir")
+    run.add_argument(
+        "--mode",
+        type=one_of("mode", MODES),
+        default="train",
+        metavar="MODE",
+        help="train, or eval: test the run's best weights, or before there are any --pretrained_dir with its head; "
+        "the other flags may stay as in training, and nothing is written",
+    )
     run.add_argument("--output_dir", default="output", metavar="DIR", help="where runs are kept")
     run.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
@@ -182,6 +190,21 @@ def training_parser(description):
         metavar="DECAY",
         help="evaluate, and keep as the best, an exponential moving average of the weights, such as 0.9999; "
         "0: the weights themselves",
+    )
+    optimisation.add_argument(
+        "--mixup",
+        type=beta_alpha,
+        default=0.0,
+        metavar="ALPHA",
+        help="mix pairs of pictures and labels in a proportion from Beta(ALPHA, ALPHA) (Zhang et al., 2018); 0: never",
+    )
+    optimisation.add_argument(
+        "--cutmix",
+        type=beta_alpha,
+        default=0.0,
+        metavar="ALPHA",
+        help="paste a box of another picture, its share from Beta(ALPHA, ALPHA) (Yun et al., 2019); 0: never; with "
+        "--mixup too, each step does one of the two at random",
     )
 
     precision = parser.add_argument_group("precision and speed")
@@ -358,27 +381,18 @@ def check_flags_together(args, make_model):
         raise UserError(f"--name {args.name!r} is not a plain folder name")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    parts = processes * args.gradient_accumulation_steps
-    if args.train_batch_size % parts:
-        raise UserError(
-            f"--train_batch_size {args.train_batch_size} is not divisible by {processes} processes x "
-            f"{args.gradient_accumulation_steps} accumulation steps; "
-            f"{args.train_batch_size // parts * parts or parts} would be"
-        )
+    if args.mode == "train":
+        check_division(args)
+        check_restarts(args)
     if args.epochs:
         args.num_steps = None
     if args.amp_backend == "apex":
         import_apex_amp()
         if args.bf16:
             raise UserError("--amp_backend apex knows float16 only; use --fp16, or leave --amp_backend away for --bf16")
-    machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.resume:
-        # A process knows only of its own machine's restarts.
-        raise UserError("torchrun --max-restarts on several machines needs --resume, to go on from the last checkpoint")
     if args.parallel == "fsdp":
         check_sharding(args)
-    if args.wandb:
+    if args.wandb and args.mode == "train":
         check_project(args.wandb_project)
         import_wandb()
     if args.download and not args.pretrained_dir:
@@ -392,6 +406,15 @@ def check_flags_together(args, make_model):
         raise UserError(f"--log_attention_every: {args.model_type} has no attention")
 
 
+def check_restarts(args):
+    """Raises UserError where processes that torchrun starts anew would disagree on where the run stands."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    several_machines = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) < processes
+    # A process knows only of its own machine's restarts.
+    if several_machines and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.resume:
+        raise UserError("torchrun --max-restarts on several machines needs --resume, to go on from the last checkpoint")
+
+
 def check_sharding(args):
     """Raises UserError for what can't be done with a shard of the weights."""
     if args.fp16 and not args.bf16 and torch.cuda.is_available():
@@ -402,11 +425,36 @@ def check_sharding(args):
         raise UserError("--log_attention_every needs the whole model in one process; leave --parallel fsdp away")
 
 
+def check_division(args):
+    """Whether the batch can be divided over the processes and accumulation steps. Raises UserError."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parts = processes * args.gradient_accumulation_steps
+    if args.train_batch_size % parts:
+        raise UserError(
+            f"--train_batch_size {args.train_batch_size} is not divisible by {processes} processes x "
+            f"{args.gradient_accumulation_steps} accumulation steps; "
+            f"{args.train_batch_size // parts * parts or parts} would be"
+        )
+    if (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
+        flag = "--mixup" if args.mixup else "--cutmix"
+        raise UserError(
+            f"{flag} mixes pairs, so --train_batch_size {args.train_batch_size} must give an even number to each of "
+            f"{processes} processes x {args.gradient_accumulation_steps} accumulation steps; "
+            f"{args.train_batch_size + parts} would"
+        )
+
+
 def check_files(args):
     """Whether the data and the weights are there, as far as can be told without reading them. Raises UserError."""
     if args.dataset == "imagefolder":
         image_folders(args.data_dir)
-    if args.pretrained_dir and not resumes(args) and not (args.download and published_url(args.pretrained_dir)):
+    has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
+    if args.mode == "eval" and not has_weights and not args.pretrained_dir:
+        raise UserError(
+            f"--mode eval: {best_weights(args)} does not exist and no --pretrained_dir is given; train first, or see "
+            "--output_dir and --name"
+        )
+    if args.pretrained_dir and not has_weights and not (args.download and published_url(args.pretrained_dir)):
         check_exists(args.pretrained_dir)
 
 
@@ -435,6 +483,11 @@ def positive_float(text):
 
 def natural_float(text):
     return number(text, float, "a number, 0 or above", lambda x: 0 <= x < float("inf"))
+
+
+def beta_alpha(text):
+    """Of smaller ones than 0.01 PyTorch's samples underflow, to 0.5 instead of 0 or 1."""
+    return number(text, float, "0 or a number of at least 0.01", lambda x: x == 0 or 0.01 <= x < float("inf"))
 
 
 def fraction(text):

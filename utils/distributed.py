@@ -29,6 +29,9 @@ class World(NamedTuple):
     local_rank: int
     device: torch.device
 
+    def __str__(self):
+        return f"{self.size} processes on {self.device.type}" if self.size > 1 else str(self.device)
+
 
 def choose_device(local_rank=0):
     """The GPU of this number, or the CPU where there is none; settles how this process computes on it."""

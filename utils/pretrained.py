@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils.distributed import first_on_each_machine
 from utils.errors import UserError
 
 STORAGE = "https://storage.googleapis.com"
@@ -88,6 +89,16 @@ def load_pretrained(model, path, model_type, head="zero"):
         return model.load_from(open_npz(path), head=head)
     except ValueError as error:
         raise UserError(f"{path} does not fit {model_type}: {error}") from error
+
+
+def take_pretrained(model, args, processes, head="zero"):
+    """Load --pretrained_dir, downloaded before where --download is given. Raises UserError where it does not fit."""
+    with first_on_each_machine(processes):
+        if args.download and not os.path.exists(args.pretrained_dir):
+            download(args.pretrained_dir)
+    loaded = load_pretrained(model, args.pretrained_dir, args.model_type, head)
+    if loaded.initialised and processes.rank == 0:
+        print(f"{args.pretrained_dir}: {loaded}")
 
 
 class Arrays:

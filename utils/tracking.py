@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,10 +25,13 @@ COLUMNS = (
     "train_accuracy",
     "test_loss",
     "test_accuracy",
+    "test_top5_accuracy",
     "lr",
     "images_per_second",
     "seconds",
 )
+NEWER_COLUMNS = ("test_top5_accuracy",)  # those that earlier runs have not measured: not a number there
+FEW_CLASSES = 10  # up to here the terminal does not show the top-5 accuracy
 
 
 def open_run_folder(args):
@@ -53,6 +57,11 @@ def open_run_folder(args):
 def resumes(args):
     """Whether there is a checkpoint that --resume continues; without one it starts the run."""
     return args.resume and (Path(args.output_dir) / args.name / LAST).exists()
+
+
+def best_weights(args):
+    """Where the run of these flags keeps its best weights, whether there are any or not."""
+    return Path(args.output_dir) / args.name / BEST
 
 
 def prepare_run_folder(run_dir, args, classes, num_steps):
@@ -109,11 +118,16 @@ def read_metrics(run_dir):
     if not path.exists():
         return {}
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path)
         return {name: [float(row[name]) for row in rows] for name in (COLUMNS if rows else ())}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: it needs numbers in the columns {', '.join(COLUMNS)}") from error
+
+
+def read_rows(path):
+    """The rows of a metrics.csv as {column: text}."""
+    with open(path, newline="") as file:
+        return [{**dict.fromkeys(NEWER_COLUMNS, "nan"), **row} for row in csv.DictReader(file)]
 
 
 def read_run(run_dir):
@@ -140,9 +154,10 @@ def device_name():
 class Tracker:
     """Writes the records, in the first process only; elsewhere its methods do nothing."""
 
-    def __init__(self, run_dir, first_step, num_steps, seconds, enabled, wandb=None):
+    def __init__(self, run_dir, first_step, num_steps, seconds, num_classes, enabled, wandb=None):
         """`seconds` is what the run has taken before it was resumed at `first_step`; `wandb` a WeightsAndBiases."""
         self.run_dir = run_dir
+        self.num_classes = num_classes
         self.enabled = enabled
         self.wandb = wandb
         self.started = time.monotonic() - seconds
@@ -185,15 +200,17 @@ class Tracker:
             return
         self.rows.append({name: format(row[name], ".8g") for name in COLUMNS})
         self.write_metrics()
-        self.add_scalars({"test/loss": row["test_loss"], "test/accuracy": row["test_accuracy"]}, row["step"])
+        tests = ("loss", "accuracy", "top5_accuracy")
+        self.add_scalars({f"test/{name}": row[f"test_{name}"] for name in tests}, row["step"])
         self.tensorboard.flush()
         if self.wandb:
             self.wandb.summarise({"best_accuracy": best_accuracy, "best_step": best_step})
+        top5 = f" top-5 {100 * row['test_top5_accuracy']:6.2f} %" if self.num_classes > FEW_CLASSES else ""
         width = len(str(self.bar.total))
         self.say(
             f"step {row['step']:>{width}}/{self.bar.total}"
             f"  train loss {row['train_loss']:.4f} accuracy {100 * row['train_accuracy']:6.2f} %"
-            f"  test loss {row['test_loss']:.4f} accuracy {100 * row['test_accuracy']:6.2f} %"
+            f"  test loss {row['test_loss']:.4f} accuracy {100 * row['test_accuracy']:6.2f} %{top5}"
             f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s"
         )
 
@@ -243,7 +260,11 @@ class Tracker:
         """Say how well the run has ended and where everything lies."""
         if not self.enabled:
             return
-        last = f"test accuracy {100 * float(self.rows[-1]['test_accuracy']):.2f} %, " if self.rows else ""
+        last = ""
+        if self.rows:
+            top1, top5 = (100 * float(self.rows[-1][name]) for name in ("test_accuracy", "test_top5_accuracy"))
+            shows_top5 = self.num_classes > FEW_CLASSES and not math.isnan(top5)
+            last = f"test accuracy {top1:.2f} %, {f'top-5 {top5:.2f} %, ' if shows_top5 else ''}"
         self.bar.close()
         self.say(
             f"\n{last}best {100 * best_accuracy:.2f} % at step {best_step}\n"
@@ -259,5 +280,4 @@ def kept_rows(path, first_step):
     """The rows of an earlier sitting that the checkpoint at `first_step` still stands for."""
     if not first_step or not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+    return [row for row in read_rows(path) if int(row["step"]) <= first_step]

@@ -7,7 +7,6 @@ exact, and any number of processes sees the same global batch.
 import contextlib
 import functools
 import math
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from utils.datasets import DATASETS, dropout_keys, stream_positions
 from utils.distributed import (
     StopSignal,
     barrier,
-    first_on_each_machine,
     gradients_summed,
     local_parts,
     restarted,
@@ -33,10 +31,11 @@ from utils.distributed import (
     world,
 )
 from utils.errors import RunStoppedError, UserError
-from utils.evaluation import evaluate
+from utils.evaluation import evaluate, run_evaluation
 from utils.memory import recompute_activations
+from utils.mixing import make_mixing, mix_pairs
 from utils.precision import make_precision
-from utils.pretrained import download, load_pretrained
+from utils.pretrained import take_pretrained
 from utils.scheduler import learning_rate
 from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
 from utils.weights_and_biases import WeightsAndBiases
@@ -107,15 +106,13 @@ def prepare_and_train(args, make_model, processes, run_dir):
         weights, state = load_checkpoint(run_dir)
         load_into(model, weights, run_dir / LAST)
     elif args.pretrained_dir:
-        with first_on_each_machine(processes):
-            if args.download and not os.path.exists(args.pretrained_dir):
-                download(args.pretrained_dir)
-        loaded = load_pretrained(model, args.pretrained_dir, args.model_type)
-        if loaded.initialised and processes.rank == 0:
-            print(f"{args.pretrained_dir}: {loaded}")
+        take_pretrained(model, args, processes)
     places = (args.data_dir, processes, args.num_workers)
     train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
     train(model, train_set, test_set, args, processes, run_dir, state)
+
+
+MODES = {"train": run_training, "eval": run_evaluation}
 
 
 def train(model, train_set, test_set, args, processes, run_dir, state=None):
@@ -133,27 +130,15 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         raise UserError(f"the run was started with --optimizer {was}, so it can't be resumed with {args.optimizer}")
     if progress.step > num_steps:
         raise UserError(f"{run_dir} is at step {progress.step} already, beyond the {num_steps} asked for")
-    sharded = args.parallel == "fsdp" and processes.size > 1
-    precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
-    model.train()
-    if args.grad_checkpointing:
-        recompute_activations(model, args.compile)
-    if args.compile:
-        compile_in_place(model)
-    if sharded:  # block by block, so that a model which fits on no device gets there
-        shard_weights(model, processes, dtype=precision.dtype if precision.level == "O2" else None)
-    model.to(processes.device)
-    optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
-    average = WeightAverage(precision.named, args.ema_decay) if args.ema_decay else None
+    network, precision, optimizer, average = set_up(model, args, processes)
     if state:
         restore(optimizer, average, load_tensors(run_dir, progress.step, place_beside(precision.named)))
         precision.load_state_dict(state["precision"])
     barrier()  # every process has seen whether there is a run to resume
     if first:
         prepare_run_folder(run_dir, args, train_set.classes, num_steps)
-    copies = processes.size > 1 and not sharded
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if copies else model
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
+    mixing = make_mixing(args.mixup, args.cutmix)
 
     def lr_at(step):
         return learning_rate(step, args.learning_rate, args.warmup_steps, num_steps, args.decay_type)
@@ -192,6 +177,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 "train_accuracy": progress.correct / progress.images,
                 "test_loss": result["loss"],
                 "test_accuracy": result["accuracy"],
+                "test_top5_accuracy": result["top5_accuracy"],
                 "lr": lr_at(progress.step),
                 "images_per_second": progress.images / progress.training_seconds,
                 "seconds": tracker.seconds(),
@@ -213,7 +199,8 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         save_checkpoint(run_dir, progress.step, weights, best, tensors, state, first)
 
     wandb = WeightsAndBiases(run_dir, args) if args.wandb and first else None
-    tracker = Tracker(run_dir, progress.step, num_steps, progress.total_seconds, enabled=first, wandb=wandb)
+    stands = (progress.step, num_steps, progress.total_seconds)
+    tracker = Tracker(run_dir, *stands, len(train_set.classes), enabled=first, wandb=wandb)
     tracker.say(opening_lines(args, model, train_set, test_set, processes, progress.step, num_steps))
     stop = StopSignal()
     watched = test_set.examples(WATCHED, img_size) if args.log_attention_every and first else None
@@ -228,10 +215,16 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                 for part in range(args.gradient_accumulation_steps):
                     positions, (images, labels) = next(batches)
                     seed_samples(dropouts, args.seed, positions, processes.device)
+                    targets = labels
+                    if mixing:
+                        images, targets = mix_pairs(
+                            mixing, images, labels, len(train_set.classes), args.seed, progress.step
+                        )
+                        labels = targets.argmax(dim=1)  # of the larger share, for the training accuracy
                     with gradients_summed(network, last=part == args.gradient_accumulation_steps - 1):
                         with precision.autocast():
                             logits = network(precision.inputs(images)).float()
-                        loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+                        loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
                         loss = loss / args.gradient_accumulation_steps
                         precision.backward(loss)
                     step_loss += loss.detach()
@@ -267,6 +260,29 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         tracker.summarise(progress.best_accuracy, progress.best_step)
     finally:
         tracker.close()
+
+
+def set_up(model, args, processes):
+    """(network, precision, optimizer, WeightAverage or None): the model on its device, as a copy or in shards."""
+    sharded = shares_weights(args, processes)
+    precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
+    model.train()
+    if args.grad_checkpointing:
+        recompute_activations(model, args.compile)
+    if args.compile:
+        compile_in_place(model)
+    if sharded:  # block by block, so that a model which fits on no device gets there
+        shard_weights(model, processes, dtype=precision.dtype if precision.level == "O2" else None)
+    model.to(processes.device)
+    optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
+    average = WeightAverage(precision.named, args.ema_decay) if args.ema_decay else None
+    copies = processes.size > 1 and not sharded
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if copies else model
+    return network, precision, optimizer, average
+
+
+def shares_weights(args, processes):
+    return args.parallel == "fsdp" and processes.size > 1
 
 
 @torch.no_grad()
@@ -352,13 +368,11 @@ def seed_samples(layers, seed, positions, device):
 def opening_lines(args, model, train_set, test_set, processes, first_step, num_steps):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     begins = f"resuming at step {first_step} of {num_steps}, steps" if first_step else f"{num_steps} steps"
-    shards = ", each with its shard of the weights" if args.parallel == "fsdp" else ""
-    many = f"{processes.size} processes on {processes.device.type}{shards}"
-    device = many if processes.size > 1 else str(processes.device)
+    shards = ", each with its shard of the weights" if shares_weights(args, processes) else ""
     lines = [
         f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
         f"{len(test_set)} test images, {len(train_set.classes)} classes",
-        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {device}",
+        f"{begins} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {processes}{shards}",
     ]
     if args.warmup_steps >= num_steps:
         lines.append(f"warning: the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps")

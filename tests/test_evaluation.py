@@ -1,0 +1,136 @@
+"""--mode eval of the training scripts: the right weights, the right numbers, and nothing written."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import train
+import train_flops
+import train_resnet
+from conftest import call_main, read_config, succeed
+from models import build_model
+from synthetic import make_checkpoint
+from test_flags import fails
+from test_scripts import metrics, run_dir
+from utils.augmentation import normalise, resized_crops
+from utils.datasets import DATASETS
+
+
+def figures(printed):
+    """What the block says: {"weights": text, "top-1": number, ...}."""
+    found = dict(re.findall(r"^  ([a-z\d-]+) +(.*)$", printed, flags=re.MULTILINE))
+    assert list(found) == ["weights", "top-1", "top-5", "loss", "speed"]
+    return {name: text if name == "weights" else float(text.split()[0]) for name, text in found.items()}
+
+
+@torch.no_grad()
+def measured(model, one_process):
+    """Top-1 and top-5 in percent and the loss on the digits at 8x8, in one batch."""
+    data = DATASETS["digits"].load(False, "data", one_process, 0)
+    boxes = torch.tensor([[0, 0, 8, 8]]).expand(len(data), -1)
+    logits = model.eval()(normalise(resized_crops(data.images, boxes, (8, 8))))
+    places = (logits > logits.gather(1, data.labels[:, None])).sum(dim=1)  # how many classes are ahead of the true one
+    top1, top5 = (100 * (places < count).float().mean().item() for count in (1, 5))
+    return {"top-1": top1, "top-5": top5, "loss": F.cross_entropy(logits, data.labels).item()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_fits(printed, expected):
+    found = figures(printed)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-3)
+
+
+def test_the_flags_of_training_test_its_best_weights(tiny_flags, monkeypatch, capsys, one_process):
+    flags = tiny_flags("--learning_rate", 0.1, "--num_steps", 30, "--dropout_rate", 0.1)
+    call_main(train, flags, monkeypatch)
+    folder = run_dir(flags)
+    before = contents(folder)
+    model = build_model("ViT-Mini_4", img_size=8)
+    model.load_state_dict(load_file(folder / "best.safetensors"))
+    expected = measured(model, one_process)
+    best = max(metrics(flags), key=lambda row: float(row["test_accuracy"]))
+    assert expected["top-1"] == pytest.approx(100 * float(best["test_accuracy"]), abs=1e-3)
+    assert expected["top-5"] == pytest.approx(100 * float(best["test_top5_accuracy"]), abs=1e-3)
+    capsys.readouterr()
+    others = (["--overwrite"], ["--resume"], ["--train_batch_size", 15, "--gradient_accumulation_steps", 2])
+    for further in ([], *others, ["--pretrained_dir", "nowhere.npz"], ["--bf16", "--fp16_opt_level", "O0"]):
+        call_main(train, [*flags, *further, "--mode", "eval"], monkeypatch)
+        printed = capsys.readouterr().out
+        assert printed.startswith("ViT-Mini_4 on digits: 360 test images, 10 classes, at 8x8, cpu\n")
+        assert figures(printed)["weights"] == f"{folder / 'best.safetensors'}, of step {best['step']}"
+        assert_fits(printed, expected)
+    assert contents(folder) == before
+
+    printed = succeed("train.py", *flags, "--eval_batch_size", 7, "--mode", "eval", processes=3)
+    assert printed.startswith("ViT-Mini_4 on digits: 360 test images, 10 classes, at 8x8, 3 processes on cpu\n")
+    assert_fits(printed, expected)
+    assert contents(folder) == before
+
+
+def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, capsys, one_process, tmp_path):
+    weights = {}
+    for classes in (10, 21):
+        shapes = build_model("ViT-Mini_4", 8, classes).export_npz().items()
+        weights[classes] = tmp_path / f"{classes}.npz"
+        np.savez(weights[classes], **make_checkpoint({key: array.shape for key, array in shapes}))
+    model = build_model("ViT-Mini_4", img_size=8)
+    model.load_from(np.load(weights[10]), head="keep")
+    expected = measured(model, one_process)
+    assert 0 < expected["top-1"] < expected["top-5"] < 100
+    call_main(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[10]), monkeypatch)
+    printed = capsys.readouterr().out
+    assert figures(printed)["weights"] == str(weights[10])
+    assert_fits(printed, expected)
+    message = fails(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[21]), monkeypatch, capsys)
+    assert "21.npz does not fit ViT-Mini_4: head/" in message
+    assert "the checkpoint has 21 classes, the model 10" in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("module", [train_resnet, train_flops])
+def test_the_cnns_are_tested_by_their_scripts(module, tiny_flags, monkeypatch, capsys):
+    """Of the small size, in place of theirs."""
+    monkeypatch.setattr(
+        train_resnet,
+        "build_model",
+        lambda model_type, *arguments, **named: build_model("ResNet-Mini_Flops", 8, **named),
+    )
+    flags = tiny_flags("--num_steps", 2, "--eval_every", 2)
+    at = flags.index("--model_type")
+    flags = flags[:at] + flags[at + 2 :]
+    assert "run/best.safetensors does not exist" in fails(module, [*flags, "--mode", "eval"], monkeypatch, capsys)
+    call_main(module, flags, monkeypatch)
+    capsys.readouterr()
+    call_main(module, [*flags, "--mode", "eval"], monkeypatch)
+    row = metrics(flags)[-1]
+    expected = {"top-1": 100 * float(row["test_accuracy"]), "loss": float(row["test_loss"])}
+    assert_fits(capsys.readouterr().out, expected)
+
+
+def test_what_can_not_be_tested(tiny_flags, monkeypatch, capsys, tmp_path):
+    flags = tiny_flags("--mode", "eval")
+    message = fails(train, flags, monkeypatch, capsys)
+    assert f"--mode eval: {run_dir(flags) / 'best.safetensors'} does not exist and no --pretrained_dir" in message
+    assert "nowhere.npz does not exist" in fails(
+        train, [*flags, "--pretrained_dir", "nowhere.npz"], monkeypatch, capsys
+    )
+    assert not (tmp_path / "output").exists()
+    assert "unknown mode 'test'; did you mean train, eval" in fails(
+        train, [*flags, "--mode", "test"], monkeypatch, capsys
+    )
+    call_main(train, tiny_flags("--num_steps", 2), monkeypatch)
+    capsys.readouterr()
+    message = fails(train, [*flags, "--model_type", "ViT-Ti_16", "--img_size", 16], monkeypatch, capsys)
+    assert "best.safetensors does not fit the model: " in message
+    path = run_dir(flags) / "config.json"
+    assert read_config(run_dir(flags))["classes"][3] == "3"
+    path.write_text(path.read_text().replace('"3",', '"drei",'))
+    message = fails(train, flags, monkeypatch, capsys)
+    assert "best.safetensors was trained on other classes: 'drei' stands where digits has '3'" in message
