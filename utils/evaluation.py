@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils.distributed import sum_over_processes
+from utils.errors import UserError
 
 
 @torch.no_grad()
 def evaluate(model, test_set, img_size, batch_size, precision, world, per_class=False):
     """{"loss", "accuracy", "top5_accuracy"} as fractions, and with `per_class` the "confusion" counts.
 
-    `confusion` is an int64 tensor (classes, classes): rows are the true class, columns the prediction.
+    `confusion` is an int64 tensor (classes, classes): rows are the true class, columns the prediction. Raises UserError
+    where all pictures are broken.
     """
     was_training = model.training
     model.eval()
@@ -38,6 +40,8 @@ def evaluate(model, test_set, img_size, batch_size, precision, world, per_class=
     model.train(was_training)
     totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()
+    if not count:
+        raise UserError(f"none of the {len(test_set)} test pictures can be read")
     result = {"loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
     if per_class:
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()

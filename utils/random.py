@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-ORDER, AUGMENTATION, DROPOUT = range(3)  # the purposes, each a stream of its own
+ORDER, AUGMENTATION, DROPOUT, RAND_AUGMENT = range(4)  # the purposes, each a stream of its own
 
 
 def random_words(seed, purpose, counters, count):
