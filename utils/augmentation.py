@@ -129,10 +129,11 @@ def normalise(images, mean_std="half"):
 
     `images` are (..., 3, H, W), `mean_std` is a name in MEAN_STD.
     """
+    result = images.to(torch.float32, copy=True)  # worked on in place: further memory would cost more than the sums
     if mean_std == "half":
-        return images.float() * (2 / 255) - 1
+        return result.mul_(2 / 255).sub_(1)
     mean, std = channels(mean_std, images.device)
-    return (images.float() / 255 - mean) / std
+    return result.mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def denormalise(images, mean_std="half"):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
@@ -277,7 +277,7 @@ class Picture:
             with contextlib.suppress(
                 RuntimeError
             ):  # then Pillow, which knows more kinds and tells better what is wrong
-                return decode_jpeg(torch.from_numpy(self.data), mode=ImageReadMode.RGB)
+                return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
         with named(self.path):
             if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 return torch.from_numpy((np.array(self.image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
