@@ -18,7 +18,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
@@ -34,6 +33,13 @@ from utils.augmentation import (
 from utils.distributed import first_on_each_machine
 from utils.errors import UserError
 from utils.random import DROPOUT, random_words, samples_at
+
+try:
+    from torchvision.io import decode_jpeg
+except (
+    ImportError
+):  # torchvision 0.29 announces that a later one leaves decoding to torchcodec; Pillow then does it all
+    decode_jpeg = None
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IN_MEMORY_BYTES = 2 * 2**30
@@ -273,7 +279,7 @@ class Picture:
 
     def decode(self):
         """The whole picture, uint8 (3, H, W)."""
-        if self.is_colour_jpeg:
+        if self.is_colour_jpeg and decode_jpeg:
             with contextlib.suppress(
                 RuntimeError
             ):  # then Pillow, which knows more kinds and tells better what is wrong
