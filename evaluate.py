@@ -1,11 +1,11 @@
 """Accuracy of a run's checkpoint or of Google's .npz on a data set, or its five best classes for single images."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
 
 import torch
-from torchvision.transforms.v2 import functional as tv
 
 from models import MODEL_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type, num_classes_of
 from utils.arguments import (
@@ -18,7 +18,7 @@ from utils.arguments import (
     positive,
     reduction_of,
 )
-from utils.augmentation import normalise
+from utils.augmentation import normalise, stretch
 from utils.checkpoint import load_into, load_weights
 from utils.datasets import DATASETS, read_image
 from utils.distributed import world
@@ -28,6 +28,9 @@ from utils.precision import make_precision
 from utils.pretrained import download as fetch_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
 from utils.tracking import read_config
+
+# Of ImageNet-1k's sorted class ids (wnids), joined by blanks: in this order torchvision names them.
+IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
 
 
 def main():
@@ -42,10 +45,10 @@ def main():
         precision = make_precision(args, processes.device)
         precision.cast(model)
         if args.images:
-            report = classify(model, args.images, classes, img_size, precision, processes.device)
+            report = classify(model, args.images, classes, img_size, precision, processes.device, flags)
             text = classification_text(report)
         else:
-            report = measure(model, classes, img_size, precision, processes, args)
+            report = measure(model, classes, img_size, precision, processes, args, flags)
             text = accuracy_text(report)
         if processes.rank == 0:
             print(json.dumps(report, indent=2) if args.json else text)
@@ -137,8 +140,15 @@ def class_names(num_classes):
     return [f"class {number}" for number in range(num_classes)]
 
 
-def measure(model, classes, img_size, precision, processes, args):
-    """Evaluate on the test set and draw the confusion matrix."""
+def readable(classes):
+    """The names to show: where folders are ImageNet's 1000 classes, what they mean stands before their ids."""
+    if hashlib.sha256(" ".join(classes).encode()).hexdigest() != IMAGENET_WNIDS_SHA256:
+        return classes
+    return [f"{name} ({wnid})" for name, wnid in zip(class_names(1000), classes, strict=True)]
+
+
+def measure(model, classes, img_size, precision, processes, args, flags):
+    """Evaluate on the test set, its images normalised as in the run of these flags, and draw the confusion matrix."""
     picture = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
     check_picture_path(picture, "--confusion_matrix")
     dataset = args.dataset or "cifar10"
@@ -147,7 +157,8 @@ def measure(model, classes, img_size, precision, processes, args):
     found = source.count_classes(data_dir)
     if found != len(classes):
         raise UserError(f"{args.checkpoint} tells {len(classes)} classes apart, {dataset} has {found}")
-    test_set = source.load(False, data_dir, processes, args.num_workers)
+    how = {"mean_std": mean_std_of(flags), "skip_broken": args.skip_broken}
+    test_set = source.load(False, data_dir, processes, args.num_workers, **how)
     if not args.checkpoint.endswith(".npz"):
         check_classes(args.checkpoint, classes, dataset, test_set.classes)
     start = time.perf_counter()
@@ -155,22 +166,25 @@ def measure(model, classes, img_size, precision, processes, args):
     result = evaluate(model, test_set, size, args.eval_batch_size, precision, processes, per_class=True)
     seconds = time.perf_counter() - start
     confusion = result["confusion"]
+    names = readable(test_set.classes)
     if processes.rank == 0:
         from utils.visualize import plot_confusion_matrix, save
 
         title = f"{checkpoint_title(args.checkpoint)} on {dataset}"
-        save(plot_confusion_matrix(confusion, test_set.classes, title), picture)
+        save(plot_confusion_matrix(confusion, names, title), picture)
     images = confusion.sum(dim=1)
-    per_class = zip(test_set.classes, (confusion.diagonal() / images).tolist(), images.tolist(), strict=True)
+    per_class = zip(names, (confusion.diagonal() / images).tolist(), images.tolist(), strict=True)
+    count = int(images.sum())
     return {
         "checkpoint": str(args.checkpoint),
         "dataset": dataset,
-        "images": len(test_set),
+        "images": count,
+        "skipped": len(test_set) - count,
         "loss": result["loss"],
         "top1_accuracy": result["accuracy"],
         "top5_accuracy": result["top5_accuracy"],
         "per_class_accuracy": {name: accuracy for name, accuracy, count in per_class if count},
-        "images_per_second": len(test_set) / seconds,
+        "images_per_second": count / seconds,
         "confusion_matrix": str(picture),
     }
 
@@ -179,8 +193,9 @@ def accuracy_text(report):
     per_class = sorted(report["per_class_accuracy"].items(), key=lambda item: item[1])
     shown = per_class if len(per_class) <= 20 else per_class[:10]
     width = max(len(name) for name, _ in shown)
+    skipped = f", {report['skipped']} more could not be read" if report["skipped"] else ""
     lines = [
-        f"{report['checkpoint']} on {report['dataset']}: {report['images']} test images",
+        f"{report['checkpoint']} on {report['dataset']}: {report['images']} test images{skipped}",
         f"top-1 {100 * report['top1_accuracy']:.2f} %   top-5 {100 * report['top5_accuracy']:.2f} %   "
         f"loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
         f"accuracy of {'each class' if shown is per_class else 'the ten hardest classes'}, lowest first:",
@@ -190,13 +205,13 @@ def accuracy_text(report):
     return "\n".join(lines)
 
 
-def classify(model, paths, classes, img_size, precision, device):
+def classify(model, paths, classes, img_size, precision, device, flags):
     """[{"image": path, "classes": [{"class": name, "probability": p}, ...]}, ...], the five best first."""
-    report = []
+    report, classes = [], readable(classes)
     for path in paths:
-        image = prepare_image(read_image(path), img_size)
+        images = prepare_image(read_image(path), img_size, flags)[None].to(device)
         with precision.autocast():
-            logits = model(precision.inputs(normalise(image[None].to(device))))
+            logits = model(precision.inputs(normalise(images, mean_std_of(flags))))
         best = logits.float().softmax(dim=1)[0].topk(min(5, len(classes)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         report.append({"image": path, "classes": [{"class": classes[i], "probability": p} for i, p in pairs]})
@@ -208,9 +223,18 @@ def checkpoint_title(checkpoint):
     return "/".join(Path(checkpoint).resolve().parts[-2:])
 
 
-def prepare_image(image, img_size):
-    """A picture of any size, uint8 (3, H, W), as a square: uint8 (3, img_size, img_size)."""
-    return tv.resize(image, [img_size, img_size], antialias=True)
+def prepare_image(image, img_size, flags=None):
+    """A picture of any size, uint8 (3, H, W), as a square, uint8 (3, img_size, img_size).
+
+    `flags` are those of the model's run, {} or None without one: its evaluation says what becomes of the edges.
+    """
+    prepare = DATASETS[flags["dataset"]].prepare if flags else stretch
+    return prepare(image, (img_size, img_size))
+
+
+def mean_std_of(flags):
+    """The run's --mean_std; Google's models, and runs from before there was the flag, have "half"."""
+    return flags.get("mean_std", "half")
 
 
 def classification_text(report):

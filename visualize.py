@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from evaluate import checkpoint_title, load_model, prepare_image
+from evaluate import checkpoint_title, load_model, mean_std_of, prepare_image, readable
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.arguments import Parser, add_checkpoint_flags, add_reduction_flags, natural, reduction_of
-from utils.augmentation import normalise
-from utils.datasets import check_image, pictures_below, read_image
+from utils.augmentation import centre_crop, centre_square, normalise
+from utils.datasets import DATASETS, check_image, pictures_below, read_image
 from utils.distributed import choose_device
 from utils.errors import UserError, run_script
 from utils.tracking import read_run
@@ -49,15 +49,13 @@ def main():
     if args.curves:
         write(plot_runs(runs_of(args.curves)), args, "curves")
     if args.checkpoint:
-        model, classes, img_size, _ = load_model(
+        model, classes, img_size, flags = load_model(
             args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
         )
         model.to(choose_device()).eval()
         name = checkpoint_title(args.checkpoint)
-        if hasattr(model, "forward_with_attention"):
-            draw_attention(model, classes, img_size, name, args)
-        else:
-            draw_grad_cam(model, classes, img_size, name, args)
+        draw = draw_attention if hasattr(model, "forward_with_attention") else draw_grad_cam
+        draw(model, readable(classes), img_size, name, args, flags)
 
 
 def parse_flags():
@@ -111,7 +109,7 @@ def check_output(folder, flag="--output_dir"):
         raise UserError(f"{folder} can't be written; see {flag}")
 
 
-def draw_attention(model, classes, img_size, name, args):
+def draw_attention(model, classes, img_size, name, args, flags):
     """All pictures of a ViT's attention that the flags ask for."""
     depth = len(model.blocks)
     wanted = {kind for kind in KINDS if getattr(args, kind)}
@@ -141,8 +139,8 @@ def draw_attention(model, classes, img_size, name, args):
     grid, merged, distances = [], [], 0
     for path, label in zip(args.image, labels_of(args.image), strict=True):
         image = read_image(path)
-        logits, attention, clusters = look_at_clusters(model, image, img_size)
-        image, best = shrunk(image), caption(logits, classes)
+        logits, attention, clusters = look_at_clusters(model, image, img_size, flags)
+        image, best = shrunk(seen(image, flags)), caption(logits, classes)
         title = f"{Path(path).name}: {best}\n{name}"
         if "rollout" in wanted:
             mask = class_token_mask(rollout(attention)[0], grid_size).cpu()
@@ -175,7 +173,7 @@ def blocks_to_draw(depth):
     return [block for block in (0, 3, 6, 9) if block < depth]
 
 
-def draw_grad_cam(model, classes, img_size, name, args):
+def draw_grad_cam(model, classes, img_size, name, args, flags):
     """Grad-CAM of a CNN for each picture's predicted class."""
     for kind in KINDS:
         if getattr(args, kind):
@@ -187,11 +185,11 @@ def draw_grad_cam(model, classes, img_size, name, args):
     grid = []
     for path, label in zip(args.image, labels_of(args.image), strict=True):
         image = read_image(path)
-        batch = normalise(prepare_image(image, img_size)[None].to(device))
+        batch = batch_of(image, img_size, flags, device)
         with torch.no_grad():
             logits = model(batch)
         mask = grad_cam(model, model.stages[-1].blocks, batch, logits.argmax(dim=1))[0].cpu()
-        image, best = shrunk(image), caption(logits, classes)
+        image, best = shrunk(seen(image, flags)), caption(logits, classes)
         if len(grid) < GRID:
             grid.append((image, mask, f"{Path(path).name}\n{best}"))
         title = f"{Path(path).name}: {best}\n{name}"
@@ -227,16 +225,26 @@ def first_layer(model):
     return model.patch_embed.stem.conv_root if model.patch_embed.stem else model.patch_embed.proj
 
 
-def look(model, image, img_size):
-    """(logits, attention) of one picture, uint8 (3, H, W)."""
-    return look_at_clusters(model, image, img_size)[:2]
+def look(model, image, img_size, flags=None):
+    """(logits, attention) of one picture, uint8 (3, H, W), for the model of a run with these flags, if of one."""
+    return look_at_clusters(model, image, img_size, flags)[:2]
 
 
 @torch.no_grad()
-def look_at_clusters(model, image, img_size):
+def look_at_clusters(model, image, img_size, flags=None):
     """The same and the Clusters of the token reduction, or None."""
-    batch = normalise(prepare_image(image, img_size)[None].to(model.pos_embed.device))
-    return attention_of(model, batch)
+    return attention_of(model, batch_of(image, img_size, flags, model.pos_embed.device))
+
+
+def batch_of(image, img_size, flags, device):
+    """The model's input (1, 3, img_size, img_size), as in the evaluation of the run with these flags."""
+    return normalise(prepare_image(image, img_size, flags)[None].to(device), mean_std_of(flags or {}))
+
+
+def seen(image, flags):
+    """The part of a picture, (3, H, W), that the model gets to see: less than all after a run on centre crops."""
+    cropped = flags and DATASETS[flags["dataset"]].prepare is centre_crop
+    return centre_square(image) if cropped else image
 
 
 def caption(logits, classes):

@@ -201,18 +201,20 @@ def draw_figures(finished, args):
     """For each architecture and start: the curves of all norms, and their attention on the same test pictures."""
     device = choose_device()
     flags = next(iter(finished.values())).flags
-    test_set = DATASETS[flags.dataset].load(False, flags.data_dir, World(0, 1, 0, device), flags.num_workers)
+    places = (flags.data_dir, World(0, 1, 0, device), flags.num_workers)
+    test_set = DATASETS[flags.dataset].load(False, *places, mean_std=flags.mean_std, skip_broken=flags.skip_broken)
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
     for model_type, start in dict.fromkeys(key[:2] for key in finished):
         runs = {norm: run for (*others, norm), run in finished.items() if others == [model_type, start]}
         name = args.figures / f"{model_type}-{start}"
         title = f"{model_type}, {STARTS[start]}, on {data_name(flags)}"
         write(plot_runs({norm: [read_metrics(run.folder)] for norm, run in runs.items()}, title), f"{name}-curves.png")
+        originals = denormalise(images, flags.mean_std).cpu()
         rows = [{} for _ in images]  # of each picture, {norm and prediction: its masks}
         for norm, run in runs.items():
             for of_picture, (best, masks) in zip(rows, looked_at(run, images, test_set.classes, device), strict=True):
                 of_picture[f"{norm}\npredicted:\n{best}"] = masks
-        for number, (image, label, of_picture) in enumerate(zip(denormalise(images).cpu(), labels, rows, strict=True)):
+        for number, (image, label, of_picture) in enumerate(zip(originals, labels, rows, strict=True)):
             title_of_picture = f"{title}: attention of the class token, a test picture of {test_set.classes[label]}"
             write(plot_attention_rows(image, of_picture, title_of_picture), f"{name}-attention-{number + 1}.png")
 

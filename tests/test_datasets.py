@@ -1,5 +1,6 @@
 """Data sets: what they hold, the order they come in, and the errors for broken ones."""
 
+import os
 import pickle
 import tarfile
 
@@ -10,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import write_pictures
+from utils.augmentation import Augmentation
 from utils.datasets import DATASETS, FolderImages, TensorImages, read_image, stream_positions
 from utils.distributed import World
 from utils.errors import UserError
@@ -40,7 +42,8 @@ def test_the_first_examples_of_each_class(image_folder, one_process):
         assert torch.equal(few.images[few.labels == label], whole.images[whole.labels == label][:3])
     assert few.classes == whole.classes
     folder = DATASETS["imagefolder"].load(True, image_folder, one_process, 0, examples_per_class=5)
-    assert [path[-11:] for path in folder.paths] == [f"{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(5)]
+    names = [os.fsdecode(path)[-11:] for path in folder.paths]
+    assert names == [f"{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(5)]
     assert len(DATASETS["imagefolder"].load(True, image_folder, one_process, 0, examples_per_class=99)) == 16
 
 
@@ -81,11 +84,11 @@ def test_files_in_memory_and_from_workers_give_the_same_batches(tmp_path, one_pr
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
     in_memory = TensorImages(images, labels, map(str, labels), CPU)
     batches = [np.arange(0, 6), np.arange(6, 12)]
-    expected = list(in_memory.train_batches(batches, 1, (16, 16), 0.1, True))
+    expected = list(in_memory.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
     expected_eval = list(in_memory.eval_batches((16, 16), 4, one_process))
     for workers in (0, 1, 2):
         on_disk = FolderImages(paths, labels, map(str, labels), CPU, workers)
-        found = list(on_disk.train_batches(batches, 1, (16, 16), 0.1, True))
+        found = list(on_disk.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
         found += list(on_disk.eval_batches((16, 16), 4, one_process))
         for (mine, my_labels), (theirs, their_labels) in zip(found, expected + expected_eval, strict=True):
             assert torch.equal(my_labels, their_labels)
@@ -185,7 +188,7 @@ def test_a_broken_picture_met_by_a_worker_is_named_in_one_line(workers, tmp_path
     paths[1].write_bytes(b"\x89PNG broken")
     data = FolderImages(paths, [0, 0], ["one"], CPU, workers)
     with pytest.raises(UserError) as error:
-        list(data.train_batches([np.arange(2)], 0, (8, 8), 0.5, False))
+        list(data.train_batches([np.arange(2)], Augmentation(0, (8, 8), 0.5, False)))
     assert str(error.value).startswith(f"{paths[1]} is not a readable picture")
     assert "\n" not in str(error.value)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from utils.datasets import DATASETS, image_folders
+from utils.augmentation import MAX_MAGNITUDE, MEAN_STD
+from utils.datasets import DATASETS, FOLDERS, MAX_WORKERS, class_folders, image_folders
 from utils.distributed import PARALLEL
 from utils.errors import UserError
 from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
@@ -60,7 +61,7 @@ def training_parser(description):
     run.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
     run.add_argument(
-        "--seed", type=seed, default=42, metavar="N", help="of the weights, the sample order, crops and dropout"
+        "--seed", type=seed, default=42, metavar="N", help="of the weights, the sample order, augmentation and dropout"
     )
     run.add_argument(
         "--wandb",
@@ -100,6 +101,22 @@ def training_parser(description):
         help="smallest random crop as a share of the image's area; 1: no cropping but of the aspect ratio",
     )
     data.add_argument("--horizontal_flip", action="store_true", help="mirror half of the training images")
+    data.add_argument(
+        "--rand_augment",
+        type=natural,
+        nargs=2,
+        metavar=("N", "M"),
+        help=f"torchvision's RandAugment after crop and flip: N operations of magnitude M, {MAX_MAGNITUDE} at most, as "
+        "in 2 9; done picture by picture, which is slow for data sets in memory; default: none",
+    )
+    data.add_argument(
+        "--mean_std",
+        type=one_of("mean and standard deviation", MEAN_STD),
+        default="half",
+        metavar="NAME",
+        help="which mean and standard deviation pixels are normalised by: half, 0.5 and 0.5 as Google's checkpoints "
+        "expect, or imagenet, each channel's own",
+    )
 
     training = parser.add_argument_group("training")
     training.add_argument(
@@ -258,14 +275,20 @@ def add_data_flags(group, default):
         "--data_dir",
         default=default and "data",
         metavar="DIR",
-        help="where CIFAR is downloaded to; for imagefolder: the folder with train/ and val/ or test/",
+        help="where CIFAR is downloaded to; for imagefolder and imagenet: the folder with train/ and val/ or test/, "
+        "and a folder a class in each",
     )
     group.add_argument(
         "--num_workers",
         type=natural,
-        default=min(8, os.cpu_count()),
         metavar="N",
-        help="processes that read pictures which do not fit in memory",
+        help="processes that read pictures which are not kept in memory, for each training process; default: its "
+        f"share of the cores, {MAX_WORKERS} at most",
+    )
+    group.add_argument(
+        "--skip_broken",
+        action="store_true",
+        help="name pictures that can't be read and go on without them: training takes the next one, tests leave it out",
     )
 
 
@@ -397,6 +420,9 @@ def check_flags_together(args, make_model):
         import_wandb()
     if args.download and not args.pretrained_dir:
         raise UserError("--download needs --pretrained_dir, the path to download to")
+    if args.rand_augment and not (args.rand_augment[0] and args.rand_augment[1] <= MAX_MAGNITUDE):
+        given = " ".join(map(str, args.rand_augment))
+        raise UserError(f"--rand_augment {given}: give 1 or more operations and a magnitude of {MAX_MAGNITUDE} at most")
     try:
         with torch.device("meta"):
             model = make_model(num_classes=1)
@@ -446,8 +472,9 @@ def check_division(args):
 
 def check_files(args):
     """Whether the data and the weights are there, as far as can be told without reading them. Raises UserError."""
-    if args.dataset == "imagefolder":
-        image_folders(args.data_dir)
+    if args.dataset in FOLDERS:
+        for folder in image_folders(args.data_dir):
+            class_folders(folder)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
         raise UserError(

@@ -1,17 +1,37 @@
-"""Random resized crops and flips, for a whole batch at once on the training device, or for one image in a worker.
+"""Random resized crops, flips and RandAugment: for a batch on the training device, or for one image in a worker.
 
-Which crop a sample gets is a function of (seed, epoch, sample index) alone.
+What a sample gets is a function of (seed, epoch, sample index) alone.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
-from utils.random import AUGMENTATION, random_uniform
+from utils.random import AUGMENTATION, RAND_AUGMENT, random_uniform, random_words
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 ATTEMPTS = 10
+MAX_MAGNITUDE = 30  # of RandAugment, by the paper's scale
+MEAN_STD = {  # of the three channels, as shares of 255
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # what Google's checkpoints were trained with
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's own, as in torchvision
+}
+VALIDATION_RESIZE = 256 / 224  # of the shorter side, before the centre crop of ImageNet's validation
+
+
+class Augmentation(NamedTuple):
+    """How training images are made: crop, flip and RandAugment, in this order."""
+
+    seed: int
+    img_size: tuple  # (height, width) in pixels
+    min_crop_scale: float  # smallest crop, as a share of the image's area
+    flip: bool  # whether half of the images are mirrored
+    rand_augment: tuple | None = None  # (operations an image, their magnitude from 0 to 30)
 
 
 def random_crops(seed, epochs, indices, num_samples, heights, widths, min_scale, max_scale=1.0):
@@ -71,11 +91,60 @@ def resize_weights(start, length, in_size, out_size, flips=None):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def normalise(images):
-    """Bytes or floats in [0, 255] -> float32 with mean 0.5 and standard deviation 0.5 taken off: [-1, 1]."""
-    return images.float() * (2 / 255) - 1
+def rand_augmented(image, word, operations, magnitude):
+    """torchvision's RandAugment of an image, uint8 (3, H, W), drawn from the random word alone."""
+    with torch.random.fork_rng(devices=[]):  # it draws on the CPU, wherever the image is
+        torch.default_generator.manual_seed(int(word))
+        return rand_augment(operations, magnitude)(image)
 
 
-def denormalise(images):
+@functools.cache
+def rand_augment(operations, magnitude):
+    return v2.RandAugment(operations, magnitude, num_magnitude_bins=MAX_MAGNITUDE + 1)
+
+
+def rand_augment_words(seed, epochs, indices, num_samples):
+    """uint64 (B,): what each sample's RandAugment is drawn from."""
+    return random_words(seed, RAND_AUGMENT, epochs * num_samples + indices, 1)[:, 0]
+
+
+def stretch(image, img_size):
+    """A whole image, uint8 (3, H, W), in the size asked for, whatever that does to its aspect ratio."""
+    return tv.resize(image, list(img_size), antialias=True)
+
+
+def centre_crop(image, img_size):
+    """ImageNet's usual validation: the shorter side of uint8 (3, H, W) to 256/224 of `img_size`, then its centre."""
+    image = tv.resize(image, [round(max(img_size) * VALIDATION_RESIZE)], antialias=True)
+    return tv.center_crop(image, list(img_size))
+
+
+def centre_square(image):
+    """The part of an image, (3, H, W), that `centre_crop` shows."""
+    return tv.center_crop(image, [round(min(image.shape[1:]) / VALIDATION_RESIZE)])
+
+
+def normalise(images, mean_std="half"):
+    """Bytes or floats in [0, 255] -> float32 less the mean, by the standard deviation; half: in [-1, 1].
+
+    `images` are (..., 3, H, W), `mean_std` is a name in MEAN_STD.
+    """
+    result = images.to(torch.float32, copy=True)  # worked on in place: further memory would cost more than the sums
+    if mean_std == "half":
+        return result.mul_(2 / 255).sub_(1)
+    mean, std = channels(mean_std, images.device)
+    return result.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def denormalise(images, mean_std="half"):
     """The bytes, uint8, that `normalise` made these images of."""
-    return ((images + 1) * (255 / 2)).round().clamp(0, 255).to(torch.uint8)
+    if mean_std == "half":
+        return ((images + 1) * (255 / 2)).round().clamp(0, 255).to(torch.uint8)
+    mean, std = channels(mean_std, images.device)
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@functools.cache  # a copy to a GPU a run, not a step
+def channels(mean_std, device):
+    """(mean, standard deviation), each (3, 1, 1)."""
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in MEAN_STD[mean_std])

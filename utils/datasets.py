@@ -6,6 +6,7 @@ Both kinds have the same two methods: `train_batches`, the endless shuffled stre
 
 import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -14,36 +15,55 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from utils.augmentation import normalise, random_crops, resized_crops
+from utils.augmentation import (
+    centre_crop,
+    normalise,
+    rand_augment_words,
+    rand_augmented,
+    random_crops,
+    resized_crops,
+    stretch,
+)
 from utils.distributed import first_on_each_machine
 from utils.errors import UserError
 from utils.random import DROPOUT, random_words, samples_at
+
+try:
+    from torchvision.io import decode_jpeg
+except (
+    ImportError
+):  # torchvision 0.29 announces that a later one leaves decoding to torchcodec; Pillow then does it all
+    decode_jpeg = None
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IN_MEMORY_BYTES = 2 * 2**30
 IN_MEMORY_SIDE = 256  # pixels; a batch of larger pictures would be large itself before it is cropped
 IGNORED_FOLDERS = {"__MACOSX"}
+MAX_WORKERS = 16  # what decodes for the fastest GPU; each holds two batches ready
+REDUCTIONS = (8, 4, 2)  # at which a JPEG is decoded straight from its frequencies
 DIGITS_SPLIT_SEED = 0
 
 
 class Source(NamedTuple):
-    """Where a data set comes from; both raise UserError that names the folder or file at fault.
+    """Where a data set comes from; the first two raise UserError that names the folder or file at fault.
 
-    `count_classes(data_dir)` is quick; `load(train, data_dir, world, num_workers, examples_per_class=None)` reads the
-    training or the test set, or the first examples of each class.
+    `count_classes(data_dir)` is quick; `load(train, data_dir, world, num_workers, examples_per_class=None,
+    mean_std="half", skip_broken=False)` reads the training or the test set, or the first examples of each class;
+    `prepare(image, img_size)` is what evaluation does to an image, uint8 (3, H, W) -> (3, *img_size).
     """
 
     count_classes: Callable
     load: Callable
+    prepare: Callable = stretch
 
 
-def load_digits(train, data_dir, world, num_workers, examples_per_class=None):
+def load_digits(train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -53,10 +73,12 @@ def load_digits(train, data_dir, world, num_workers, examples_per_class=None):
     splits = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED)
     rows = splits[0 if train else 1]
     rows = rows[first_of_each_class(labels[rows], examples_per_class)]
-    return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device)
+    return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device, mean_std)
 
 
-def load_cifar(dataset, train, data_dir, world, num_workers, examples_per_class=None):
+def load_cifar(
+    dataset, train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False
+):
     """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
     try:
         with first_on_each_machine(world):
@@ -69,25 +91,39 @@ def load_cifar(dataset, train, data_dir, world, num_workers, examples_per_class=
     labels = np.asarray(data.targets)
     rows = first_of_each_class(labels, examples_per_class)
     images = np.ascontiguousarray(data.data[rows].transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
-    return TensorImages(images, labels[rows], data.classes, world.device)
+    return TensorImages(images, labels[rows], data.classes, world.device, mean_std)
 
 
-def load_imagefolder(train, data_dir, world, num_workers, examples_per_class=None):
-    """`train/` and `val/` or `test/` below `data_dir`, one folder a class."""
-    train_dir, test_dir = image_folders(data_dir)
-    classes = class_folders(train_dir)
-    unknown = sorted(set(class_folders(test_dir)) - set(classes))
-    if unknown:
-        raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
-    return read_folder(train_dir if train else test_dir, classes, world, num_workers, examples_per_class)
+def load_imagefolder(train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
+    """`train/` and `val/` or `test/` below `data_dir`, one folder a class.
+
+    In memory where all pictures are of one size and fit, otherwise read by workers.
+    """
+    paths, labels, classes = list_folder(train, data_dir, examples_per_class)
+    images = read_images_of_one_size(paths, quiet=world.rank > 0, skip_broken=skip_broken)
+    if images is None:
+        return FolderImages(paths, labels, classes, world.device, num_workers, stretch, mean_std, skip_broken)
+    return TensorImages(images, labels, classes, world.device, mean_std)
+
+
+def load_imagenet(train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
+    """ImageNet-1k, or another set of its size, in folders as for `load_imagefolder`; always read by workers."""
+    paths, labels, classes = list_folder(train, data_dir, examples_per_class)
+    return FolderImages(paths, labels, classes, world.device, num_workers, centre_crop, mean_std, skip_broken)
+
+
+def count_class_folders(data_dir):
+    return len(class_folders(image_folders(data_dir)[0]))
 
 
 DATASETS = {
     "cifar10": Source(lambda data_dir: 10, functools.partial(load_cifar, CIFAR10)),
     "cifar100": Source(lambda data_dir: 100, functools.partial(load_cifar, CIFAR100)),
     "digits": Source(lambda data_dir: 10, load_digits),
-    "imagefolder": Source(lambda data_dir: len(class_folders(image_folders(data_dir)[0])), load_imagefolder),
+    "imagefolder": Source(count_class_folders, load_imagefolder),
+    "imagenet": Source(count_class_folders, load_imagenet, centre_crop),
 }
+FOLDERS = ("imagefolder", "imagenet")  # those that --data_dir must hold already
 
 
 def first_of_each_class(labels, count):
@@ -109,18 +145,41 @@ def image_folders(data_dir):
 
 def class_folders(folder):
     """Sorted names of the classes. Raises UserError where there is none."""
+    folders, files = [], []
     try:
-        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        for entry in os.scandir(folder):
+            (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from error
     names = sorted(name for name in folders if name not in IGNORED_FOLDERS and not name.startswith("."))
     if not names:
-        raise UserError(f"{folder} has no folders; it needs one folder a class")
+        raise UserError(f"{folder} has no folders; it needs one folder a class{way_to_folders(folder, files)}")
     return names
 
 
-def read_folder(folder, classes, world, num_workers, examples_per_class):
-    """TensorImages where all pictures are of one size and fit into memory, otherwise FolderImages."""
+def way_to_folders(folder, files):
+    """What to do where `files` lie in place of the classes: ImageNet's archives are unpacked in two steps."""
+    if any(is_picture(file) for file in files):
+        return (
+            f", but its {len(files)} files lie side by side; valprep.sh of github.com/soumith/imagenetloader.torch, "
+            "run in it, moves those of ImageNet's val/ into their classes' folders"
+        )
+    if any(file.endswith(".tar") for file in files):
+        return f", but holds {len(files)} archives; unpack each into a folder of its name"
+    return ""
+
+
+def list_folder(train, data_dir, examples_per_class):
+    """(paths of the pictures, their labels, names of the classes) of the training or the test folder.
+
+    Only names are read, not the files, so that 1.3 million of them take seconds.
+    """
+    train_dir, test_dir = image_folders(data_dir)
+    classes = class_folders(train_dir)
+    unknown = sorted(set(class_folders(test_dir)) - set(classes))
+    if unknown:
+        raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
+    folder = train_dir if train else test_dir
     paths, labels = [], []
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
@@ -128,10 +187,7 @@ def read_folder(folder, classes, world, num_workers, examples_per_class):
         files = pictures_below(folder / name)[:examples_per_class]
         paths += files
         labels += [label] * len(files)
-    images = read_images_of_one_size(paths, quiet=world.rank > 0)
-    if images is None:
-        return FolderImages(paths, labels, classes, world.device, num_workers)
-    return TensorImages(images, labels, classes, world.device)
+    return paths, labels, classes
 
 
 def pictures_below(folder):
@@ -144,159 +200,321 @@ def pictures_below(folder):
         os.path.join(place, file)
         for place, _, files in os.walk(folder, onerror=unreadable)
         for file in files
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+        if is_picture(file)
     )
     if not paths:
         raise UserError(f"{folder} has no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return paths
 
 
-def read_images_of_one_size(paths, quiet):
-    """uint8 (n, 3, h, w), or None where the sizes differ, or are too large to be kept in memory."""
-    first = read_image(paths[0])
-    if first.numel() * len(paths) > IN_MEMORY_BYTES or max(first.shape) > IN_MEMORY_SIDE:
-        return None
-    images = first.new_empty(len(paths), *first.shape)
-    hidden = quiet or not sys.stderr.isatty()
-    for i, path in enumerate(tqdm(paths, desc="reading pictures", unit="img", delay=2, leave=False, disable=hidden)):
-        image = read_image(path)
-        if image.shape != first.shape:
+def is_picture(file):
+    """Whether a file of this name is taken for a picture."""
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+
+
+def read_images_of_one_size(paths, quiet, skip_broken):
+    """uint8 (n, 3, h, w), or None where the sizes differ, are too large to be kept in memory, or one is to be skipped.
+
+    Raises UserError for a broken picture unless `skip_broken`.
+    """
+    try:
+        first = read_image(paths[0])
+        if first.numel() * len(paths) > IN_MEMORY_BYTES or max(first.shape) > IN_MEMORY_SIDE:
             return None
-        images[i] = image
-    return images
+        images = first.new_empty(len(paths), *first.shape)
+        hidden = quiet or not sys.stderr.isatty()
+        bar = tqdm(paths, desc="reading pictures", unit="img", delay=2, leave=False, disable=hidden)
+        for i, path in enumerate(bar):
+            image = read_image(path)
+            if image.shape != first.shape:
+                return None
+            images[i] = image
+        return images
+    except UserError as error:
+        if skip_broken:
+            return None
+        raise broken(error) from error
+
+
+def broken(error):
+    """The UserError that ends a run which has met a broken picture."""
+    return UserError(f"{error}; --skip_broken leaves such pictures out")
 
 
 @contextlib.contextmanager
-def opened_image(path):
-    """A Pillow image. Raises UserError that names a file which is no readable picture, then or while it is read."""
+def named(path):
+    """Whatever goes wrong inside is a UserError that names the picture."""
     try:
-        with Image.open(path) as image:
-            yield image
+        yield
     except Exception as error:  # Pillow raises nearly every type for one or the other broken file
-        raise UserError(f"{path} is not a readable picture: {error}") from error
+        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable picture: {why}") from error
 
 
 def read_image(path):
     """uint8 (3, H, W). Raises UserError."""
-    with opened_image(path) as image:
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-            return torch.from_numpy((np.array(image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return Picture(path).decode()
 
 
 def check_image(path):
     """Raises UserError where the file is no picture, without decoding all of it."""
-    with opened_image(path) as image:
+    with named(path), Image.open(path) as image:
         image.verify()
+
+
+class Picture:
+    """The bytes of a picture file, read once, and what its header says. All methods raise UserError.
+
+    A JPEG in colour is decoded by torchvision: the same pixels as Pillow's, as a tensor without a further copy. Pillow
+    converts whatever else there is, in ImageNet too: grey, CMYK, PNG under another name.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        with named(path):
+            self.data = np.fromfile(path, dtype=np.uint8)
+            self.image = Image.open(io.BytesIO(self.data))
+        self.size = self.image.height, self.image.width
+        self.is_colour_jpeg = self.image.format == "JPEG" and self.image.mode == "RGB"
+
+    def decode(self):
+        """The whole picture, uint8 (3, H, W)."""
+        if self.is_colour_jpeg and decode_jpeg:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # then Pillow, which knows more kinds and tells better what is wrong
+                return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
+        with named(self.path):
+            if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                return torch.from_numpy((np.array(self.image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
+            return torch.from_numpy(np.array(self.image.convert("RGB"))).permute(2, 0, 1)
+
+    def resized_crop(self, box, out_size):
+        """The box (top, left, height, width) in the size asked for: uint8 (3, *out_size).
+
+        A colour JPEG is decoded at 1/8, 1/4 or 1/2 of its size where the box still has `out_size` pixels then: the
+        fewer are made, the faster. The box then ends at whole pixels of the reduced picture.
+        """
+        top, left, height, width = box
+        fits = (n for n in REDUCTIONS if height >= n * out_size[0] and width >= n * out_size[1])
+        n = next(fits, None) if self.is_colour_jpeg else None
+        if n is None:
+            return tv.resized_crop(self.decode(), *box, size=list(out_size), antialias=True)
+        with named(self.path):
+            self.image.draft("RGB", (self.image.width // n, self.image.height // n))
+            part = self.image.crop([round(edge / n) for edge in (left, top, left + width, top + height)])
+            part = torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        return stretch(part, out_size)
 
 
 class TensorImages:
     """Images of one size in memory, uint8 (n, 3, h, w) on the training device, augmented there as a batch."""
 
-    def __init__(self, images, labels, classes, device):
+    broken = frozenset()  # paths of the pictures that were skipped, as in FolderImages
+
+    def __init__(self, images, labels, classes, device, mean_std="half"):
         self.images = torch.as_tensor(images).to(device)
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64)).to(device)
         self.classes = list(classes)
+        self.mean_std = mean_std
 
     def __len__(self):
         return len(self.images)
 
-    def train_batches(self, batches, seed, img_size, min_crop_scale, flip):
-        """For each array of stream positions: images float32 (B, 3, *img_size) in [-1, 1], labels int64 (B,)."""
+    def train_batches(self, batches, augmentation):
+        """For each array of stream positions: images float32 (B, 3, *img_size), normalised, and labels int64 (B,)."""
+        seed, img_size, min_crop_scale, flip, rand_augment = augmentation
         for positions in batches:
             epochs, indices = samples_at(seed, positions, len(self))
             height, width = self.images.shape[2:]
             boxes, flips = random_crops(seed, epochs, indices, len(self), height, width, min_crop_scale)
             rows = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
             images = resized_crops(self.images[rows], boxes, img_size, flips if flip else None)
-            yield normalise(images), self.labels[rows]
+            if rand_augment:
+                words = rand_augment_words(seed, epochs, indices, len(self))
+                pairs = zip(images.round().to(torch.uint8), words, strict=True)
+                images = torch.stack([rand_augmented(image, word, *rand_augment) for image, word in pairs])
+            yield normalise(images, self.mean_std), self.labels[rows]
 
     def eval_batches(self, img_size, batch_size, world):
         """This process's share of the images, resized: images float32 (B, 3, *img_size), labels int64 (B,)."""
         images, labels = self.images[world.rank :: world.size], self.labels[world.rank :: world.size]
         for some, their_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            yield resized(some, img_size), their_labels
+            yield self.resized(some, img_size), their_labels
 
     def examples(self, count, img_size):
         """Up to `count` images, spread evenly over the set, and their labels, as a batch of `eval_batches`."""
         rows = spread_indices(len(self), count)
-        return resized(self.images[rows], img_size), self.labels[rows]
+        return self.resized(self.images[rows], img_size), self.labels[rows]
+
+    def resized(self, images, img_size):
+        """A batch of whole images, uint8 (B, 3, h, w) -> float32 (B, 3, *img_size), normalised."""
+        boxes = torch.tensor([[0, 0, *images.shape[2:]]]).expand(len(images), -1)
+        return normalise(resized_crops(images, boxes, img_size), self.mean_std)
 
 
 class FolderImages:
-    """Pictures on disk, decoded, cropped and resized by worker processes."""
+    """Pictures on disk, decoded, cropped and resized by worker processes.
 
-    def __init__(self, paths, labels, classes, device, num_workers):
-        self.paths, self.labels, self.classes = paths, labels, list(classes)
+    `num_workers` None is as many as suit this machine; `prepare` is that of the Source. `broken` holds the paths of the
+    pictures that this process has met and, with `skip_broken`, skipped.
+    """
+
+    def __init__(
+        self, paths, labels, classes, device, num_workers, prepare=stretch, mean_std="half", skip_broken=False
+    ):
+        # Arrays, since workers would copy a list of a million strings: they share it only until they count references.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.array(labels, dtype=np.int64)
+        self.classes = list(classes)
         self.device = device
-        self.num_workers = num_workers
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.prepare, self.mean_std = prepare, mean_std
+        self.skip_broken, self.broken = skip_broken, set()
 
     def __len__(self):
         return len(self.paths)
 
-    def train_batches(self, batches, seed, img_size, min_crop_scale, flip):
-        """As TensorImages.train_batches."""
-        crops = TrainCrops(self.paths, self.labels, seed, img_size, min_crop_scale, flip)
-        return self.load(crops, batches)
+    def train_batches(self, batches, augmentation):
+        """As TensorImages.train_batches; a picture that is skipped gives its place to the next readable one."""
+        return self.load(TrainCrops(self.paths, self.labels, augmentation, self.skip_broken), batches)
 
     def eval_batches(self, img_size, batch_size, world):
-        """As TensorImages.eval_batches."""
+        """As TensorImages.eval_batches; pictures that are skipped are missing."""
         share = range(world.rank, len(self), world.size)
         batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
-        return self.load(ResizedImages(self.paths, self.labels, img_size), batches)
+        return self.load(PreparedImages(self.paths, self.labels, self.prepare, img_size), batches)
 
     def examples(self, count, img_size):
         """As TensorImages.examples."""
-        dataset = ResizedImages(self.paths, self.labels, img_size)
-        images, labels = zip(*(dataset[row] for row in spread_indices(len(self), count)), strict=True)
-        return normalise(torch.stack(images).to(self.device)), torch.tensor(labels, device=self.device)
+        dataset = PreparedImages(self.paths, self.labels, self.prepare, img_size)
+        images, labels, faults = collate(dataset.__getitems__(spread_indices(len(self), count)))
+        self.report(faults)
+        return normalise(images.to(self.device), self.mean_std), labels.to(self.device)
 
     def load(self, dataset, batches):
+        """The batches of a Dataset whose `__getitems__` is that of TrainCrops, by workers that start now.
+
+        Training asks once, for its endless stream; each worker has PyTorch's default of two batches ready.
+        """
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )
-        try:
-            for images, labels in loader:
-                yield normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
-        except UserError as error:  # from a worker it comes with that process's traceback in front
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.errors.UserError: ")) from error
+        for images, labels in on_device(self.readable(loader), self.device):
+            yield normalise(images, self.mean_std), labels
+
+    def readable(self, loader):
+        """What could be read of each batch, where anything could."""
+        for images, labels, faults in loader:
+            self.report(faults)
+            if len(labels):
+                yield images, labels
+
+    def report(self, faults):
+        """Name each broken picture once, or raise UserError for the first."""
+        for path, error in faults:
+            if not self.skip_broken:
+                raise broken(error)
+            if path not in self.broken:
+                self.broken.add(path)
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if len(self.broken) == len(self):
+            raise UserError(f"none of the {len(self)} pictures can be read")
+
+
+def default_workers():
+    """The cores that this process may use, shared with the other processes of this machine; at most MAX_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def on_device(batches, device):
+    """Batches of CPU tensors as tensors of `device`; a GPU copies the next one while it works on this one."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    ready = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = [tensor.to(device, non_blocking=True) for tensor in batch]  # from pinned memory
+        if ready is not None:
+            yield ready
+        work = torch.cuda.current_stream(device)
+        work.wait_stream(copies)  # what is asked of the GPU from now on may use the copy
+        for tensor in coming:
+            tensor.record_stream(work)  # its memory is not given to a later copy before that work is done
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def collate(batch):
+    """(samples, faults) of one batch -> images uint8 (B, 3, H, W), labels int64 (B,), faults."""
+    samples, faults = batch
+    if not samples:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), faults
+    return *default_collate(samples), faults
 
 
 class TrainCrops(Dataset):
-    """Item p is the sample at position p of the shuffled stream, cropped: uint8 (3, H, W) and its label."""
+    """The samples at some positions of the shuffled stream, augmented, by `__getitems__`.
 
-    def __init__(self, paths, labels, seed, img_size, min_crop_scale, flip):
-        self.paths, self.labels, self.seed = paths, labels, seed
-        self.img_size, self.min_crop_scale, self.flip = img_size, min_crop_scale, flip
+    It returns [(image uint8 (3, H, W), label), ...] and [(path, why it can't be read), ...]. With `skip_broken` the
+    next readable sample in the order of the files takes the place of a broken one, so every batch is whole.
+    """
 
-    def __getitem__(self, position):
-        epochs, indices = samples_at(self.seed, [position], len(self.paths))
-        image = read_image(self.paths[indices[0]])
-        boxes, flips = random_crops(
-            self.seed, epochs, indices, len(self.paths), *image.shape[1:], min_scale=self.min_crop_scale
-        )
-        image = tv.resized_crop(image, *boxes[0].tolist(), size=list(self.img_size), antialias=True)
-        return image.flip(2) if self.flip and flips[0] else image, self.labels[indices[0]]
+    def __init__(self, paths, labels, augmentation, skip_broken):
+        self.paths, self.labels, self.augmentation = paths, labels, augmentation
+        self.attempts = len(paths) if skip_broken else 1
+
+    def __getitems__(self, positions):
+        epochs, indices = samples_at(self.augmentation.seed, positions, len(self.paths))
+        samples, faults = [], []
+        for i, index in enumerate(indices):
+            for attempt in range(self.attempts):
+                row = (index + attempt) % len(self.paths)
+                path = os.fsdecode(self.paths[row])
+                try:
+                    samples.append((self.crop(path, epochs[i : i + 1], indices[i : i + 1]), self.labels[row]))
+                    break
+                except UserError as error:
+                    faults.append((path, str(error)))
+        return samples, faults
+
+    def crop(self, path, epoch, index):
+        """The picture, augmented as the sample of this index (1,) is in this epoch (1,)."""
+        seed, img_size, min_crop_scale, flip, rand_augment = self.augmentation
+        sample = (seed, epoch, index)
+        picture = Picture(path)
+        boxes, flips = random_crops(*sample, len(self.paths), *picture.size, min_scale=min_crop_scale)
+        image = picture.resized_crop(boxes[0].tolist(), img_size)
+        if flip and flips[0]:
+            image = image.flip(2)
+        if rand_augment:
+            image = rand_augmented(image, rand_augment_words(*sample, len(self.paths))[0], *rand_augment)
+        return image
 
 
-class ResizedImages(Dataset):
-    """Item i is picture i, resized: uint8 (3, H, W) and its label."""
+class PreparedImages(Dataset):
+    """The pictures of some indices as evaluation sees them; what `__getitems__` returns is as in TrainCrops."""
 
-    def __init__(self, paths, labels, img_size):
-        self.paths, self.labels, self.img_size = paths, labels, img_size
+    def __init__(self, paths, labels, prepare, img_size):
+        self.paths, self.labels, self.prepare, self.img_size = paths, labels, prepare, img_size
 
-    def __getitem__(self, index):
-        image = tv.resize(read_image(self.paths[index]), list(self.img_size), antialias=True)
-        return image, self.labels[index]
-
-
-def resized(images, img_size):
-    """A batch of whole images, uint8 (B, 3, h, w) -> float32 (B, 3, *img_size) in [-1, 1]."""
-    boxes = torch.tensor([[0, 0, *images.shape[2:]]]).expand(len(images), -1)
-    return normalise(resized_crops(images, boxes, img_size))
+    def __getitems__(self, indices):
+        samples, faults = [], []
+        for index in indices:
+            path = os.fsdecode(self.paths[index])
+            try:
+                samples.append((self.prepare(read_image(path), self.img_size), self.labels[index]))
+            except UserError as error:
+                faults.append((path, str(error)))
+        return samples, faults
 
 
 def spread_indices(size, count):

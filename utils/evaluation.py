@@ -35,7 +35,8 @@ def run_evaluation(args, make_model):
         else:
             take_pretrained(model, args, processes, head="keep")
             origin = args.pretrained_dir
-        test_set = source.load(False, args.data_dir, processes, args.num_workers)
+        how = {"mean_std": args.mean_std, "skip_broken": args.skip_broken}
+        test_set = source.load(False, args.data_dir, processes, args.num_workers, **how)
         if classes:
             check_classes(path, classes, args.dataset, test_set.classes)
         model.to(processes.device)
@@ -69,7 +70,8 @@ def check_classes(path, classes, dataset, theirs):
 def evaluate(model, test_set, img_size, batch_size, precision, processes, per_class=False):
     """{"loss", "accuracy", "top5_accuracy"} as fractions, and with `per_class` the "confusion" counts.
 
-    `confusion` is an int64 tensor (classes, classes): rows are the true class, columns the prediction.
+    `confusion` is an int64 tensor (classes, classes): rows are the true class, columns the prediction. Raises UserError
+    where all pictures are broken.
     """
     was_training = model.training
     model.eval()
@@ -100,6 +102,8 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     model.train(was_training)
     totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()
+    if not count:
+        raise UserError(f"none of the {len(test_set)} test pictures can be read")
     result = {"loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
     if per_class:
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()

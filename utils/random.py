@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-ORDER, AUGMENTATION, DROPOUT, MIXING = range(4)  # the purposes, each a stream of its own
+ORDER, AUGMENTATION, DROPOUT, MIXING, RAND_AUGMENT = range(5)  # the purposes, each a stream of its own
 
 
 def random_words(seed, purpose, counters, count):

@@ -13,7 +13,7 @@ import torch
 
 from utils.arguments import check_files, check_flags_together
 from utils.checkpoint import LAST, saved_step
-from utils.datasets import DATASETS
+from utils.datasets import DATASETS, FOLDERS
 from utils.distributed import StopSignal, World
 from utils.errors import RunStoppedError, UserError
 from utils.pretrained import download
@@ -123,7 +123,7 @@ def raise_failures(failed, count):
 
 def data_name(flags):
     """A run's data set for a title; that of an image folder is the folder."""
-    return Path(flags.data_dir).resolve().name if flags.dataset == "imagefolder" else flags.dataset
+    return Path(flags.data_dir).resolve().name if flags.dataset in FOLDERS else flags.dataset
 
 
 def spread(accuracies):

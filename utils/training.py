@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.augmentation import denormalise
+from utils.augmentation import Augmentation, denormalise
 from utils.averaging import WeightAverage
 from utils.checkpoint import LAST, load_checkpoint, load_into, load_tensors, save_checkpoint
 from utils.datasets import DATASETS, dropout_keys, stream_positions
@@ -108,7 +108,9 @@ def prepare_and_train(args, make_model, processes, run_dir):
     elif args.pretrained_dir:
         take_pretrained(model, args, processes)
     places = (args.data_dir, processes, args.num_workers)
-    train_set, test_set = source.load(True, *places, args.examples_per_class), source.load(False, *places)
+    how = {"mean_std": args.mean_std, "skip_broken": args.skip_broken}
+    train_set = source.load(True, *places, args.examples_per_class, **how)
+    test_set = source.load(False, *places, **how)
     train(model, train_set, test_set, args, processes, run_dir, state)
 
 
@@ -245,7 +247,9 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                     if window.losses:
                         read_back()
                     if watched is not None:
-                        figure = attention_figure(model, *watched, test_set.classes, precision, f"step {progress.step}")
+                        figure = attention_figure(
+                            model, *watched, test_set.classes, precision, f"step {progress.step}", args.mean_std
+                        )
                         tracker.log_figure("attention rollout", figure, progress.step)
                     window.start()  # drawing is not training time
                 signal_number = stop.agreed()
@@ -286,7 +290,7 @@ def shares_weights(args, processes):
 
 
 @torch.no_grad()
-def attention_figure(model, images, labels, classes, precision, title):
+def attention_figure(model, images, labels, classes, precision, title, mean_std="half"):
     """Attention rollout of a ViT on test images (B, 3, H, W) with what they are and what it takes them for."""
     from utils.visualize import attention_of, class_token_mask, plot_pictures, rollout
 
@@ -297,14 +301,15 @@ def attention_figure(model, images, labels, classes, precision, title):
     masks = class_token_mask(rollout(attention), model.patch_embed.grid_size)
     pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
     captions = [f"{classes[label]}\npredicted: {classes[best]}" for label, best in pairs]
-    return plot_pictures(denormalise(images).cpu(), masks, captions, title, columns=4)
+    return plot_pictures(denormalise(images, mean_std).cpu(), masks, captions, title, columns=4)
 
 
 def training_batches(train_set, args, processes, first_step, num_steps):
     """(stream positions, (images, labels)) of each step's accumulation parts, from `first_step` on."""
     steps = (args.train_batch_size, args.gradient_accumulation_steps, processes, first_step, num_steps)
-    augmentation = (args.seed, (args.img_size, args.img_size), args.min_crop_scale, args.horizontal_flip)
-    images_and_labels = train_set.train_batches(stream_positions(*steps), *augmentation)
+    size = (args.img_size, args.img_size)
+    augmentation = Augmentation(args.seed, size, args.min_crop_scale, args.horizontal_flip, args.rand_augment)
+    images_and_labels = train_set.train_batches(stream_positions(*steps), augmentation)
     return zip(stream_positions(*steps), images_and_labels, strict=True)
 
 
