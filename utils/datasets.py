@@ -280,9 +280,8 @@ class Picture:
     def decode(self):
         """The whole picture, uint8 (3, H, W)."""
         if self.is_colour_jpeg and decode_jpeg:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # then Pillow, which knows more kinds and tells better what is wrong
+            # After an error Pillow tries, which knows more kinds and tells better what is wrong.
+            with contextlib.suppress(RuntimeError):
                 return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
         with named(self.path):
             if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255

@@ -82,6 +82,15 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def union_over_processes(items):
+    """The set of all processes' items."""
+    if not dist.is_initialized():
+        return set(items)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, set(items))
+    return set().union(*gathered)
+
+
 def barrier():
     """Wait until every process is here."""
     if dist.is_initialized():

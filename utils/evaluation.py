@@ -47,13 +47,13 @@ def run_evaluation(args, make_model):
         seconds = time.perf_counter() - start
         if processes.rank == 0:
             print(
-                f"{args.model_type} on {args.dataset}: {len(test_set)} test images, {len(test_set.classes)} classes, "
-                f"at {args.img_size}x{args.img_size}, {processes}\n"
+                f"{args.model_type} on {args.dataset}: {result['images']} test images, {len(test_set.classes)} "
+                f"classes, at {args.img_size}x{args.img_size}, {processes}\n"
                 f"  weights  {origin}\n"
                 f"  top-1    {100 * result['accuracy']:.2f} %\n"
                 f"  top-5    {100 * result['top5_accuracy']:.2f} %\n"
                 f"  loss     {result['loss']:.4f}\n"
-                f"  speed    {len(test_set) / seconds:.1f} images/s"
+                f"  speed    {result['images'] / seconds:.1f} images/s"
             )
 
 
@@ -68,7 +68,7 @@ def check_classes(path, classes, dataset, theirs):
 
 @torch.no_grad()
 def evaluate(model, test_set, img_size, batch_size, precision, processes, per_class=False):
-    """{"loss", "accuracy", "top5_accuracy"} as fractions, and with `per_class` the "confusion" counts.
+    """{"images", "loss", "accuracy", "top5_accuracy"}, fractions, and with `per_class` the "confusion" counts.
 
     `confusion` is an int64 tensor (classes, classes): rows are the true class, columns the prediction. Raises UserError
     where all pictures are broken.
@@ -104,7 +104,7 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     loss, top1, top5, count = sum_over_processes(totals).tolist()
     if not count:
         raise UserError(f"none of the {len(test_set)} test pictures can be read")
-    result = {"loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
+    result = {"images": int(count), "loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
     if per_class:
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()
     return result

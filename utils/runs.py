@@ -17,15 +17,10 @@ from utils.datasets import DATASETS, FOLDERS
 from utils.distributed import StopSignal, World
 from utils.errors import RunStoppedError, UserError
 from utils.pretrained import download
-from utils.tracking import read_config, read_metrics
+from utils.tracking import WITHOUT_EFFECT, read_config, read_metrics
 
 LOG = "train.log"
 LOOK_EVERY = 0.2  # seconds between two looks at the runs at work
-# What makes no other run of it: its folder may have been moved, its weights downloaded meanwhile.
-WITHOUT_EFFECT = {
-    *("output_dir", "resume", "overwrite", "wandb", "wandb_project"),
-    *("local_rank", "download", "num_workers", "eval_batch_size"),
-}
 
 
 @dataclass

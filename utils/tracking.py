@@ -19,6 +19,11 @@ from utils.errors import UserError
 from utils.weights_and_biases import RECORDS, RUN_ID
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "curves.png"
+# Flags that make no other run of it: its folder may have been moved, its weights downloaded meanwhile.
+WITHOUT_EFFECT = {
+    *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
+    *("local_rank", "parallel", "save_every", "num_workers", "skip_broken", "eval_batch_size"),
+}
 COLUMNS = (
     "step",
     "train_loss",
@@ -97,7 +102,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
 def report_changed_flags(config, args):
     before = config["flags"] if config else vars(args)
     for flag, value in vars(args).items():
-        if flag not in ("resume", "overwrite", "local_rank", "wandb") and before.get(flag, value) != value:
+        if flag not in WITHOUT_EFFECT and before.get(flag, value) != value:
             print(f"warning: resuming with --{flag} {value}; the run was started with {before[flag]}")
 
 

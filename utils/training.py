@@ -28,6 +28,7 @@ from utils.distributed import (
     restarted,
     shard_weights,
     sum_over_processes,
+    union_over_processes,
     world,
 )
 from utils.errors import RunStoppedError, UserError
@@ -261,6 +262,9 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                     window.start()
                 if signal_number and progress.step < num_steps:
                     raise RunStoppedError(stopped(signal_number, progress.step, run_dir), status=128 + signal_number)
+        broken = union_over_processes(train_set.broken | test_set.broken)
+        if broken:
+            tracker.say(f"skipped {len(broken)} broken pictures, named above")
         tracker.summarise(progress.best_accuracy, progress.best_step)
     finally:
         tracker.close()
