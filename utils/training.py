@@ -284,8 +284,11 @@ def set_up(model, args, processes):
     model.to(processes.device)
     optimizer = precision.prepare(model, lambda named: make_optimizer(args, named))
     average = WeightAverage(precision.named, args.ema_decay) if args.ema_decay else None
-    copies = processes.size > 1 and not sharded
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if copies else model
+    network = model
+    if processes.size > 1 and not sharded:
+        # Every step's graph is the same, which DDP need not find out anew; parts that are not summed would confuse it.
+        whole = args.gradient_accumulation_steps == 1
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=whole)
     return network, precision, optimizer, average
 
 
