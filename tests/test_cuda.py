@@ -16,7 +16,9 @@ from models.token_reduction import METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from test_training import run, stop_after
-from utils.distributed import choose_device
+from utils.augmentation import Augmentation
+from utils.datasets import DATASETS, stream_positions
+from utils.distributed import World, choose_device
 from utils.precision import Precision
 from utils.tracking import read_metrics
 
@@ -186,3 +188,38 @@ def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
     flags = ["--model_type", model_type, "--img_size", 16, "--token_reduction", method, "--keep_tokens", 4]
     metrics = train_on_the_gpu(tiny_flags, *flags, "--reduction_layer", 2, "--bf16", "--compile")
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
+
+
+def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, one_process, device):
+    """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
+    augmentation = Augmentation(0, (16, 16), 0.1, flip=True, rand_augment=None)
+    batches = []
+    for processes in (one_process, World(0, 1, 0, device)):
+        pictures = DATASETS["imagenet"].load(True, image_folder, processes, 2)
+        positions = stream_positions(8, 1, processes, 0, 12)
+        batches.append([])
+        for images, labels in pictures.train_batches(positions, augmentation):
+            if processes.device.type == "cuda":
+                torch.cuda._sleep(10**7)  # the copies run ahead of the work
+            batches[-1].append((images * 1, labels * 1))
+    assert len(batches[1]) == 12
+    for (images, labels), (others, other_labels) in zip(*batches, strict=True):
+        torch.testing.assert_close(others.cpu(), images)
+        assert torch.equal(other_labels.cpu(), labels)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_of_several_gpus(parallel, tiny_flags):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    flags = tiny_flags("--parallel", parallel, "--bf16", "--ema_decay", 0.9, "--mixup", 0.2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for resume in ([], ["--resume", "--num_steps", "14"]):
+        done = subprocess.run([sys.executable, *launcher, "train.py", *flags, *resume], cwd=ROOT, check=False)
+        assert done.returncode == 0
+
+
+def test_averaged_and_mixed_training_learns(tiny_flags, monkeypatch):
+    flags = ["--fp16", "--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--num_steps", 60, "--eval_every", 60]
+    _, rows = run(tiny_flags(*flags, "--learning_rate", 0.1), monkeypatch)
+    assert rows[-1]["test_loss"] < 2.25  # 2.30 is what knows nothing
