@@ -83,9 +83,10 @@ class StdConv2d(nn.Conv2d):
         lecun_normal_(self.weight)
 
     def forward(self, x):
-        weight = self.weight.float()
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        weight = ((weight - mean) / (variance.sqrt() + 1e-5)).to(self.weight.dtype)
+        weight = self.weight.flatten(1).float()
+        weight = weight - weight.mean(dim=1, keepdim=True)
+        std = torch.linalg.vector_norm(weight, dim=1, keepdim=True) * weight.shape[1] ** -0.5
+        weight = (weight / (std + 1e-5)).to(self.weight.dtype).view_as(self.weight)
         x = pad_same(x, self.kernel_size[0], self.stride[0])
         return convolve(x, weight, self.stride[0])
 
