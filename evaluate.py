@@ -24,6 +24,7 @@ from utils.datasets import DATASETS, read_image
 from utils.distributed import world
 from utils.errors import UserError, run_script
 from utils.evaluation import evaluate
+from utils.memory import keep_freed_memory
 from utils.precision import make_precision
 from utils.pretrained import download as fetch_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
@@ -33,6 +34,8 @@ from utils.tracking import read_config
 def main():
     args = parse_flags()
     with world() as processes, torch.no_grad():
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         model, classes, img_size, flags = load_model(
             args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
         )

@@ -22,7 +22,7 @@ from utils.datasets import DATASETS, dropout_keys, stream_positions
 from utils.distributed import StopSignal, barrier, first_on_each_machine, sum_over_processes, world
 from utils.errors import RunStoppedError, UserError
 from utils.evaluation import evaluate
-from utils.memory import recompute_activations
+from utils.memory import keep_freed_memory, recompute_activations
 from utils.precision import make_precision
 from utils.pretrained import download, load_pretrained
 from utils.scheduler import learning_rate
@@ -80,6 +80,8 @@ def run_training(args, make_model):
     """What a training script does once its flags are checked: `make_model(num_classes)` is trained on the data."""
     run_dir = open_run_folder(args)
     with world(args.local_rank) as processes:
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         source = DATASETS[args.dataset]
         torch.manual_seed(args.seed)
         model = make_model(source.count_classes(args.data_dir))
