@@ -17,7 +17,7 @@ from torch import nn
 
 from models import npz
 from models.configs import resnet
-from models.hybrid_stem import lecun_normal_
+from models.hybrid_stem import convolve, lecun_normal_
 from models.norms import GroupNorm
 
 
@@ -44,8 +44,8 @@ class BiTResNet(nn.Module):
 
     def forward(self, images):
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
-        if x.dtype == torch.float32 and not x.is_cuda:
-            x = x.contiguous()  # as fast, and the CPU's channels-last GroupNorm loses a digit in float32
+        if x.device.type == "cpu":
+            x = x.contiguous()  # the CPU's channels-last GroupNorm is slow, and loses a digit in float32
         for stage in self.stages:
             x = stage.blocks(x)
         return self.head(F.relu(self.norm(x), inplace=True))
@@ -140,4 +140,4 @@ class StdConv2d(nn.Conv2d):
     def forward(self, x):
         # The same sums as BatchNorm's over a batch of one, in its one kernel; it takes 16-bit weights in float32.
         weight = F.batch_norm(self.weight.flatten(1)[None], None, None, training=True, eps=1e-10)
-        return F.conv2d(x, weight.view_as(self.weight), stride=self.stride, padding=self.padding)
+        return convolve(x, weight.view_as(self.weight), self.stride[0], self.padding[0])

@@ -35,11 +35,12 @@ class ResNetStem(nn.Module):
             self.add_module(f"block{i + 1}", stage)
 
     def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)  # what convolutions and the tokens after them like best
-        x = F.relu(self.gn_root(self.conv_root(x)))
+        # GPUs like channels-last best; on a CPU its GroupNorm takes many times as long backwards.
+        x = x.contiguous(memory_format=torch.contiguous_format if x.device.type == "cpu" else torch.channels_last)
+        x = F.relu(self.gn_root(self.conv_root(x)), inplace=True)
         if self.pools:
             # Activations are >= 0, so zeros pad the maximum as TensorFlow's -inf does.
-            x = F.max_pool2d(pad_same(x, kernel_size=3, stride=2), kernel_size=3, stride=2)
+            x = max_pool(pad_same(x, kernel_size=3, stride=2))
         for i in range(self.stages):
             x = getattr(self, f"block{i + 1}")(x)
         return x
@@ -67,9 +68,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         residual = self.gn_proj(self.conv_proj(x)) if self.projects else x
-        x = F.relu(self.gn1(self.conv1(x)))
-        x = F.relu(self.gn2(self.conv2(x)))
-        return F.relu(residual + self.gn3(self.conv3(x)))
+        x = F.relu(self.gn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.gn2(self.conv2(x)), inplace=True)
+        return F.relu(residual + self.gn3(self.conv3(x)), inplace=True)
 
 
 class StdConv2d(nn.Conv2d):
@@ -82,11 +83,31 @@ class StdConv2d(nn.Conv2d):
         lecun_normal_(self.weight)
 
     def forward(self, x):
-        weight = self.weight.float()
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        weight = ((weight - mean) / (variance.sqrt() + 1e-5)).to(self.weight.dtype)
+        weight = self.weight.flatten(1).float()
+        weight = weight - weight.mean(dim=1, keepdim=True)
+        std = torch.linalg.vector_norm(weight, dim=1, keepdim=True) * weight.shape[1] ** -0.5
+        weight = (weight / (std + 1e-5)).to(self.weight.dtype).view_as(self.weight)
         x = pad_same(x, self.kernel_size[0], self.stride[0])
-        return F.conv2d(x, weight, stride=self.stride)
+        return convolve(x, weight, self.stride[0])
+
+
+def convolve(x, weight, stride, padding=0):
+    """F.conv2d of (B, C, H, W) by (O, C, k, k), on a CPU as a matrix product for each image where k is 1.
+
+    Only where an image has more pixels than channels: then the weights' gradients, formed for each image before they
+    are summed, are smaller than its feature maps.
+    """
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1):
+        x, stride = x[:, :, ::stride, ::stride], 1
+        if x[0, 0].numel() > min(weight.shape[:2]):
+            return (weight.flatten(1).expand(len(x), -1, -1) @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return F.conv2d(x, weight, stride=stride, padding=padding)
+
+
+def max_pool(x):
+    """3x3 maxima at stride 2 without padding, in x's memory format; a CPU is fast in channels-last only."""
+    pooled = F.max_pool2d(x.contiguous(memory_format=torch.channels_last), kernel_size=3, stride=2)
+    return pooled.contiguous() if x.is_contiguous() else pooled
 
 
 def pad_same(x, kernel_size, stride):

@@ -16,6 +16,8 @@ from models.hybrid_stem import ResNetStem, lecun_normal_
 from models.norms import LayerNorm, final_norm, residual, token_norm
 from models.token_reduction import cluster_tokens, make_reduction, merge, proportional
 
+ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 class VisionTransformer(nn.Module):
     """Images (B, 3, H, W) -> logits (B, num_classes), read from the class token."""
@@ -240,8 +242,17 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
-        x = gelu(self.fc1(x))
+        x = linear_gelu(x, self.fc1)
         return self.drop2(self.fc2(self.drop1(x)))
+
+
+def linear_gelu(x, layer):
+    """gelu(layer(x)); on a CPU without gradients by one kernel of oneDNN, PyTorch's GELU by tanh being slow there."""
+    weight = layer.weight
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    if ONEDNN and plain and x.device.type == "cpu" and x.dtype == weight.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "gelu", [], "tanh")
+    return gelu(layer(x))
 
 
 def gelu(x):

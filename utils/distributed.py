@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -36,6 +37,7 @@ class World(NamedTuple):
 def choose_device(local_rank=0):
     """The GPU of this number, or the CPU where there is none; settles how this process computes on it."""
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     # cuDNN would round the inputs of float32 convolutions to 10 bits (TF32); PyTorch's matrix products don't.

@@ -1,7 +1,9 @@
-"""Memory for time: activations that are computed again instead of kept."""
+"""Memory for time: activations that are computed again instead of kept, and freed memory that is kept."""
 
 import contextlib
+import ctypes
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -37,3 +39,15 @@ def unmoved(batch_norms):
     finally:
         for norm, momentum in zip(batch_norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def keep_freed_memory():
+    """Have this process keep the memory that it frees, for its next tensors; without glibc nothing changes.
+
+    glibc gives blocks above 32 MiB back to the kernel, which then clears them anew, page by page, for each large
+    activation (benchmarks/NOTES.md).
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        for option in (-1, -3) if mallopt else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(option, -1)  # the largest there is
