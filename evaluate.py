@@ -20,10 +20,11 @@ from utils.arguments import (
 )
 from utils.augmentation import normalise, stretch
 from utils.checkpoint import load_into, load_weights
-from utils.datasets import DATASETS, read_image
+from utils.datasets import DATASETS
 from utils.distributed import world
 from utils.errors import UserError, run_script
 from utils.evaluation import check_classes, evaluate
+from utils.pictures import read_image
 from utils.precision import make_precision
 from utils.pretrained import download as fetch_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz

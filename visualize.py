@@ -13,9 +13,10 @@ from evaluate import checkpoint_title, load_model, mean_std_of, prepare_image, r
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.arguments import Parser, add_checkpoint_flags, add_reduction_flags, natural, reduction_of
 from utils.augmentation import centre_crop, centre_square, normalise
-from utils.datasets import DATASETS, check_image, pictures_below, read_image
+from utils.datasets import DATASETS
 from utils.distributed import choose_device
 from utils.errors import UserError, run_script
+from utils.pictures import check_image, pictures_below, read_image
 from utils.tracking import read_run
 from utils.visualize import (
     UNIFORM,

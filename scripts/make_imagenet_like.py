@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.arguments import Parser, positive, seed
-from utils.datasets import DATASETS, list_folder, read_image
+from utils.datasets import DATASETS, list_folder
 from utils.distributed import World
 from utils.errors import UserError, run_script
+from utils.pictures import read_image
 
 WNIDS = {
     "airplane": "n02690373",  # airliner
@@ -68,6 +69,12 @@ def parse_flags():
     args = parser.parse_args()
     if any((Path(args.output_dir) / split).exists() for split in ("train", "val")):
         raise UserError(f"{args.output_dir} has train/ or val/ already; delete them or give another --output_dir")
+    if args.source and not Path(args.source).is_dir():
+        raise UserError(f"--source {args.source} is not a folder; give one with train/ and val/ or test/")
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir} can't be written: {error.strerror}") from error
     return args
 
 

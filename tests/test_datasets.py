@@ -12,9 +12,10 @@ from sklearn.datasets import load_digits
 
 from conftest import write_pictures
 from utils.augmentation import Augmentation
-from utils.datasets import DATASETS, FolderImages, TensorImages, read_image, stream_positions
+from utils.datasets import DATASETS, FolderImages, TensorImages, stream_positions
 from utils.distributed import World
 from utils.errors import UserError
+from utils.pictures import read_image
 
 CPU = torch.device("cpu")
 

@@ -26,10 +26,11 @@ from utils.augmentation import (
     rand_augment_words,
     rand_augmented,
 )
-from utils.datasets import DATASETS, FolderImages, Picture, TensorImages, default_workers, on_device, read_image
+from utils.datasets import DATASETS, MOST_BROKEN, FolderImages, TensorImages, default_workers, on_device
 from utils.distributed import World
 from utils.errors import UserError
 from utils.evaluation import evaluate
+from utils.pictures import Picture, read_image
 from utils.precision import Precision
 
 CPU = torch.device("cpu")
@@ -308,6 +309,15 @@ def test_nothing_but_broken_pictures_is_an_error(tmp_path, one_process):
     data = folder_images(paths, skip_broken=True)
     with pytest.raises(UserError, match="none of the 3 pictures can be read"):
         next(data.train_batches([np.arange(3)], PLAIN))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_ends_the_run_instead_of_all_pictures_being_skipped(workers, tmp_path, capsys):
+    paths = write_jpegs(tmp_path, 2) + [tmp_path / f"missing{i:03d}.JPEG" for i in range(MOST_BROKEN + 20)]
+    batches = folder_images(paths, workers, skip_broken=True).train_batches([np.arange(100)], PLAIN)
+    with pytest.raises(UserError, match=f"^{MOST_BROKEN} pictures in a row can't be read, the last one .*JPEG$"):
+        next(batches)
+    assert capsys.readouterr().err.count("skipped: ") >= MOST_BROKEN
 
 
 class Guess(torch.nn.Module):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from conftest import ROOT
+
 PAGE_FAULTS = """
 import resource
 import torch
@@ -26,6 +28,6 @@ print(mapped_anew, page_faults(4))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_large_tensors_take_the_memory_of_those_before():
-    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     mapped_anew, kept = map(int, done.stdout.split())
     assert mapped_anew > 10 * kept + 100

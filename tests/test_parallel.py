@@ -1,5 +1,6 @@
 """Several processes: copies and shards train alike, go on with each other's checkpoints, and survive deaths."""
 
+import errno
 import os
 import re
 import signal
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from conftest import ROOT, call_main, succeed
+from conftest import ROOT, call_main, script, succeed
 from models import build_model
 from utils.averaging import WeightAverage
+from utils.distributed import StopSignal
 
 STEPS, MORE_STEPS = 20, 26
 SMALL = [
@@ -148,6 +150,47 @@ def test_the_average_is_what_is_evaluated_and_kept_as_the_best(tiny_flags, monke
     assert torch.equal(load_file(folder / "last.safetensors")["head.weight"], last["head.weight"])
 
 
+def test_a_worker_that_reads_pictures_leaves_signals_to_its_training_process(monkeypatch, capsys):
+    stop = StopSignal()
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked since
+    stop.receive(signal.SIGINT, None)
+    assert (stop.number, capsys.readouterr().err) == (0, "")
+    monkeypatch.undo()
+    stop.receive(signal.SIGINT, None)
+    assert stop.number == signal.SIGINT
+
+
+def full_disk(*arguments, **keywords):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before(tiny_flags, monkeypatch, capsys, tmp_path):
+    import resource
+
+    flags = tiny_flags("--num_steps", 2)
+    succeed("train.py", *flags)
+    before = load_file(tmp_path / "output" / "run" / "last.safetensors")
+    size = max(path.stat().st_size for path in (tmp_path / "output" / "run" / "state-2").iterdir())
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    failed = script("train.py", *flags, "--num_steps", 4, "--resume", preexec_fn=limit_files)
+    assert failed.returncode == 1
+    error = failed.stderr.splitlines()[-1]
+    assert "the checkpoint of step 4 can't be written to" in error
+    assert error.endswith("last.safetensors of step 2 is whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # the state still fits, the weights do not
+        patch.setattr("utils.checkpoint.save_file", full_disk)
+        call_main(train, [*flags, "--num_steps", 4, "--resume"], patch)
+    assert "No space left on device (" in capsys.readouterr().err
+    after = load_file(tmp_path / "output" / "run" / "last.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "resuming at step 2 of 4" in succeed("train.py", *flags, "--num_steps", 4, "--resume")
+    assert [path.name for path in (tmp_path / "output" / "run").glob("state-*")] == ["state-4"]
+
+
 LONG = [
     *("--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", "8", "--train_batch_size", "8"),
     *("--num_steps", "200", "--eval_every", "100", "--warmup_steps", "10", "--dropout_rate", "0.1"),
@@ -198,6 +241,42 @@ def test_restarts_on_several_machines_need_resume(tiny_flags, monkeypatch, capsy
         call_main(train, tiny_flags(), monkeypatch)
     assert stopped.value.code == 2
     assert "torchrun --max-restarts on several machines needs --resume" in capsys.readouterr().err
+
+
+def test_a_restart_goes_on_with_what_the_same_torchrun_began_and_with_no_other_run(tiny_flags, monkeypatch, capsys):
+    """The worker's parent is torchrun, which counts its restarts from 0."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    call_main(train, tiny_flags("--num_steps", 4), monkeypatch)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    call_main(train, tiny_flags("--num_steps", 6, "--overwrite"), monkeypatch)
+    assert "resuming at step 4 of 6" in capsys.readouterr().out
+    monkeypatch.setattr(os, "getppid", lambda: -1)
+    with pytest.raises(SystemExit):
+        call_main(train, tiny_flags("--num_steps", 8), monkeypatch)
+    assert "holds a run already; give --resume" in capsys.readouterr().err
+    call_main(train, tiny_flags("--num_steps", 8, "--overwrite"), monkeypatch)
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_processes_that_do_not_see_the_same_folder_end_before_work(tiny_flags, monkeypatch, capsys):
+    """As on two machines without a common disk, of which one has a checkpoint."""
+    monkeypatch.setattr("utils.training.union_over_processes", lambda items: {True, False})
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, tiny_flags("--resume"), monkeypatch)
+    assert stopped.value.code == 2
+    assert "must be on a disk that all machines share" in capsys.readouterr().err
+
+
+def test_one_process_with_an_error_is_the_one_that_speaks(image_folder, tmp_path):
+    """The other one loses its peer in a step, and ends without a traceback."""
+    pictures = sorted((image_folder / "train").rglob("*.png"))
+    pictures[5].write_bytes(b"broken")
+    flags = ["--dataset", "imagenet", "--data_dir", image_folder, "--model_type", "ViT-Mini_4", "--img_size", 8]
+    flags += ["--name", "run", "--output_dir", tmp_path / "output", "--train_batch_size", 2, "--num_steps", 50]
+    failed = script("train.py", *flags, "--num_workers", 0, processes=2)
+    assert failed.returncode != 0
+    assert re.search(r"error: .* is not a readable picture: .*; --skip_broken leaves such pictures out", failed.stderr)
+    assert "utils/training.py" not in failed.stderr  # torchrun's own traceback stands there
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers in /proc")

@@ -199,7 +199,6 @@ def training_parser(description):
     optimisation.add_argument(
         "--label_smoothing", type=fraction, default=0.0, metavar="SHARE", help="probability spread over all classes"
     )
-
     optimisation.add_argument(
         "--ema_decay",
         type=fraction,
@@ -463,9 +462,10 @@ def check_division(args):
         )
     if (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
         flag = "--mixup" if args.mixup else "--cutmix"
+        each = f"{processes} processes x {args.gradient_accumulation_steps} accumulation steps"
+        must = f"give an even number to each of {each}" if parts > 1 else "be even"
         raise UserError(
-            f"{flag} mixes pairs, so --train_batch_size {args.train_batch_size} must give an even number to each of "
-            f"{processes} processes x {args.gradient_accumulation_steps} accumulation steps; "
+            f"{flag} mixes pairs, so --train_batch_size {args.train_batch_size} must {must}; "
             f"{args.train_batch_size + parts} would"
         )
 

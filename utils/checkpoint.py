@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from utils.distributed import barrier
-from utils.errors import UserError
+from utils.errors import RunStoppedError, UserError
 
 STATE = "state.json"
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -28,15 +28,29 @@ def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, first)
     """Write the weights and the state of `step`; a crash at any point leaves the older pair or the new one.
 
     All processes call it together; those that are not `first` write their part of `tensors`, {name: tensor}, and help
-    to put the weights together. `best_weights` is None where this step is not the best; `state` is JSON's.
+    to put the weights together. `best_weights` is None where this step is not the best; `state` is JSON's. Raises
+    RunStoppedError where it can't be written.
     """
+    try:
+        write_checkpoint(run_dir, step, weights, best_weights, tensors, state, first)
+    except (OSError, SafetensorError) as error:
+        path = Path(run_dir) / LAST
+        kept = f"{path} of step {saved_step(path)} is whole" if path.exists() else "there is no earlier one"
+        free = shutil.disk_usage(run_dir).free / 1e9
+        why = " ".join(str(error).split())
+        what = (
+            f"the checkpoint of step {step} can't be written to {run_dir}: {why} ({free:.1f} GB are free on that disk)"
+        )
+        raise RunStoppedError(f"{what}; {kept}", status=1) from error
+
+
+def write_checkpoint(run_dir, step, weights, best_weights, tensors, state, first):
+    """What `save_checkpoint` does, with the errors as they come."""
     folder = state_folder(run_dir, step)
     if first and folder.exists():  # of a sitting that was killed while it wrote
         shutil.rmtree(folder)
     barrier()
-    with without_warnings():
-        import torch.distributed.checkpoint as dcp  # a slow import that evaluation need not pay
-
+    with distributed_checkpoint() as dcp:
         dcp.save(tensors, checkpoint_id=folder)
     if best_weights is not None:
         save_weights(Path(run_dir) / BEST, best_weights, step, first)
@@ -46,7 +60,7 @@ def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, first)
     if first:
         for path in Path(run_dir).glob("state-*"):
             if path != folder:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # what is left does no harm, and goes next time
 
 
 def load_checkpoint(run_dir):
@@ -59,16 +73,11 @@ def load_checkpoint(run_dir):
 
 def load_tensors(run_dir, step, like):
     """The tensors of `save_checkpoint`, as `like(name, shape, dtype)` makes place for them. Raises UserError."""
-    with readable_state(run_dir, step), without_warnings():
-        import torch.distributed.checkpoint as dcp
-
+    with readable_state(run_dir, step), distributed_checkpoint() as dcp:
         reader = dcp.FileSystemReader(state_folder(run_dir, step))
         stored = reader.read_metadata().state_dict_metadata
         tensors = {name: like(name, kept.size, kept.properties.dtype) for name, kept in stored.items()}
-        try:
-            dcp.load(tensors, storage_reader=reader)
-        except dcp.api.CheckpointException as error:  # which is no Exception
-            raise OSError(error) from error
+        dcp.load(tensors, storage_reader=reader)
         return tensors
 
 
@@ -88,11 +97,17 @@ def readable_state(run_dir, step):
 
 
 @contextlib.contextmanager
-def without_warnings():
-    """A single process is warned that it is one."""
+def distributed_checkpoint():
+    """PyTorch's module for it. Raises OSError in all processes where one of them can't read or write its part."""
+    import torch.distributed.checkpoint as dcp  # a slow import that evaluation need not pay
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+        warnings.simplefilter("ignore")  # a single process is warned that it is one
+        try:
+            yield dcp
+        except dcp.api.CheckpointException as error:  # which is no Exception
+            reasons = {str(reason) for reason, _ in error.failures.values()}
+            raise OSError("; ".join(sorted(reasons))) from error
 
 
 def save_weights(path, weights, step, first=True):

@@ -4,9 +4,7 @@ Both kinds have the same two methods: `train_batches`, the endless shuffled stre
 `eval_batches`, each image once. A dataset's name is written once, in DATASETS.
 """
 
-import contextlib
 import functools
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -15,10 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from utils.augmentation import (
@@ -32,21 +28,14 @@ from utils.augmentation import (
 )
 from utils.distributed import first_on_each_machine
 from utils.errors import UserError
+from utils.pictures import Picture, is_picture, pictures_below, read_image
 from utils.random import DROPOUT, random_words, samples_at
 
-try:
-    from torchvision.io import decode_jpeg
-except (
-    ImportError
-):  # torchvision 0.29 announces that a later one leaves decoding to torchcodec; Pillow then does it all
-    decode_jpeg = None
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IN_MEMORY_BYTES = 2 * 2**30
 IN_MEMORY_SIDE = 256  # pixels; a batch of larger pictures would be large itself before it is cropped
 IGNORED_FOLDERS = {"__MACOSX"}
+MOST_BROKEN = 100  # pictures in a row that may be skipped; where more can't be read, the disk is to blame
 MAX_WORKERS = 16  # what decodes for the fastest GPU; each holds two batches ready
-REDUCTIONS = (8, 4, 2)  # at which a JPEG is decoded straight from its frequencies
 DIGITS_SPLIT_SEED = 0
 
 
@@ -190,28 +179,6 @@ def list_folder(train, data_dir, examples_per_class):
     return paths, labels, classes
 
 
-def pictures_below(folder):
-    """Sorted paths of the pictures in `folder` and its folders. Raises UserError where there is none."""
-
-    def unreadable(error):
-        raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
-
-    paths = sorted(
-        os.path.join(place, file)
-        for place, _, files in os.walk(folder, onerror=unreadable)
-        for file in files
-        if is_picture(file)
-    )
-    if not paths:
-        raise UserError(f"{folder} has no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return paths
-
-
-def is_picture(file):
-    """Whether a file of this name is taken for a picture."""
-    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
-
-
 def read_images_of_one_size(paths, quiet, skip_broken):
     """uint8 (n, 3, h, w), or None where the sizes differ, are too large to be kept in memory, or one is to be skipped.
 
@@ -239,71 +206,6 @@ def read_images_of_one_size(paths, quiet, skip_broken):
 def broken(error):
     """The UserError that ends a run which has met a broken picture."""
     return UserError(f"{error}; --skip_broken leaves such pictures out")
-
-
-@contextlib.contextmanager
-def named(path):
-    """Whatever goes wrong inside is a UserError that names the picture."""
-    try:
-        yield
-    except Exception as error:  # Pillow raises nearly every type for one or the other broken file
-        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise UserError(f"{path} is not a readable picture: {why}") from error
-
-
-def read_image(path):
-    """uint8 (3, H, W). Raises UserError."""
-    return Picture(path).decode()
-
-
-def check_image(path):
-    """Raises UserError where the file is no picture, without decoding all of it."""
-    with named(path), Image.open(path) as image:
-        image.verify()
-
-
-class Picture:
-    """The bytes of a picture file, read once, and what its header says. All methods raise UserError.
-
-    A JPEG in colour is decoded by torchvision: the same pixels as Pillow's, as a tensor without a further copy. Pillow
-    converts whatever else there is, in ImageNet too: grey, CMYK, PNG under another name.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        with named(path):
-            self.data = np.fromfile(path, dtype=np.uint8)
-            self.image = Image.open(io.BytesIO(self.data))
-        self.size = self.image.height, self.image.width
-        self.is_colour_jpeg = self.image.format == "JPEG" and self.image.mode == "RGB"
-
-    def decode(self):
-        """The whole picture, uint8 (3, H, W)."""
-        if self.is_colour_jpeg and decode_jpeg:
-            # After an error Pillow tries, which knows more kinds and tells better what is wrong.
-            with contextlib.suppress(RuntimeError):
-                return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
-        with named(self.path):
-            if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                return torch.from_numpy((np.array(self.image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
-            return torch.from_numpy(np.array(self.image.convert("RGB"))).permute(2, 0, 1)
-
-    def resized_crop(self, box, out_size):
-        """The box (top, left, height, width) in the size asked for: uint8 (3, *out_size).
-
-        A colour JPEG is decoded at 1/8, 1/4 or 1/2 of its size where the box still has `out_size` pixels then: the
-        fewer are made, the faster. The box then ends at whole pixels of the reduced picture.
-        """
-        top, left, height, width = box
-        fits = (n for n in REDUCTIONS if height >= n * out_size[0] and width >= n * out_size[1])
-        n = next(fits, None) if self.is_colour_jpeg else None
-        if n is None:
-            return tv.resized_crop(self.decode(), *box, size=list(out_size), antialias=True)
-        with named(self.path):
-            self.image.draft("RGB", (self.image.width // n, self.image.height // n))
-            part = self.image.crop([round(edge / n) for edge in (left, top, left + width, top + height)])
-            part = torch.from_numpy(np.array(part)).permute(2, 0, 1)
-        return stretch(part, out_size)
 
 
 class TensorImages:
@@ -418,11 +320,13 @@ class FolderImages:
         for path, error in faults:
             if not self.skip_broken:
                 raise broken(error)
-            if path not in self.broken:
+            if path and path not in self.broken:
                 self.broken.add(path)
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         if len(self.broken) == len(self):
             raise UserError(f"none of the {len(self)} pictures can be read")
+        if faults and faults[-1][0] is None:
+            raise UserError(faults[-1][1])
 
 
 def default_workers():
@@ -464,12 +368,13 @@ class TrainCrops(Dataset):
     """The samples at some positions of the shuffled stream, augmented, by `__getitems__`.
 
     It returns [(image uint8 (3, H, W), label), ...] and [(path, why it can't be read), ...]. With `skip_broken` the
-    next readable sample in the order of the files takes the place of a broken one, so every batch is whole.
+    next readable sample in the order of the files takes the place of a broken one, so every batch is whole; where
+    there is none soon, the last fault has None for a path.
     """
 
     def __init__(self, paths, labels, augmentation, skip_broken):
         self.paths, self.labels, self.augmentation = paths, labels, augmentation
-        self.attempts = len(paths) if skip_broken else 1
+        self.attempts = min(len(paths), MOST_BROKEN) if skip_broken else 1
 
     def __getitems__(self, positions):
         epochs, indices = samples_at(self.augmentation.seed, positions, len(self.paths))
@@ -483,6 +388,10 @@ class TrainCrops(Dataset):
                     break
                 except UserError as error:
                     faults.append((path, str(error)))
+            else:
+                if self.attempts > 1:
+                    faults.append((None, f"{self.attempts} pictures in a row can't be read, the last one {path}"))
+                break
         return samples, faults
 
     def crop(self, path, epoch, index):

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import platform
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import RunStoppedError, UserError
 from utils.memory import keep_freed_memory
 
 PARALLEL = ("ddp", "fsdp")
@@ -51,6 +52,13 @@ def restarted():
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
+def launcher():
+    """What tells the torchrun that started this process from others, and stays when it starts it anew; or None."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    return f"{platform.node()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
+
+
 @contextlib.contextmanager
 def world(local_rank=None):
     """Join the process group that the launcher's environment describes, if any, and leave it at the end.
@@ -67,14 +75,21 @@ def world(local_rank=None):
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
+    whole = False
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        whole = True
     except UserError as error:
         error.met_at_work = True
         raise
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        raise RunStoppedError("another process of the run has ended or does not answer; see its message", 1) from error
     finally:
         gc.collect()  # gloo may abort at exit where a DDP wrapper or an FSDP model outlives the process group
-        dist.destroy_process_group()
+        if whole or device.type == "cpu":  # NCCL would wait here for processes that go on without this one
+            dist.destroy_process_group()
 
 
 def sum_over_processes(tensor):
@@ -154,6 +169,7 @@ class StopSignal:
     def __init__(self):
         self.number = 0
         self.received = 0.0
+        self.process = os.getpid()
         self.pending = None
 
     @contextlib.contextmanager
@@ -167,6 +183,8 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def receive(self, number, frame):
+        if os.getpid() != self.process:  # a worker that reads pictures: its training process ends it
+            return
         # A launcher forwards what the terminal has sent already; a second Ctrl-C of the user comes later.
         if self.number and time.monotonic() - self.received > 2:
             raise KeyboardInterrupt

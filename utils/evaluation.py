@@ -46,9 +46,11 @@ def run_evaluation(args, make_model):
         result = evaluate(model, test_set, (args.img_size, args.img_size), args.eval_batch_size, precision, processes)
         seconds = time.perf_counter() - start
         if processes.rank == 0:
+            missing = len(test_set) - result["images"]
+            skipped = f" ({missing} more could not be read)" if missing else ""
             print(
-                f"{args.model_type} on {args.dataset}: {result['images']} test images, {len(test_set.classes)} "
-                f"classes, at {args.img_size}x{args.img_size}, {processes}\n"
+                f"{args.model_type} on {args.dataset}: {result['images']} test images{skipped}, "
+                f"{len(test_set.classes)} classes, at {args.img_size}x{args.img_size}, {processes}\n"
                 f"  weights  {origin}\n"
                 f"  top-1    {100 * result['accuracy']:.2f} %\n"
                 f"  top-5    {100 * result['top5_accuracy']:.2f} %\n"

@@ -15,6 +15,7 @@ import torchvision
 from tqdm import tqdm
 
 from utils.checkpoint import BEST, LAST, replace_file
+from utils.distributed import launcher, restarted, union_over_processes
 from utils.errors import UserError
 from utils.weights_and_biases import RECORDS, RUN_ID
 
@@ -35,6 +36,7 @@ COLUMNS = (
     "images_per_second",
     "seconds",
 )
+NETWORK_DISK = 60  # seconds that it may take to show on one machine what another one has written
 NEWER_COLUMNS = ("test_top5_accuracy",)  # those that earlier runs have not measured: not a number there
 FEW_CLASSES = 10  # up to here the terminal does not show the top-5 accuracy
 
@@ -59,6 +61,12 @@ def open_run_folder(args):
     return run_dir
 
 
+def continues(args):
+    """Whether torchrun has started the processes anew after they had begun the run in this folder."""
+    config = read_config(Path(args.output_dir) / args.name) if restarted() else None
+    return bool(config) and config.get("launcher") == launcher()
+
+
 def resumes(args):
     """Whether there is a checkpoint that --resume continues; without one it starts the run."""
     return args.resume and (Path(args.output_dir) / args.name / LAST).exists()
@@ -70,10 +78,8 @@ def best_weights(args):
 
 
 def prepare_run_folder(run_dir, args, classes, num_steps):
-    """Write config.json; before that, delete what an earlier run has written, or name the flags that differ from it."""
-    if resumes(args):
-        report_changed_flags(read_config(run_dir), args)
-    else:
+    """Write config.json; before that, delete what an earlier run has written where it is not resumed."""
+    if not resumes(args):
         for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "events.out.tfevents.*", ".*.tmp"):
             for path in run_dir.glob(pattern):
                 path.unlink()
@@ -87,6 +93,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
         "classes": classes,
         "num_steps": num_steps,
         "command": sys.argv,
+        "launcher": launcher(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -99,7 +106,23 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
     replace_file(run_dir / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
+def check_shared(run_dir):
+    """Raises UserError in all processes where one of them does not see what the first one has prepared."""
+    deadline = time.monotonic() + NETWORK_DISK
+    while not (run_dir / CONFIG).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if False in union_over_processes({(run_dir / CONFIG).exists()}):
+        raise not_shared(run_dir)
+
+
+def not_shared(run_dir):
+    return UserError(
+        f"the processes do not see the same {run_dir}; --output_dir must be on a disk that all machines share"
+    )
+
+
 def report_changed_flags(config, args):
+    """Say with which flags a run is resumed that it was not started with."""
     before = config["flags"] if config else vars(args)
     for flag, value in vars(args).items():
         if flag not in WITHOUT_EFFECT and before.get(flag, value) != value:

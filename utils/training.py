@@ -25,7 +25,6 @@ from utils.distributed import (
     barrier,
     gradients_summed,
     local_parts,
-    restarted,
     shard_weights,
     sum_over_processes,
     union_over_processes,
@@ -38,7 +37,17 @@ from utils.mixing import make_mixing, mix_pairs
 from utils.precision import make_precision
 from utils.pretrained import take_pretrained
 from utils.scheduler import learning_rate
-from utils.tracking import Tracker, open_run_folder, prepare_run_folder, resumes
+from utils.tracking import (
+    Tracker,
+    check_shared,
+    continues,
+    not_shared,
+    open_run_folder,
+    prepare_run_folder,
+    read_config,
+    report_changed_flags,
+    resumes,
+)
 from utils.weights_and_biases import WeightsAndBiases
 
 OPTIMIZERS = {
@@ -91,7 +100,7 @@ class Window:
 
 def run_training(args, make_model):
     """What a training script does once its flags are checked: `make_model(num_classes)` is trained on the data."""
-    if restarted():
+    if continues(args):
         args.resume, args.overwrite = True, False
     run_dir = open_run_folder(args)
     with world(args.local_rank) as processes:
@@ -103,7 +112,12 @@ def prepare_and_train(args, make_model, processes, run_dir):
     torch.manual_seed(args.seed)
     model = make_model(source.count_classes(args.data_dir))
     state = None
-    if resumes(args):
+    resuming = union_over_processes({resumes(args)})
+    if len(resuming) > 1:
+        raise not_shared(run_dir)
+    if True in resuming:
+        if processes.rank == 0:
+            report_changed_flags(read_config(run_dir), args)
         weights, state = load_checkpoint(run_dir)
         load_into(model, weights, run_dir / LAST)
     elif args.pretrained_dir:
@@ -140,6 +154,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     barrier()  # every process has seen whether there is a run to resume
     if first:
         prepare_run_folder(run_dir, args, train_set.classes, num_steps)
+    check_shared(run_dir)
     dropouts = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
     mixing = make_mixing(args.mixup, args.cutmix)
 
@@ -264,7 +279,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
                     raise RunStoppedError(stopped(signal_number, progress.step, run_dir), status=128 + signal_number)
         broken = union_over_processes(train_set.broken | test_set.broken)
         if broken:
-            tracker.say(f"skipped {len(broken)} broken pictures, named above")
+            tracker.say(f"skipped {len(broken)} broken picture{'s' if len(broken) > 1 else ''}, named above")
         tracker.summarise(progress.best_accuracy, progress.best_step)
     finally:
         tracker.close()
