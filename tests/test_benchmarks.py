@@ -1,0 +1,103 @@
+"""The benchmarks through the shell, as small as they go, and the check that the others compute what ours does."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import ROOT, script, succeed
+from models import build_model
+from utils.errors import UserError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import peers
+import steps
+
+SMALL = ("--img_size", 32, "--batch_size", 2, "--rounds", 1)
+
+
+def test_throughput_of_several_models_and_levels(tmp_path):
+    command = ["benchmarks/throughput.py", "--model_type", "ViT-Ti_16", "BiT-M-R50x1", *SMALL, "--precision", "bf16"]
+    files = ["--json", tmp_path / "speed.json", "--output", tmp_path / "speed.md"]
+    printed = succeed(*command, "--batch_size", 1, 2, "--fp16_opt_level", "O1", "O2", *files)
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert [(result["model_type"], result["batch_size"]) for result in results] == [
+        (model_type, batch_size) for model_type in ("ViT-Ti_16", "BiT-M-R50x1") for batch_size in (1, 2)
+    ]
+    for result in results:
+        rows = {(row["model"], row["pass"]): row for row in result["rows"]}
+        assert {("this project, O1", "training step"), ("this project, O2", "forward")} < set(rows)
+        assert rows["timm", "forward"]["x_timm"] == rows["timm", "training step"]["x_timm"] == 1
+        ours = rows["this project, O2", "training step"]
+        # the FLOPs of ours and of the product are counted alike, so shares are as images/s
+        for other in (rows["timm", "training step"], rows["this project, O1", "training step"]):
+            shares = ours["share_of_matrix_product"] / other["share_of_matrix_product"]
+            assert shares == pytest.approx(ours["images_per_second"] / other["images_per_second"])
+    assert (tmp_path / "speed.md").read_text().strip() == printed.strip()
+    assert len(re.findall(r"^\| training step \| timm \| 1\.00 \| [\d.]+ \|", printed, re.MULTILINE)) == 4
+
+
+def test_throughput_refuses_what_a_cpu_can_not_measure(tmp_path):
+    for flags, what in (
+        (("--precision", "bf16", "fp16"), "--precision fp16 needs a GPU"),
+        (("--batch_size", "max"), "no --batch_size is left"),
+        (("--json", tmp_path / "nowhere" / "speed.json"), "can't be written"),
+        (("--img_size", 100), "image size 100"),
+    ):
+        done = script("benchmarks/throughput.py", *flags)
+        assert (done.returncode, done.stdout) == (2, ""), flags
+        assert what in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name, package", [("timm", "timm"), ("transformers", None), ("vit-pytorch", "vit_pytorch")])
+def test_a_peer_that_computes_something_else_is_named(name, package):
+    """The right one passes, and one change that its speed would not show is an error."""
+    pytest.importorskip(package or name)
+    model = build_model("ViT-Ti_16", 32, num_layers=2)
+    makers = {"timm": peers.timms, "transformers": peers.transformers_vit, "vit-pytorch": peers.lucidrains_vit}
+    peers.randomise(model)
+    try:
+        theirs, reference = with_fitting_depth(makers[name], model)
+    except ImportError as error:
+        pytest.skip(str(error))
+    peers.check(name, theirs, reference, 32)
+    norms = [module for module in theirs.modules() if isinstance(module, nn.LayerNorm)]
+    norms[1].eps = 1e-3
+    with pytest.raises(UserError, match=f"^{name} does not compute what ours does"):
+        peers.check(name, theirs, reference, 32)
+
+
+def with_fitting_depth(make, model):
+    """timm's name stands for twelve blocks; ours has fewer to be quick."""
+    if make is not peers.timms:
+        return make("ViT-Ti_16", model, 32)
+    gelu = {"act_layer": lambda: nn.GELU(approximate="tanh")}
+    theirs = peers.timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=10, **gelu)
+    theirs.load_state_dict(model.state_dict())
+    return theirs, model
+
+
+def test_every_weight_is_checked():
+    """A weight of zeros would hide what it is multiplied with."""
+    model = build_model("R26-ViT-S_32", 64, num_layers=1)
+    peers.randomise(model)
+    assert all(parameter.count_nonzero() > 0.99 * parameter.numel() for parameter in model.parameters())
+
+
+def test_the_memory_of_a_level():
+    """O2 keeps weights and their gradients in 16 bits, masters, their gradients and momenta in 32."""
+    for level, precision, (weights, gradients, optimizer) in (
+        (None, "fp32", (4, 4, 4)),
+        ("O2", "bf16", (2, 6, 8)),
+    ):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10))
+        step = steps.OurStep(model, precision, level, torch.device("cpu"))
+        batch = steps.random_batch(2, 4, torch.device("cpu"))
+        step.train(*batch)
+        count = 10 * 3 * 4 * 4 + 10
+        expected = {"weights": weights * count, "gradients": gradients * count, "optimizer": optimizer * count}
+        assert steps.state_bytes(model, step.optimizer) == expected
+        assert steps.training_memory(step, *batch) > sum(expected.values())
