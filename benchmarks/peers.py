@@ -143,8 +143,7 @@ def timms(model_type, model, img_size):
         return timms_resnet(model)
     if model_type not in TIMM:
         return None
-    gelu = functools.partial(nn.GELU, approximate="tanh")
-    theirs = timm.create_model(TIMM[model_type], img_size=img_size, num_classes=NUM_CLASSES, act_layer=gelu)
+    theirs = timm.create_model(TIMM[model_type], img_size=img_size, num_classes=NUM_CLASSES, act_layer=tanh_gelu())
     if model.patch_embed.stem is None:
         theirs.load_state_dict(model.state_dict())  # it has timm's names
         return theirs, model
@@ -154,6 +153,11 @@ def timms(model_type, model, img_size):
         theirs.load_pretrained(path)
     set_epsilon(theirs.patch_embed.backbone, nn.GroupNorm, 1e-6)
     return theirs, model
+
+
+def tanh_gelu():
+    """What timm's `act_layer` is to be for Google's GELU."""
+    return functools.partial(nn.GELU, approximate="tanh")
 
 
 def timms_resnet(model):

@@ -8,24 +8,25 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT, script, succeed
+from conftest import ROOT, call_main, succeed
 from models import build_model
 from utils.errors import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers
 import steps
+import throughput
 
 SMALL = ("--img_size", 32, "--batch_size", 2, "--rounds", 1)
 
 
 def test_throughput_of_several_models_and_levels(tmp_path):
-    command = ["benchmarks/throughput.py", "--model_type", "ViT-Ti_16", "BiT-M-R50x1", *SMALL, "--precision", "bf16"]
+    command = ["benchmarks/throughput.py", "--model_type", "ViT-Ti_16", "ViT-S_32", *SMALL, "--precision", "bf16"]
     files = ["--json", tmp_path / "speed.json", "--output", tmp_path / "speed.md"]
     printed = succeed(*command, "--batch_size", 1, 2, "--fp16_opt_level", "O1", "O2", *files)
     results = json.loads((tmp_path / "speed.json").read_text())
     assert [(result["model_type"], result["batch_size"]) for result in results] == [
-        (model_type, batch_size) for model_type in ("ViT-Ti_16", "BiT-M-R50x1") for batch_size in (1, 2)
+        (model_type, batch_size) for model_type in ("ViT-Ti_16", "ViT-S_32") for batch_size in (1, 2)
     ]
     for result in results:
         rows = {(row["model"], row["pass"]): row for row in result["rows"]}
@@ -40,16 +41,18 @@ def test_throughput_of_several_models_and_levels(tmp_path):
     assert len(re.findall(r"^\| training step \| timm \| 1\.00 \| [\d.]+ \|", printed, re.MULTILINE)) == 4
 
 
-def test_throughput_refuses_what_a_cpu_can_not_measure(tmp_path):
+def test_throughput_refuses_what_a_cpu_can_not_measure(tmp_path, monkeypatch, capsys):
     for flags, what in (
         (("--precision", "bf16", "fp16"), "--precision fp16 needs a GPU"),
         (("--batch_size", "max"), "no --batch_size is left"),
         (("--json", tmp_path / "nowhere" / "speed.json"), "can't be written"),
         (("--img_size", 100), "image size 100"),
     ):
-        done = script("benchmarks/throughput.py", *flags)
-        assert (done.returncode, done.stdout) == (2, ""), flags
-        assert what in done.stderr.splitlines()[-1]
+        with pytest.raises(SystemExit, match="2"):
+            call_main(throughput, flags, monkeypatch)
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert what in printed.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name, package", [("timm", "timm"), ("transformers", None), ("vit-pytorch", "vit_pytorch")])
@@ -101,3 +104,13 @@ def test_the_memory_of_a_level():
         expected = {"weights": weights * count, "gradients": gradients * count, "optimizer": optimizer * count}
         assert steps.state_bytes(model, step.optimizer) == expected
         assert steps.training_memory(step, *batch) > sum(expected.values())
+
+
+@pytest.mark.parametrize("side", [32, 300])
+def test_end_to_end(side):
+    """With pictures that are kept in memory, and with larger ones, which worker processes read."""
+    flags = ["--img_size", 32, "--batch_size", 4, "--num_steps", 4, "--first_steps", 2, "--rounds", 1]
+    printed = succeed("benchmarks/end_to_end.py", *flags, "--pictures", 20, "--picture_side", side, "--num_workers", 1)
+    rows = re.findall(r"^\| (the model's step alone|train.py|timm's loop) \| [\d.]+ \|", printed, re.MULTILINE)
+    assert len(rows) == 3
+    assert re.search(r"^\| train.py \| .* \| [\d.]+% \(.*\) \| [\d.]+ \(.*\) \|$", printed, re.MULTILINE)
