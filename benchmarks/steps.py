@@ -3,6 +3,7 @@
 Importing this puts the repository on the path.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -86,7 +87,7 @@ class OurStep:
         self.precision = Precision("O0" if precision == "fp32" else level, DTYPES[precision], device)
         self.optimizer = self.precision.prepare(model, momentum_sgd)
         if compile:
-            compile_in_place(model)
+            compile_for_fixed_shapes(model)
 
     @torch.no_grad()
     def forward(self, images):
@@ -107,6 +108,12 @@ def ours(args, model, device, images, labels):
     check_precision(args.precision, device)
     step = OurStep(model, args.precision, args.fp16_opt_level, device, args.compile)
     return lambda: step.forward(images), lambda images=images, labels=labels: step.train(images, labels)
+
+
+def compile_for_fixed_shapes(model):
+    """Each batch size is compiled for itself, as in a run, also where several are timed."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    compile_in_place(model)
 
 
 def momentum_sgd(named):
@@ -213,6 +220,28 @@ def rise_of_memory(step):
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def fits(step, images, labels, device):
+    """Whether a training step of these images fits; the memory that it took is free again. A CPU is not asked."""
+    if device.type == "cpu":
+        step.train(images, labels)  # the optimizer's state is there from now on
+        return True
+    try:
+        step.train(images, labels)
+        torch.cuda.synchronize()
+        fitted = True
+    except torch.OutOfMemoryError:
+        fitted = False
+    step.model.zero_grad()
+    free(device)
+    return fitted
+
+
+def free(device):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def memory_title(device):

@@ -13,7 +13,6 @@ precision, measured in the same turns. A training step is forward, loss, backwar
 
 import contextlib
 import copy
-import gc
 import json
 import statistics
 import sys
@@ -31,9 +30,12 @@ from steps import (
     add_step_flags,
     add_turn_flags,
     check_precision,
+    compile_for_fixed_shapes,
     compiled,
+    fits,
     forward_flops,
     forward_memory,
+    free,
     machine,
     make_model,
     memory_title,
@@ -51,7 +53,6 @@ from utils.arguments import Parser, argument, one_of, positive
 from utils.distributed import choose_device
 from utils.errors import UserError, run_script
 from utils.precision import OPT_LEVELS
-from utils.training import compile_in_place
 
 # what other benchmarks take from here
 __all__ = ["NUM_CLASSES", "add_step_flags", "compiled", "forward_flops", "ours", "take_turns"]
@@ -64,8 +65,6 @@ def main():
     args = parse_flags()
     device = choose_device()
     check(args, device)
-    if args.compile:
-        torch._dynamo.config.automatic_dynamic_shapes = False  # each batch size is compiled for itself, as in a run
     results = []
     for model_type in args.model_type:
         flops = forward_flops(model_type, args.img_size)
@@ -164,7 +163,7 @@ class PeerStep:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         if compile:
-            compile_in_place(model)
+            compile_for_fixed_shapes(model)
 
     def autocast(self, images):
         return torch.autocast(images.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
@@ -277,28 +276,6 @@ def largest_batch(step, img_size, device):
         if part and fits_with(size + part):
             size += part
     return size
-
-
-def fits(step, images, labels, device):
-    """Whether a training step of these images fits; the memory that it took is free again. A CPU is not asked."""
-    if device.type == "cpu":
-        step.train(images, labels)  # the optimizer's state is there from now on
-        return True
-    try:
-        step.train(images, labels)
-        torch.cuda.synchronize()
-        fitted = True
-    except torch.OutOfMemoryError:
-        fitted = False
-    step.model.zero_grad()
-    free(device)
-    return fitted
-
-
-def free(device):
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def publish(args, results):

@@ -106,11 +106,9 @@ def test_the_memory_of_a_level():
         assert steps.training_memory(step, *batch) > sum(expected.values())
 
 
-@pytest.mark.parametrize("side", [32, 300])
-def test_end_to_end(side):
-    """With pictures that are kept in memory, and with larger ones, which worker processes read."""
+def test_end_to_end():
     flags = ["--img_size", 32, "--batch_size", 4, "--num_steps", 4, "--first_steps", 2, "--rounds", 1]
-    printed = succeed("benchmarks/end_to_end.py", *flags, "--pictures", 20, "--picture_side", side, "--num_workers", 1)
+    printed = succeed("benchmarks/end_to_end.py", *flags, "--pictures", 20, "--num_workers", 1)
     rows = re.findall(r"^\| (the model's step alone|train.py|timm's loop) \| [\d.]+ \|", printed, re.MULTILINE)
     assert len(rows) == 3
     assert re.search(r"^\| train.py \| .* \| [\d.]+% \(.*\) \| [\d.]+ \(.*\) \|$", printed, re.MULTILINE)
