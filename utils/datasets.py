@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from utils.augmentation import normalise, random_crops, resized_crops
@@ -56,14 +54,17 @@ def load_digits(train, data_dir, world, num_workers, examples_per_class=None):
     return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device)
 
 
-def load_cifar(dataset, train, data_dir, world, num_workers, examples_per_class=None):
+def load_cifar(name, train, data_dir, world, num_workers, examples_per_class=None):
     """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
+    from torchvision import datasets  # a slow import that other data need not pay
+
+    dataset = getattr(datasets, name)
     try:
         with first_on_each_machine(world):
             data = dataset(data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"could not get {dataset.__name__} into {data_dir}: {error}; "
+            f"could not get {name} into {data_dir}: {error}; "
             f"download {dataset.url} there by hand, or give the folder that holds it with --data_dir"
         ) from error
     labels = np.asarray(data.targets)
@@ -83,8 +84,8 @@ def load_imagefolder(train, data_dir, world, num_workers, examples_per_class=Non
 
 
 DATASETS = {
-    "cifar10": Source(lambda data_dir: 10, functools.partial(load_cifar, CIFAR10)),
-    "cifar100": Source(lambda data_dir: 100, functools.partial(load_cifar, CIFAR100)),
+    "cifar10": Source(lambda data_dir: 10, functools.partial(load_cifar, "CIFAR10")),
+    "cifar100": Source(lambda data_dir: 100, functools.partial(load_cifar, "CIFAR100")),
     "digits": Source(lambda data_dir: 10, load_digits),
     "imagefolder": Source(lambda data_dir: len(class_folders(image_folders(data_dir)[0])), load_imagefolder),
 }
@@ -227,6 +228,8 @@ class FolderImages:
     """Pictures on disk, decoded, cropped and resized by worker processes."""
 
     def __init__(self, paths, labels, classes, device, num_workers):
+        import torchvision.transforms.v2  # noqa: F401  a slow import, before there are workers that would each pay it
+
         self.paths, self.labels, self.classes = paths, labels, list(classes)
         self.device = device
         self.num_workers = num_workers
@@ -273,6 +276,8 @@ class TrainCrops(Dataset):
         self.img_size, self.min_crop_scale, self.flip = img_size, min_crop_scale, flip
 
     def __getitem__(self, position):
+        from torchvision.transforms.v2 import functional as tv
+
         epochs, indices = samples_at(self.seed, [position], len(self.paths))
         image = read_image(self.paths[indices[0]])
         boxes, flips = random_crops(
@@ -289,6 +294,8 @@ class ResizedImages(Dataset):
         self.paths, self.labels, self.img_size = paths, labels, img_size
 
     def __getitem__(self, index):
+        from torchvision.transforms.v2 import functional as tv
+
         image = tv.resize(read_image(self.paths[index]), list(self.img_size), antialias=True)
         return image, self.labels[index]
 
