@@ -35,14 +35,14 @@ if ! $dry && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_avail
     echo "gpu.sh: no GPU that PyTorch can use; --dry tries the script out on a CPU" >&2
     exit 2
 fi
-if $dry; then
-    name=dry-run
-else
-    name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-"))')
-fi
-out=benchmarks/results/$name
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
+if $dry; then
+    out=$runs/results
+else
+    name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-"))')
+    out=benchmarks/results/$name
+fi
 mkdir -p "$out"
 : >"$out/summary.txt"
 deadline=$((SECONDS + 1200))
@@ -116,4 +116,5 @@ else
     fi
 fi
 
-echo "$SECONDS s in all; results in $out" | tee -a "$out/summary.txt"
+$dry || echo "results in $out"
+echo "$SECONDS s in all" | tee -a "$out/summary.txt"

@@ -11,6 +11,7 @@ from torch import nn
 from conftest import ROOT, call_main, succeed
 from models import build_model
 from utils.errors import UserError
+from utils.tracking import read_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers
@@ -112,3 +113,44 @@ def test_end_to_end():
     rows = re.findall(r"^\| (the model's step alone|train.py|timm's loop) \| [\d.]+ \|", printed, re.MULTILINE)
     assert len(rows) == 3
     assert re.search(r"^\| train.py \| .* \| [\d.]+% \(.*\) \| [\d.]+ \(.*\) \|$", printed, re.MULTILINE)
+
+
+def test_growth(tmp_path):
+    """Parts add up to the floor, checkpointing keeps fewer activations and nothing else, and a figure is drawn."""
+    sizes = ["--model_type", "ViT-Mini_4", "--model_types", "ViT-Nano_4", "--batch_sizes", 1, "--img_sizes", 64]
+    picture = tmp_path / "growth.png"
+    printed = succeed("benchmarks/growth.py", *SMALL, *sizes, "--precision", "fp32", "--picture", picture)
+    number = r"\| ([\d,]+) "
+    rows = re.findall(r"^\| \S+ \| \d+ \| \d+ \| (training step|with --\w+) \| .*? to \S+ " + 5 * number, printed, re.M)
+    memory = [[int(cell.replace(",", "")) for cell in cells] for _, *cells in rows]
+    assert len(rows) == 6
+    for plain, checkpointing in zip(memory[::2], memory[1::2], strict=True):
+        assert plain[:3] == checkpointing[:3]
+        assert plain[3] > checkpointing[3]
+        for *parts, floor in (plain, checkpointing):
+            assert floor == pytest.approx(sum(parts), abs=2)  # each is rounded
+    assert picture.stat().st_size > 10000
+
+
+def test_the_fast_path_beside_float32(tmp_path):
+    flags = ["--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", 8, "--train_batch_size", 4]
+    flags += ["--num_steps", 2, "--seeds", 3, "--output_dir", tmp_path]
+    printed = succeed("benchmarks/fast_path.py", *flags)
+    rows = re.findall(r"^\| (float32|the fast path) \| ([\d.]+) \(.*?\) \| ([\d.]+) \(", printed, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["float32", "the fast path"]
+    losses = [read_metrics(tmp_path / f"{name}-seed3")["test_loss"][-1] for name in ("float32", "fast")]
+    assert 0 < abs(losses[0] - losses[1]) < 0.05  # other numbers, but not very
+    assert [float(loss) for _, loss, _ in rows] == [round(loss, 4) for loss in losses]
+    difference = float(re.search(r"^test loss: .* means differ by (\S+),", printed, re.MULTILINE)[1])
+    assert difference == pytest.approx(losses[1] - losses[0], abs=2e-4)
+
+
+def test_startup_tells_all_of_the_time():
+    flags = ["--model_type", "ViT-Mini_4", "--img_size", 8, "--dataset", "digits", "--rounds", 1]
+    phases, imports = succeed("benchmarks/startup.py", *flags).split("\n\n")[1:3]
+    for table in (phases, imports):
+        seconds = {name: float(value) for name, value in re.findall(r"^\| (.+?) \| ([\d.]+) \|", table, re.MULTILINE)}
+        total = seconds.pop("total")
+        assert sum(seconds.values()) == pytest.approx(total, abs=0.01 * len(seconds))
+    assert "| checkpoint |" in phases
+    assert "| torch |" in imports
