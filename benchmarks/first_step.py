@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 begun_here = time.time()
-seconds = {}
+seconds = {}  # {phase: [seconds, processor seconds]}
 at_work = []
 
 
@@ -21,13 +21,21 @@ at_work = []
 def phase(name):
     """Counts for `name`, unless it happens within another phase."""
     at_work.append(name)
-    start = time.time()
+    start = clocks()
     try:
         yield
     finally:
         at_work.pop()
         if not at_work:
-            seconds[name] = seconds.get(name, 0.0) + time.time() - start
+            seconds[name] = [
+                before + now - then
+                for before, now, then in zip(seconds.get(name, (0, 0)), clocks(), start, strict=True)
+            ]
+
+
+def clocks():
+    """The time, and this process's processor time."""
+    return time.time(), time.process_time()
 
 
 def timed(name, function):
@@ -41,7 +49,7 @@ def timed(name, function):
 
 def main():
     started, cifar, *flags = sys.argv[1:]
-    seconds["Python itself"] = begun_here - float(started)
+    seconds["Python itself"] = [begun_here - float(started), time.process_time()]
     sys.argv = ["train.py", *flags]
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     with phase("import torch"):
@@ -79,8 +87,11 @@ def with_first_step(precision, started):
 
     def first_step(*arguments):
         step(*arguments)
-        total = time.time() - started
-        seconds["first step, and what lies between"] = total - sum(seconds.values())
+        total = [time.time() - started, time.process_time()]
+        counted = [sum(values) for values in zip(*seconds.values(), strict=True)]
+        seconds["first step, and what lies between"] = [
+            all_of - rest for all_of, rest in zip(total, counted, strict=True)
+        ]
         print(json.dumps({**seconds, "total": total}), flush=True)
         os._exit(0)
 

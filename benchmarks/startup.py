@@ -1,8 +1,9 @@
 """Seconds from `python train.py` to the end of its first step, and where they go; and what the imports cost.
 
 The task is fine-tuning on CIFAR-10 at 224 from an .npz. Weights and pictures are random, of the true files' names,
-shapes and sizes. Every round is a process of its own. The imports are those of `import train`, by Python's own clock
-(-X importtime); a package's seconds are those of its modules alone, not of what they import.
+shapes and sizes. Every round is a process of its own; its processor seconds are told too, which other work on the
+machine lengthens less. The imports are those of `import train`, by Python's own clock (-X importtime); a package's
+seconds are those of its modules alone, not of what they import.
 
     python benchmarks/startup.py
 """
@@ -40,9 +41,10 @@ def main():
         imports = [seconds_of_imports() for _ in range(args.rounds)]
     print(
         f"{args.model_type} on {args.dataset} at {args.img_size}x{args.img_size} from an .npz, a step of "
-        f"{args.batch_size} images, bf16\n{machine()}, median of {args.rounds} rounds\n\n{table('phase', rounds)}\n"
+        f"{args.batch_size} images, bf16\n{machine()}, median of {args.rounds} rounds\n"
     )
-    print(f"{table('imported', add_up(imports))}")
+    print(table("phase", ("seconds", "processor seconds"), rounds) + "\n")
+    print(table("imported", ("seconds",), add_up(imports)))
 
 
 def parse_flags():
@@ -83,7 +85,7 @@ def write_pickle(path, content):
 
 
 def first_step(args, folder, weights):
-    """{phase: seconds} of one start."""
+    """{phase: [seconds, processor seconds]} of one start."""
     flags = ["--name", "run", "--overwrite", "--output_dir", folder / "output", "--dataset", args.dataset, "--bf16"]
     flags += ["--data_dir", folder / "data", "--model_type", args.model_type, "--img_size", args.img_size]
     flags += ["--pretrained_dir", weights, "--train_batch_size", args.batch_size]
@@ -121,20 +123,23 @@ def add_up(imports):
     large = [name for name in names if name != "total" and statistics.median(o.get(name, 0.0) for o in imports) > SHOWN]
     return [
         {
-            **{name: one.get(name, 0.0) for name in large},
-            "all others": sum(value for name, value in one.items() if name not in (*large, "total")),
-            "total": one["total"],
+            **{name: [one.get(name, 0.0)] for name in large},
+            "all others": [sum(value for name, value in one.items() if name not in (*large, "total"))],
+            "total": [one["total"]],
         }
         for one in imports
     ]
 
 
-def table(title, rounds):
-    """Markdown: medians with the fastest and slowest round."""
-    lines = [f"| {title} | seconds | fastest to slowest round |", "|---|---|---|"]
+def table(title, clocks, rounds):
+    """Markdown: medians with the fastest and slowest round; a round is {name: [a number of each of the clocks]}."""
+    titles = [title, *(text for clock in clocks for text in (clock, "fastest to slowest round"))]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in rounds[0]:
-        values = [one[name] for one in rounds]
-        lines.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} to {max(values):.2f} |")
+        cells = [name]
+        for values in zip(*(one[name] for one in rounds), strict=True):
+            cells += [f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
