@@ -10,7 +10,15 @@ import statistics
 
 import torch
 from matplotlib.figure import Figure
-from throughput import NUM_CLASSES, add_step_flags, forward_flops, ours, take_turns  # puts the repository on the path
+from steps import (
+    NUM_CLASSES,
+    add_step_flags,
+    compiled,
+    forward_flops,
+    ours,
+    random_batch,
+    take_turns,
+)
 
 from models import MODEL_TYPES, build_model, canonical_model_type
 from utils.arguments import Parser, argument, check_picture_path
@@ -36,8 +44,7 @@ def main():
     accuracies = best_accuracies(args.runs, args.model_types)
     rows = {name: {"gflops": forward_flops(name, args.img_size) / 1e9} for name in args.model_types}
     device = choose_device()
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
+    images, labels = random_batch(args.batch_size, args.img_size, device)
     contenders = {}
     for name, row in rows.items():
         torch.manual_seed(0)
@@ -53,7 +60,7 @@ def main():
     level = "" if args.precision == "fp32" else f" at level {args.fp16_opt_level}"
     threads = f" ({torch.get_num_threads()} CPU threads)" if device.type == "cpu" else ""
     title = (
-        f"{args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}, "
+        f"{args.img_size}x{args.img_size}, batch {args.batch_size}, {args.precision}{level}{compiled(args)}, "
         f"{device_name()}{threads}, torch {torch.__version__}"
     )
     print(f"{title}, median of {args.rounds} rounds\n\n{table(rows)}")
@@ -93,8 +100,7 @@ def best_accuracies(runs, model_types):
 
 def activations_of_an_image(args, model, train, device):
     """Bytes kept for the backward pass; two batches are compared, since standardised kernels are kept once a batch."""
-    images = torch.randn(2, 3, args.img_size, args.img_size, device=device)
-    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    images, labels = random_batch(2, args.img_size, device)
     two, one = (activation_bytes(model, lambda n=n: train(images[:n], labels[:n])) for n in (2, 1))
     return two - one
 

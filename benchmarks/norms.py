@@ -6,9 +6,17 @@ python benchmarks/norms.py --model_type ViT-B_16 --batch_size 8
 import statistics
 
 import torch
-from throughput import NUM_CLASSES, add_step_flags, compiled, ours, take_turns  # puts the repository on the path
+from steps import (
+    NUM_CLASSES,
+    add_step_flags,
+    compiled,
+    make_model,
+    ours,
+    random_batch,
+    ratio,
+    take_turns,
+)
 
-from evaluate import make_model
 from models import NORM_TYPES
 from models.configs import VITS
 from utils.arguments import Parser, one_of
@@ -24,8 +32,7 @@ def main():
     add_step_flags(group, batch_size=8, rounds=7)
     args = parser.parse_args()
     device = choose_device()
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
+    images, labels = random_batch(args.batch_size, args.img_size, device)
     contenders = {}
     for norm_type in NORM_TYPES:
         model = make_model(args.model_type, args.img_size, NUM_CLASSES, norm_type=norm_type)
@@ -39,8 +46,7 @@ def main():
     for norm_type in NORM_TYPES:
         cells = []
         for task in ("training", "forward"):
-            pairs = zip(seconds["LN", task], seconds[norm_type, task], strict=True)
-            cells.append(f"{statistics.median(reference / mine for reference, mine in pairs):.2f}")
+            cells.append(f"{ratio(seconds['LN', task], seconds[norm_type, task]):.2f}")
             cells.append(f"{args.batch_size / statistics.median(seconds[norm_type, task]):.1f}")
         print(f"| {norm_type} | {' | '.join(cells)} |")
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import nn
 
 from models.norms import Bias, LayerNorm, TokenBatchNorm, TokenGroupNorm
@@ -280,6 +279,8 @@ def resize_pos_embed(array, grid_size):
     Linear interpolation between the outermost positions, as Google's `checkpoint.interpolate_posembed`;
     the class token's is left alone.
     """
+    from scipy import ndimage  # a slow import that a checkpoint of the model's own grid need not pay
+
     cls, grid = array[:, :1], array[0, 1:]
     side = round(len(grid) ** 0.5)
     if side * side != len(grid) or not side:

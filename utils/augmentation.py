@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tv
 
 from utils.random import AUGMENTATION, RAND_AUGMENT, random_uniform, random_words
 
@@ -91,6 +89,13 @@ def resize_weights(start, length, in_size, out_size, flips=None):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
+def transforms():
+    """torchvision.transforms.v2: a slow import that images in memory need not pay."""
+    from torchvision.transforms import v2
+
+    return v2
+
+
 def rand_augmented(image, word, operations, magnitude):
     """torchvision's RandAugment of an image, uint8 (3, H, W), drawn from the random word alone."""
     with torch.random.fork_rng(devices=[]):  # it draws on the CPU, wherever the image is
@@ -100,7 +105,7 @@ def rand_augmented(image, word, operations, magnitude):
 
 @functools.cache
 def rand_augment(operations, magnitude):
-    return v2.RandAugment(operations, magnitude, num_magnitude_bins=MAX_MAGNITUDE + 1)
+    return transforms().RandAugment(operations, magnitude, num_magnitude_bins=MAX_MAGNITUDE + 1)
 
 
 def rand_augment_words(seed, epochs, indices, num_samples):
@@ -110,18 +115,18 @@ def rand_augment_words(seed, epochs, indices, num_samples):
 
 def stretch(image, img_size):
     """A whole image, uint8 (3, H, W), in the size asked for, whatever that does to its aspect ratio."""
-    return tv.resize(image, list(img_size), antialias=True)
+    return transforms().functional.resize(image, list(img_size), antialias=True)
 
 
 def centre_crop(image, img_size):
     """ImageNet's usual validation: the shorter side of uint8 (3, H, W) to 256/224 of `img_size`, then its centre."""
-    image = tv.resize(image, [round(max(img_size) * VALIDATION_RESIZE)], antialias=True)
-    return tv.center_crop(image, list(img_size))
+    image = transforms().functional.resize(image, [round(max(img_size) * VALIDATION_RESIZE)], antialias=True)
+    return transforms().functional.center_crop(image, list(img_size))
 
 
 def centre_square(image):
     """The part of an image, (3, H, W), that `centre_crop` shows."""
-    return tv.center_crop(image, [round(min(image.shape[1:]) / VALIDATION_RESIZE)])
+    return transforms().functional.center_crop(image, [round(min(image.shape[1:]) / VALIDATION_RESIZE)])
 
 
 def normalise(images, mean_std="half"):

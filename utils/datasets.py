@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from utils.augmentation import (
@@ -25,6 +24,7 @@ from utils.augmentation import (
     random_crops,
     resized_crops,
     stretch,
+    transforms,
 )
 from utils.distributed import first_on_each_machine
 from utils.errors import UserError
@@ -65,16 +65,17 @@ def load_digits(train, data_dir, world, num_workers, examples_per_class=None, me
     return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device, mean_std)
 
 
-def load_cifar(
-    dataset, train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False
-):
+def load_cifar(name, train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
     """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
+    from torchvision import datasets  # a slow import that other data need not pay
+
+    dataset = getattr(datasets, name)
     try:
         with first_on_each_machine(world):
             data = dataset(data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"could not get {dataset.__name__} into {data_dir}: {error}; "
+            f"could not get {name} into {data_dir}: {error}; "
             f"download {dataset.url} there by hand, or give the folder that holds it with --data_dir"
         ) from error
     labels = np.asarray(data.targets)
@@ -106,8 +107,8 @@ def count_class_folders(data_dir):
 
 
 DATASETS = {
-    "cifar10": Source(lambda data_dir: 10, functools.partial(load_cifar, CIFAR10)),
-    "cifar100": Source(lambda data_dir: 100, functools.partial(load_cifar, CIFAR100)),
+    "cifar10": Source(lambda data_dir: 10, functools.partial(load_cifar, "CIFAR10")),
+    "cifar100": Source(lambda data_dir: 100, functools.partial(load_cifar, "CIFAR100")),
     "digits": Source(lambda data_dir: 10, load_digits),
     "imagefolder": Source(count_class_folders, load_imagefolder),
     "imagenet": Source(count_class_folders, load_imagenet, centre_crop),
@@ -264,6 +265,8 @@ class FolderImages:
     def __init__(
         self, paths, labels, classes, device, num_workers, prepare=stretch, mean_std="half", skip_broken=False
     ):
+        transforms()  # imported before there are workers that would each do it
+
         # Arrays, since workers would copy a list of a million strings: they share it only until they count references.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels, dtype=np.int64)

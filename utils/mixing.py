@@ -6,8 +6,8 @@ partner, which is in the same part of the batch however many processes and accum
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
+from utils.augmentation import transforms
 from utils.random import MIXING, random_words
 
 
@@ -16,9 +16,11 @@ def make_mixing(mixup, cutmix):
 
     Mixup is by Zhang et al. (2018), CutMix by Yun et al. (2019); with both, each step takes one of them at random.
     """
+    if not (mixup or cutmix):
+        return None
+    v2 = transforms()
     alphas = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-    transforms = [transform(alpha=alpha) for transform, alpha in alphas if alpha]
-    return v2.RandomChoice(transforms) if transforms else None
+    return v2.RandomChoice([transform(alpha=alpha) for transform, alpha in alphas if alpha])
 
 
 def mix_pairs(mixing, images, labels, num_classes, seed, step):

@@ -7,15 +7,9 @@ import os
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms.v2 import functional as tv
 
-from utils.augmentation import stretch
+from utils.augmentation import stretch, transforms
 from utils.errors import UserError
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # torchvision 0.29 announces that decoding goes to torchcodec; Pillow then does it all
-    decode_jpeg = None
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 REDUCTIONS = (8, 4, 2)  # at which a JPEG is decoded straight from its frequencies
@@ -81,9 +75,12 @@ class Picture:
 
     def decode(self):
         """The whole picture, uint8 (3, H, W)."""
-        if self.is_colour_jpeg and decode_jpeg:
-            # After an error Pillow tries, which knows more kinds and tells better what is wrong.
-            with contextlib.suppress(RuntimeError):
+        if self.is_colour_jpeg:
+            # After an error Pillow tries, which knows more kinds and tells better what is wrong. ImportError, since
+            # torchvision 0.29 announces that decoding goes to torchcodec.
+            with contextlib.suppress(RuntimeError, ImportError):
+                from torchvision.io import decode_jpeg  # as slow an import as its transforms
+
                 return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
         with named(self.path):
             if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
@@ -100,7 +97,7 @@ class Picture:
         fits = (n for n in REDUCTIONS if height >= n * out_size[0] and width >= n * out_size[1])
         n = next(fits, None) if self.is_colour_jpeg else None
         if n is None:
-            return tv.resized_crop(self.decode(), *box, size=list(out_size), antialias=True)
+            return transforms().functional.resized_crop(self.decode(), *box, size=list(out_size), antialias=True)
         with named(self.path):
             self.image.draft("RGB", (self.image.width // n, self.image.height // n))
             part = self.image.crop([round(edge / n) for edge in (left, top, left + width, top + height)])

@@ -1,6 +1,7 @@
 """The records of a run: config.json, metrics.csv, TensorBoard, W&B, curves.png, and what the terminal shows."""
 
 import csv
+import importlib.metadata
 import json
 import math
 import os
@@ -11,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-import torchvision
 from tqdm import tqdm
 
 from utils.checkpoint import BEST, LAST, replace_file
@@ -97,7 +97,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),
             "cuda": torch.version.cuda if torch.cuda.is_available() else None,
             "device": device_name(),
             "platform": platform.platform(),

@@ -1,0 +1,271 @@
+"""timm's, transformers' and lucidrains' model of the shape of ours, with our weights, checked to compute the same.
+
+Three of them compute another function than Google's models unless they are told. Here they are, for the check and for
+what is timed after it:
+
+timm               tanh-approximated GELU instead of the exact one; Google's epsilons in GroupNorm and in the weight
+                   standardisation. A hybrid's kernels are scaled by 100, in both models: timm divides by
+                   sqrt(variance + epsilon), Google by the standard deviation + 1e-5.
+transformers       tanh-approximated GELU, LayerNorm's epsilon 1e-6.
+vit-pytorch        the same two, and without its LayerNorms around the patch embedding, which ours has not (they would
+                   cost it time). It has no biases of query, key and value, so our model is checked without them.
+"""
+
+import copy
+import functools
+import importlib.metadata
+import os
+import sys
+import tempfile
+
+import numpy as np
+import timm
+import torch
+from steps import NUM_CLASSES
+from timm.layers import StdConv2d
+from timm.models.resnetv2 import ResNetV2
+from torch import nn
+
+from models.bit_resnet import BiTResNet
+from utils.errors import UserError
+
+TIMM = {
+    "ViT-Ti_16": "vit_tiny_patch16_224",
+    "ViT-S_16": "vit_small_patch16_224",
+    "ViT-S_32": "vit_small_patch32_224",
+    "ViT-B_8": "vit_base_patch8_224",
+    "ViT-B_16": "vit_base_patch16_224",
+    "ViT-B_32": "vit_base_patch32_224",
+    "ViT-L_16": "vit_large_patch16_224",
+    "ViT-L_32": "vit_large_patch32_224",
+    "ViT-H_14": "vit_huge_patch14_224",
+    "R-ViT-Ti_16": "vit_tiny_r_s16_p8_224",
+    "R26-ViT-S_32": "vit_small_r26_s32_224",
+    "R26-ViT-B_32": "vit_base_r26_s32_224",
+    "R50-ViT-B_16": "vit_base_r50_s16_224",
+    "R50-ViT-L_32": "vit_large_r50_s32_224",
+}
+PACKAGES = {"timm": "timm", "transformers": "transformers", "vit-pytorch": "vit-pytorch"}  # name: on PyPI
+BOUND = 5e-5  # relative error of the logits; the exact GELU instead of the approximated one is 2e-4
+IMAGES = 2
+
+# transformers' parameters under our names; in older versions some have longer ones.
+TRANSFORMERS = (
+    ("vit.embeddings.", ""),
+    ("vit.", ""),
+    ("encoder.layer.", "blocks."),
+    ("layers.", "blocks."),
+    ("patch_embeddings.projection.", "patch_embed.proj."),
+    ("position_embeddings", "pos_embed"),
+    ("classifier.", "head."),
+    ("layernorm.", "norm."),
+    ("layernorm_before.", "norm1."),
+    ("layernorm_after.", "norm2."),
+    ("attention.attention.query.", "attn.q."),
+    ("attention.attention.key.", "attn.k."),
+    ("attention.attention.value.", "attn.v."),
+    ("attention.output.dense.", "attn.proj."),
+    ("attention.q_proj.", "attn.q."),
+    ("attention.k_proj.", "attn.k."),
+    ("attention.v_proj.", "attn.v."),
+    ("attention.o_proj.", "attn.proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+)
+
+
+def peers(model_type, model, img_size):
+    """{name: module} of those that have such a model, each with the weights of `model` and checked on the CPU.
+
+    First `model` gets weights none of which are zero, since zeros would hide what they are multiplied with. Raises
+    UserError for one that computes something else.
+    """
+    randomise(model)
+    found = {}
+    for name, make in (("timm", timms), ("transformers", transformers_vit), ("vit-pytorch", lucidrains_vit)):
+        try:
+            made = make(model_type, model, img_size)
+        except ImportError as error:
+            print(f"{name} is left out ({error}); pip install -r benchmarks/requirements.txt", file=sys.stderr)
+            continue
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{name}: our weights do not fit its parameters ({error}); its version is untested here"
+            ) from error
+        if made:
+            found[name], reference = made
+            check(name, found[name], reference, img_size)
+    return found
+
+
+def versions():
+    """`timm 1.0.31, transformers 5.23.0`: of those that are installed."""
+    found = []
+    for name, package in PACKAGES.items():
+        try:
+            found.append(f"{name} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+@torch.no_grad()
+def randomise(model):
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    if not isinstance(model, BiTResNet) and model.patch_embed.stem:
+        for module in model.patch_embed.stem.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(100)
+
+
+@torch.no_grad()
+def check(name, module, reference, img_size):
+    """Raises UserError where the logits of `module` are not those of `reference`, in float32."""
+    images = torch.randn(IMAGES, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
+    theirs, ours = logits_of(module.eval()(images)).double(), reference.eval()(images).double()
+    error = ((theirs - ours).norm() / ours.norm()).item()
+    if not error < BOUND:
+        raise UserError(
+            f"{name} does not compute what ours does: on the same weights the relative error of its logits is "
+            f"{error:.1e}, more than {BOUND:.0e}, so its speed says nothing"
+        )
+
+
+def logits_of(output):
+    """Of what a model returns: transformers' has more in it."""
+    return output if torch.is_tensor(output) else output.logits
+
+
+def timms(model_type, model, img_size):
+    """A ResNet is timm's resnetv2_50x3_bit with this model's layers and channels."""
+    if isinstance(model, BiTResNet):
+        return timms_resnet(model)
+    if model_type not in TIMM:
+        return None
+    theirs = timm.create_model(TIMM[model_type], img_size=img_size, num_classes=NUM_CLASSES, act_layer=tanh_gelu())
+    if model.patch_embed.stem is None:
+        theirs.load_state_dict(model.state_dict())  # it has timm's names
+        return theirs, model
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "weights.npz")
+        np.savez(path, **model.export_npz())
+        theirs.load_pretrained(path)
+    set_epsilon(theirs.patch_embed.backbone, nn.GroupNorm, 1e-6)
+    return theirs, model
+
+
+def tanh_gelu():
+    """What timm's `act_layer` is to be for Google's GELU."""
+    return functools.partial(nn.GELU, approximate="tanh")
+
+
+def timms_resnet(model):
+    config = model.config
+    if config.root_stride != 4 or config.num_groups != 32:
+        return None
+    factor = config.root_width // 64
+    theirs = ResNetV2(
+        config.resnet_layers,
+        channels=[width // factor for width in config.stage_widths],
+        num_classes=NUM_CLASSES,
+        width_factor=factor,
+        stem_type="fixed",
+        conv_layer=functools.partial(StdConv2d, eps=1e-10),
+    )
+    theirs.load_state_dict(model.state_dict())
+    return theirs, model
+
+
+def transformers_vit(model_type, model, img_size):
+    ours = model.config
+    if not is_plain_vit(model_type, model):
+        return None
+    from transformers import ViTConfig, ViTForImageClassification
+
+    theirs = ViTForImageClassification(
+        ViTConfig(
+            hidden_size=ours.hidden_size,
+            intermediate_size=ours.mlp_dim,
+            num_attention_heads=ours.num_heads,
+            num_hidden_layers=ours.num_layers,
+            patch_size=ours.patch_size,
+            image_size=img_size,
+            num_labels=NUM_CLASSES,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=1e-6,
+        )
+    )
+    weights = model.state_dict()
+    for key in list(weights):
+        if ".qkv." in key:
+            for part, weight in zip("qkv", weights.pop(key).chunk(3), strict=True):
+                weights[key.replace(".qkv.", f".{part}.")] = weight
+    theirs.load_state_dict({key: weights[our_name(key)] for key in theirs.state_dict()})
+    return theirs, model
+
+
+def our_name(key):
+    """Of one of transformers' parameters, `attn.qkv` in three."""
+    for theirs, ours in TRANSFORMERS:
+        key = key.replace(theirs, ours)
+    return key
+
+
+def lucidrains_vit(model_type, model, img_size):
+    ours = model.config
+    if not is_plain_vit(model_type, model) or ours.num_heads == 1:
+        return None
+    from vit_pytorch import ViT
+
+    theirs = ViT(
+        image_size=img_size,
+        patch_size=ours.patch_size,
+        num_classes=NUM_CLASSES,
+        dim=ours.hidden_size,
+        depth=ours.num_layers,
+        heads=ours.num_heads,
+        dim_head=ours.hidden_size // ours.num_heads,
+        mlp_dim=ours.mlp_dim,
+    )
+    embedding = theirs.to_patch_embedding
+    embedding[1], embedding[3] = nn.Identity(), nn.Identity()
+    set_epsilon(theirs, nn.LayerNorm, 1e-6)
+    for module in theirs.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = "tanh"
+    weights = model.state_dict()
+    mapped = {
+        # a patch's numbers are (row, column, channel) there, (channel, row, column) here
+        "to_patch_embedding.2.weight": weights["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1),
+        "to_patch_embedding.2.bias": weights["patch_embed.proj.bias"],
+        "cls_token": weights["cls_token"][0],
+        "pos_embedding": weights["pos_embed"][0],
+        "transformer.norm.weight": weights["norm.weight"],
+        "transformer.norm.bias": weights["norm.bias"],
+        "mlp_head.weight": weights["head.weight"],
+        "mlp_head.bias": weights["head.bias"],
+    }
+    for number in range(ours.num_layers):
+        attention, mlp = f"transformer.layers.{number}.0", f"transformer.layers.{number}.1.net"
+        mapped[f"{attention}.to_qkv.weight"] = weights[f"blocks.{number}.attn.qkv.weight"]
+        layers = {f"{attention}.norm": "norm1", f"{attention}.to_out.0": "attn.proj"}
+        layers |= {f"{mlp}.0": "norm2", f"{mlp}.1": "mlp.fc1", f"{mlp}.4": "mlp.fc2"}
+        for their_layer, our_layer in layers.items():
+            for kind in ("weight", "bias"):
+                mapped[f"{their_layer}.{kind}"] = weights[f"blocks.{number}.{our_layer}.{kind}"]
+    theirs.load_state_dict({key: value.view_as(theirs.state_dict()[key]) for key, value in mapped.items()})
+    reference = copy.deepcopy(model)
+    for block in reference.blocks:
+        nn.init.zeros_(block.attn.qkv.bias)
+    return theirs, reference
+
+
+def is_plain_vit(model_type, model):
+    return not isinstance(model, BiTResNet) and model_type.startswith("ViT-")
+
+
+def set_epsilon(model, kind, eps):
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.eps = eps
