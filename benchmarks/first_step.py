@@ -62,7 +62,7 @@ def main():
     train.check_training_flags = timed("flags and their checks", train.check_training_flags)
     make_model_maker = train.model_maker
     train.model_maker = lambda args: timed("model", make_model_maker(args))
-    training.load_pretrained = timed("checkpoint", training.load_pretrained)
+    training.take_pretrained = timed("checkpoint", training.take_pretrained)
     for name, source in training.DATASETS.items():
         training.DATASETS[name] = source._replace(load=timed("data", source.load))
     make_precision = training.make_precision

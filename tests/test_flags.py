@@ -32,7 +32,7 @@ WRONG = [
     (["--label_smoothing", 1], "1 is not a number from 0 to below 1"),
     (["--mixup", 0.001], "0.001 is not 0 or a number of at least 0.01"),
     (["--cutmix", -1], "-1 is not 0 or a number of at least 0.01"),
-    (["--mixup", 0.2, "--train_batch_size", 15], "even number to each of 1 processes x 1 accumulation steps; 16 would"),
+    (["--mixup", 0.2, "--train_batch_size", 15], "--train_batch_size 15 must be even; 16 would"),
     (["--min_crop_scale", 0], "0 is not a number above 0, 1 at most"),
     (["--dropout_rate", 1.5], "1.5 is not a number from 0 to below 1"),
     (["--train_batch_size", 0], "0 is not a whole number above 0"),
