@@ -33,9 +33,9 @@ from models.token_reduction import (
 )
 from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of, reduction_of
 from utils.augmentation import normalise
-from utils.datasets import pictures_below, read_image
 from utils.distributed import choose_device
 from utils.errors import UserError, run_script
+from utils.pictures import pictures_below, read_image
 from utils.runs import spread
 from utils.tracking import device_name, read_run
 from utils.visualize import OKABE_ITO, save, tidy, wrapped
