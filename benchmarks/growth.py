@@ -17,8 +17,11 @@ from matplotlib.ticker import LogFormatter
 from steps import (
     NUM_CLASSES,
     OurStep,
+    add_clock_flag,
     add_step_flags,
     check_precision,
+    clock_of,
+    clock_text,
     compiled,
     fits,
     forward_flops,
@@ -66,6 +69,7 @@ def main():
     args = parse_flags()
     device = choose_device()
     check_precision(args.precision, device)
+    clock_of(args, device)
     panels = panels_of(args)
     points = list(dict.fromkeys(point for panel in panels.values() for point in panel))
     for point in points:
@@ -74,7 +78,7 @@ def main():
     measured = {point: found for point, found in measured.items() if found}
     title = (
         f"training step and forward pass, {args.precision}{level_text(args)}{compiled(args)}\n{machine()}, median of "
-        f"{args.rounds} rounds"
+        f"{args.rounds} rounds{clock_text(args)}"
     )
     print(f"{title}\n\n{table(measured)}")
     if args.picture:
@@ -90,6 +94,7 @@ def parse_flags():
         "--model_types", type=model, nargs="+", default=MODELS, metavar="NAME", help="from the smallest to the largest"
     )
     add_step_flags(group, batch_size=4, rounds=3)
+    add_clock_flag(group)
     several = {"type": positive, "nargs": "+", "metavar": "N"}
     group.add_argument("--batch_sizes", default=[1, 2, 4, 8, 16], help="at --img_size", **several)
     group.add_argument("--img_sizes", default=[224, 384, 512], help="at --batch_size", **several)
@@ -141,7 +146,7 @@ def measure(point, args, device):
         if name == TRAINING:
             steps[FORWARD] = lambda step=step: step.forward(images)
         free(device)
-    return Measured(take_turns(steps, args.rounds, device), floor, peak)
+    return Measured(take_turns(steps, args.rounds, device, clock_of(args, device)), floor, peak)
 
 
 def table(measured):

@@ -120,7 +120,29 @@ def momentum_sgd(named):
     return torch.optim.SGD([p for _, p in named], lr=LEARNING_RATE, momentum=0.9, fused=True)
 
 
-def take_turns(contenders, rounds, device):
+def add_clock_flag(group):
+    group.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="on a CPU that other work shares: time by the processor seconds of this process, over its threads, which "
+        "are then best one (OMP_NUM_THREADS=1)",
+    )
+
+
+def clock_of(args, device):
+    """The function that tells seconds. Raises UserError for a GPU's processor time."""
+    if not args.processor_time:
+        return time.perf_counter
+    if device.type != "cpu":
+        raise UserError("--processor_time is for a CPU; a GPU's work is none of the processor's")
+    return lambda: time.process_time() / torch.get_num_threads()
+
+
+def clock_text(args):
+    return ", by processor time" if args.processor_time else ""
+
+
+def take_turns(contenders, rounds, device, clock=time.perf_counter):
     """{contender: [seconds of each round]}; before the first round each is called to warm up.
 
     On a GPU a round is up to ten steps, which its queue takes one after the other as in training.
@@ -129,7 +151,7 @@ def take_turns(contenders, rounds, device):
     seconds = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, step in contenders.items():
-            seconds[name].append(time_of(step, steps[name], device) / steps[name])
+            seconds[name].append(time_of(step, steps[name], device, clock) / steps[name])
     return seconds
 
 
@@ -141,14 +163,14 @@ def warm_up(step, device):
     return max(1, min(STEPS_OF_A_ROUND, round(SECONDS_OF_A_ROUND / time_of(step, 1, device))))
 
 
-def time_of(step, count, device):
+def time_of(step, count, device, clock=time.perf_counter):
     """Seconds of `count` steps."""
     synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         step()
     synchronise(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def synchronise(device):

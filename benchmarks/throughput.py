@@ -26,10 +26,13 @@ from steps import (
     LEARNING_RATE,
     NUM_CLASSES,
     OurStep,
+    add_clock_flag,
     add_size_flag,
     add_step_flags,
     add_turn_flags,
     check_precision,
+    clock_of,
+    clock_text,
     compile_for_fixed_shapes,
     compiled,
     fits,
@@ -114,6 +117,7 @@ def parse_flags():
         **several,
     )
     add_turn_flags(group, rounds=7)
+    add_clock_flag(group)
     group.add_argument("--output", metavar="FILE", help="append the Markdown tables to this file")
     group.add_argument("--json", metavar="FILE", help="write the results there, with the seconds of every round")
     return parser.parse_args()
@@ -129,6 +133,7 @@ def check(args, device):
         forward_flops(model_type, args.img_size)
     for precision in args.precision:
         check_precision(precision, device)
+    clock_of(args, device)
     if LARGEST in args.batch_sizes and device.type == "cpu":
         print(f"--batch_size {LARGEST} is left out: it is for a GPU's memory", file=sys.stderr)
         args.batch_sizes = [size for size in args.batch_sizes if size != LARGEST]
@@ -211,7 +216,7 @@ def measure(args, setting, steps, batch_size, flops, shape, device):
     rows, inputs, outputs = batch_size * shape[0], *shape[1:]
     repeats = 20
     contenders["matrix product", ""] = matrix_product(rows, inputs, outputs, setting["precision"], repeats, device)
-    seconds = take_turns(contenders, args.rounds, device)
+    seconds = take_turns(contenders, args.rounds, device, clock_of(args, device))
     peak = repeats * 2 * rows * inputs * outputs / statistics.median(seconds.pop(("matrix product", "")))
     return {
         **setting,
@@ -219,7 +224,7 @@ def measure(args, setting, steps, batch_size, flops, shape, device):
         "largest_batch": largest,
         "opt_levels": args.fp16_opt_level,
         "compiled": args.compile,
-        "rounds": args.rounds,
+        "rounds": f"{args.rounds} rounds{clock_text(args)}",
         "machine": machine(),
         "versions": versions(),
         "memory": memory_title(device),
@@ -299,7 +304,7 @@ def report(result):
         f"{result['model_type']} at {side}x{side}, batch {result['batch_size']}, {result['precision']}{level}"
         f"{compiling}",
         f"{result['machine']}, {result['versions']}; momentum SGD, by this project PyTorch's fused one, by the others "
-        f"its default; median of {result['rounds']} rounds; logits equal to {BOUND:.0e} before; a matrix product of "
+        f"its default; median of {result['rounds']}; logits equal to {BOUND:.0e} before; a matrix product of "
         f"{' x '.join(map(str, product['shape']))} runs at {product['flops_per_second'] / 1e9:.0f} GFLOP/s",
     ]
     if result["largest_batch"]:
