@@ -16,7 +16,7 @@ import train
 from models import MODEL_TYPES, canonical_model_type
 from utils.arguments import Parser, argument, positive, seed
 from utils.errors import run_script
-from utils.runs import check_plan, finish, plan_run, raise_failures
+from utils.runs import check_plan, data_name, finish, plan_run, raise_failures
 from utils.tracking import read_metrics
 
 PLAIN, FAST = "float32", "the fast path"
@@ -34,14 +34,12 @@ RECIPE = {
 
 def main():
     args = parse_flags()
-    plan = {
-        (path, number): plan_run(train, flags_of(path, number, args)) for number in args.seeds for path in (PLAIN, FAST)
-    }
-    check_plan(train, list(plan.values()))
-    raise_failures(finish(list(plan.values())), len(plan))
-    ends = {path: [read_metrics(run.folder) for (of, _), run in plan.items() if of == path] for path in (PLAIN, FAST)}
-    some = next(iter(plan.values())).flags
-    print(f"\n{report(args, some, ends)}")
+    plan = [(path, plan_run(train, flags_of(path, number, args))) for number in args.seeds for path in (PLAIN, FAST)]
+    runs = [run for _, run in plan]
+    check_plan(train, runs)
+    raise_failures(finish(runs), len(runs))
+    ends = {path: [read_metrics(run.folder) for of, run in plan if of == path] for path in (PLAIN, FAST)}
+    print(f"\n{report(args, data_name(runs[0].flags), ends)}")
 
 
 def parse_flags():

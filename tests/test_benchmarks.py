@@ -136,6 +136,7 @@ def test_the_fast_path_beside_float32(tmp_path):
     flags = ["--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", 8, "--train_batch_size", 4]
     flags += ["--num_steps", 2, "--seeds", 3, "--output_dir", tmp_path]
     printed = succeed("benchmarks/fast_path.py", *flags)
+    assert "\nViT-Mini_4 on 1000 images a class of digits, 2 steps of 4 at 8x8, seeds 3; the fast path is" in printed
     rows = re.findall(r"^\| (float32|the fast path) \| ([\d.]+) \(.*?\) \| ([\d.]+) \(", printed, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["float32", "the fast path"]
     losses = [read_metrics(tmp_path / f"{name}-seed3")["test_loss"][-1] for name in ("float32", "fast")]
