@@ -16,7 +16,7 @@ import train
 from models import MODEL_TYPES, canonical_model_type
 from utils.arguments import Parser, argument, positive, seed
 from utils.errors import run_script
-from utils.runs import check_plan, finish, plan_run, raise_failures
+from utils.runs import check_plan, data_name, finish, plan_run, raise_failures
 from utils.tracking import read_metrics
 
 PLAIN, FAST = "float32", "the fast path"
