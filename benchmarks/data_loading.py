@@ -17,7 +17,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from throughput import synchronise  # puts the repository on the path
+from steps import synchronise  # puts the repository on the path
 from timm.data import create_dataset, create_loader
 
 from utils.arguments import Parser, natural, positive

@@ -28,13 +28,11 @@ from steps import (
     OurStep,
     add_clock_flag,
     add_size_flag,
-    add_step_flags,
     add_turn_flags,
     check_precision,
     clock_of,
     clock_text,
     compile_for_fixed_shapes,
-    compiled,
     fits,
     forward_flops,
     forward_memory,
@@ -42,7 +40,6 @@ from steps import (
     machine,
     make_model,
     memory_title,
-    ours,
     random_batch,
     ratio,
     speed_cells,
@@ -57,8 +54,6 @@ from utils.distributed import choose_device
 from utils.errors import UserError, run_script
 from utils.precision import OPT_LEVELS
 
-# what other benchmarks take from here
-__all__ = ["NUM_CLASSES", "add_step_flags", "compiled", "forward_flops", "ours", "take_turns"]
 OURS = "this project"
 LARGEST, FIRST_TRIED, LAST_TRIED = "max", 64, 2**14  # batch sizes
 PASSES = {"forward": 1, "training step": 3}  # FLOPs, in forward passes

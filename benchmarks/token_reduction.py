@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from throughput import NUM_CLASSES, add_step_flags, compiled, ours, take_turns  # puts the repository on the path
+from steps import NUM_CLASSES, add_step_flags, compiled, ours, take_turns  # puts the repository on the path
 
 from evaluate import load_published, make_model, prepare_image
 from models.configs import CONFORMERS, VITS

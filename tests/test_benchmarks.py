@@ -15,6 +15,7 @@ from utils.tracking import read_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers
+import scaling
 import steps
 import throughput
 
@@ -155,3 +156,27 @@ def test_startup_tells_all_of_the_time():
         assert sum(seconds.values()) == pytest.approx(total, abs=0.01 * len(seconds))
     assert "| checkpoint |" in phases
     assert "| torch |" in imports
+
+
+def test_the_input_pipeline_beside_timms():
+    flags = ["--pictures", 16, "--batch_size", 4, "--img_size", 32, "--rounds", 1, "--num_workers", 0, 1]
+    printed = succeed("benchmarks/data_loading.py", *flags)
+    rows = re.findall(r"^\| ([01]) \| (this project|timm) \| ([\d.]+) \| ([\d.]+) \|", printed, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(n, name) for n in "01" for name in ("this project", "timm")]
+    assert all(float(speed) > 0 for *_, speed in rows)
+    assert [ratio for _, name, ratio, _ in rows if name == "timm"] == ["1.00", "1.00"]
+
+
+def test_what_many_gpus_take_is_a_closed_form(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--latency", "0", "--nvlink", "100"])
+    args = scaling.parse_flags()
+    inside = 2 * 7 / 8 * 8e9 / 100e9
+    assert scaling.all_reduce_seconds(args, 8e9, 8, None) == pytest.approx(inside)
+    # Between 4 machines each GPU sends its eighth: 1 GB by 80 Gbit/s.
+    assert scaling.all_reduce_seconds(args, 8e9, 32, 80) == pytest.approx(inside + 2 * 3 / 4 * 1e9 / 10e9)
+    reduce, exposed, step = scaling.step_seconds(args, 32, 128, 80)
+    assert step == pytest.approx(128 / args.images_per_second + exposed)
+    assert reduce / 7 <= exposed < reduce
+    share = scaling.smallest_share(args, 32, 80)
+    costs = [scaling.step_seconds(args, 32, n, 80)[1] * args.images_per_second / n for n in (share - 1, share)]
+    assert costs[1] <= 0.05 < costs[0]

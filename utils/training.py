@@ -164,8 +164,8 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
     def read_back():
         """Look at the steps since the last look, which waits for the device; their losses must be finite."""
         step_losses, step_hits, seconds = window.read(processes)
-        first = progress.step - len(step_losses) + 1
-        for step, loss in enumerate(step_losses, start=first):
+        first_step = progress.step - len(step_losses) + 1
+        for step, loss in enumerate(step_losses, start=first_step):
             if not math.isfinite(loss):
                 raise not_finite(f"the loss is {loss} at step {step}", lr_at(step - 1), run_dir)
         progress.loss += sum(step_losses) * args.train_batch_size
@@ -173,7 +173,7 @@ def train(model, train_set, test_set, args, processes, run_dir, state=None):
         progress.images += len(step_losses) * args.train_batch_size
         progress.training_seconds += seconds
         images_per_second = progress.images / progress.training_seconds
-        tracker.log_steps(first, step_losses, lr_at(progress.step), images_per_second)
+        tracker.log_steps(first_step, step_losses, lr_at(progress.step), images_per_second)
 
     def check_weights():
         """A finite loss may still have led to weights that are not, and those must not be saved."""
