@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -232,6 +233,19 @@ def test_a_damaged_state_is_named(name, tiny_flags, monkeypatch, capsys, tmp_pat
     with pytest.raises(SystemExit):
         call_main(train, tiny_flags("--resume"), monkeypatch)
     assert "state-12 can't be read, so" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed_but_overwritten(tiny_flags, monkeypatch, capsys, tmp_path):
+    """Its state was one file."""
+    run(tiny_flags(), monkeypatch)
+    folder = tmp_path / "output" / "run"
+    shutil.rmtree(folder / "state-12")
+    (folder / "state-12.pt").write_bytes(b"abc")
+    with pytest.raises(SystemExit):
+        call_main(train, tiny_flags("--resume"), monkeypatch)
+    assert "state-12 is missing, so" in capsys.readouterr().err
+    run(tiny_flags("--overwrite", "--num_steps", 6), monkeypatch)
+    assert [path.name for path in folder.glob("state-*")] == ["state-6"]
 
 
 def test_a_resumed_run_takes_the_weight_decay_of_the_flags(tiny_flags, monkeypatch):

@@ -83,8 +83,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
         for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "events.out.tfevents.*", ".*.tmp"):
             for path in run_dir.glob(pattern):
                 path.unlink()
-        for folder in run_dir.glob("state-*"):
-            shutil.rmtree(folder)
+        for state in run_dir.glob("state-*"):  # a file in runs of earlier versions
+            shutil.rmtree(state) if state.is_dir() else state.unlink()
         if not args.resume:  # a run that broke off before its first checkpoint goes on at W&B
             (run_dir / RUN_ID).unlink(missing_ok=True)
             shutil.rmtree(run_dir / RECORDS, ignore_errors=True)
