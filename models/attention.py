@@ -27,6 +27,7 @@ class BFloat16Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the products would copy each one several times
         ctx.save_for_backward(q, k, v, bias)
         with torch.autocast("cpu", enabled=False):
             return torch.cat([attention_weights(q, k, bias) @ v for q, k, v, bias in a_few_images(q, k, v, bias)])

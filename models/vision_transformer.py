@@ -3,20 +3,16 @@
 The state dict has timm's names, so a checkpoint of a ViT also loads there.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models import npz
 from models.attention import attend, attention_weights
 from models.dropout import Dropout, StochasticDepth
 from models.hybrid_stem import ResNetStem, lecun_normal_
+from models.linear import Linear, linear, linear_gelu
 from models.norms import LayerNorm, final_norm, residual, token_norm
 from models.token_reduction import cluster_tokens, make_reduction, merge, proportional
-
-ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class VisionTransformer(nn.Module):
@@ -144,7 +140,7 @@ class PatchEmbed(nn.Module):
         if images.shape[-2:] != self.img_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the model was built for {self.img_size}")
         x = self.stem(images) if self.stem else images
-        return F.linear(patches(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def patches(x, size):
@@ -195,8 +191,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
         self.proj_drop = Dropout(config.dropout_rate)
         for weight in (*self.qkv.weight.chunk(3), self.proj.weight):
             nn.init.xavier_uniform_(weight)
@@ -233,9 +229,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_dim)
+        self.fc1 = Linear(config.hidden_size, config.mlp_dim)
         self.drop1 = Dropout(config.dropout_rate)
-        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_size)
+        self.fc2 = Linear(config.mlp_dim, config.hidden_size)
         self.drop2 = Dropout(config.dropout_rate)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
@@ -244,19 +240,3 @@ class Mlp(nn.Module):
     def forward(self, x):
         x = linear_gelu(x, self.fc1)
         return self.drop2(self.fc2(self.drop1(x)))
-
-
-def linear_gelu(x, layer):
-    """gelu(layer(x)); on a CPU without gradients by one kernel of oneDNN, PyTorch's GELU by tanh being slow there."""
-    weight = layer.weight
-    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    if ONEDNN and plain and x.device.type == "cpu" and x.dtype == weight.dtype in (torch.float32, torch.bfloat16):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "gelu", [], "tanh")
-    return gelu(layer(x))
-
-
-def gelu(x):
-    """The tanh approximation of GELU, Flax's default."""
-    if torch.compiler.is_compiling():  # 1 + tanh(u) is 2 sigmoid(2 u), and compiled exponentials are faster than tanh
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    return F.gelu(x, approximate="tanh")
