@@ -81,8 +81,9 @@ if $dry; then
     part growth 120 "$python" benchmarks/growth.py --model_type ViT-Mini_4 --model_types ViT-Nano_4 ViT-Mini_4 \
         --batch_sizes 1 2 --img_sizes 16 32 "${small[@]}" --picture "$out/growth.png"
     part end_to_end 120 "$python" benchmarks/end_to_end.py "${small[@]}" --num_steps 2 --first_steps 2 --pictures 20
-    part fast_path 120 "$python" benchmarks/fast_path.py --dataset digits --num_steps 2 --seeds 0 \
-        --output_dir "$runs/fast_path" --model_type ViT-Mini_4 --img_size 8 --train_batch_size 4
+    part fast_path 120 "$python" scripts/fast_path.py --dataset digits --num_steps 2 --seeds 0 \
+        --output_dir "$runs/fast_path" --figure "$out/fast_path.png" --model_type ViT-Mini_4 --img_size 8 \
+        --train_batch_size 4
     part startup 300 "$python" benchmarks/startup.py --model_type ViT-Ti_16 --img_size 32 --batch_size 2 --rounds 1 \
         --dataset digits
 else
@@ -98,8 +99,8 @@ else
         --batch_size 64 --rounds 3
     throughput vit-fp16 90 --model_type ViT-B_16 --precision fp16 --fp16_opt_level O1 O2 --batch_size 128 --rounds 3
     throughput vit-fp32 90 --model_type ViT-B_16 --precision fp32 --batch_size 64 --rounds 3
-    part fast_path 150 "$python" benchmarks/fast_path.py "${data[@]}" --output_dir "$runs/fast_path" \
-        --train_batch_size 128
+    part fast_path 150 "$python" scripts/fast_path.py "${data[@]}" --output_dir "$runs/fast_path" \
+        --figure "$out/fast_path.png"
     part growth 150 "$python" benchmarks/growth.py --model_type ViT-B_16 --batch_size 64 --rounds 3 \
         --batch_sizes 1 16 64 256 512 1024 --picture "$out/growth.png"
     part norms-compiled 60 "$python" benchmarks/norms.py --batch_size 128 --rounds 3 --compile

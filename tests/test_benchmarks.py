@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import ROOT, call_main, succeed
 from models import build_model
+from models.configs import VITS
 from utils.errors import UserError
 from utils.tracking import read_metrics
 
@@ -135,9 +136,10 @@ def test_growth(tmp_path):
 
 def test_the_fast_path_beside_float32(tmp_path):
     flags = ["--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", 8, "--train_batch_size", 4]
-    flags += ["--num_steps", 2, "--seeds", 3, "--output_dir", tmp_path]
-    printed = succeed("benchmarks/fast_path.py", *flags)
+    flags += ["--num_steps", 2, "--seeds", 3, "--output_dir", tmp_path, "--figure", tmp_path / "figure.png"]
+    printed = succeed("scripts/fast_path.py", *flags)
     assert "\nViT-Mini_4 on 1000 images a class of digits, 2 steps of 4 at 8x8, seeds 3; the fast path is" in printed
+    assert (tmp_path / "figure.png").stat().st_size > 10000
     rows = re.findall(r"^\| (float32|the fast path) \| ([\d.]+) \(.*?\) \| ([\d.]+) \(", printed, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["float32", "the fast path"]
     losses = [read_metrics(tmp_path / f"{name}-seed3")["test_loss"][-1] for name in ("float32", "fast")]
@@ -145,6 +147,22 @@ def test_the_fast_path_beside_float32(tmp_path):
     assert [float(loss) for _, loss, _ in rows] == [round(loss, 4) for loss in losses]
     difference = float(re.search(r"^test loss: .* means differ by (\S+),", printed, re.MULTILINE)[1])
     assert difference == pytest.approx(losses[1] - losses[0], abs=2e-4)
+
+
+@pytest.mark.parametrize("task, shown", [("training", 6), ("forward", 500)])
+def test_the_table_of_kernels_is_the_whole_step(task, shown):
+    size = ["--model_type", "ViT-Mini_4", "--img_size", 32, "--batch_size", 4]
+    printed = succeed("benchmarks/kernels.py", *size, "--rounds", 2, "--task", task, "--rows", shown)
+    of_a_step = float(re.search(r", ([\d.]+) ms of them here", printed)[1])
+    rows = re.findall(r"^\| (.+) \| ([\d.]+)% \| ([\d.]+) \| (\d+) \|$", printed, re.MULTILINE)
+    names, shares, milliseconds, calls = zip(*rows, strict=True)
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.1 * len(rows))
+    assert sum(map(float, milliseconds)) == pytest.approx(of_a_step, abs=0.1 + 0.01 * len(rows))
+    if task == "training":
+        assert len(rows) == shown + 1
+        assert names[-1].endswith(" others")
+    else:  # two norms a block, and the last one
+        assert int(calls[names.index("aten.native_layer_norm.default")]) == 2 * VITS["ViT-Mini_4"].num_layers + 1
 
 
 def test_startup_tells_all_of_the_time():
