@@ -5,7 +5,8 @@
 #
 #   pip install -r requirements-dev.txt -r benchmarks/requirements.txt
 #   benchmarks/gpu.sh                       # PYTHON=... chooses the Python
-#   benchmarks/gpu.sh --train               # then also from scratch: ViT-B_16, 20,000 steps of 128, at 224
+#   benchmarks/gpu.sh --train               # then also two runs of ViT-B_16 at 224: 20,000 steps of 128 from scratch, and
+#                                           # 10,000 of 512 as in fine-tuning; PRETRAINED=checkpoint/ViT-B_16.npz, if it is there
 #   DATA_DIR=path benchmarks/gpu.sh         # CIFAR-10 there: folders train/ and test/, or where torchvision puts it
 #   benchmarks/gpu.sh --dry                 # the same parts on a CPU and as small as they go, to try this script out
 
@@ -75,6 +76,7 @@ if $dry; then
     small=(--img_size 32 --batch_size 2 --rounds 1)
     part tests 120 "$python" -m pytest -q tests/test_cuda.py
     throughput throughput-bf16 120 --model_type ViT-Ti_16 ResNet-Mini_Flops "${small[@]}"
+    part kernels 120 "$python" benchmarks/kernels.py --model_type ViT-Mini_4 "${small[@]}"
     part norms 120 "$python" benchmarks/norms.py --model_type ViT-Mini_4 "${small[@]}"
     part token_reduction 120 "$python" benchmarks/token_reduction.py --model_type ViT-Mini_4 "${small[@]}"
     part compare_models 120 "$python" benchmarks/compare_models.py ViT-Mini_4 ResNet-Mini_Flops "${small[@]}"
@@ -92,6 +94,8 @@ else
     part end_to_end 170 "$python" benchmarks/end_to_end.py --model_type ViT-B_16 --img_size 224 --batch_size 512 \
         --compile --num_steps 60 --first_steps 20 --rounds 2
     throughput vit-compiled 150 --model_type ViT-B_16 --batch_size 128 512 --rounds 3 --compile
+    part kernels-vit 60 "$python" benchmarks/kernels.py --model_type ViT-B_16 --batch_size 512 --compile
+    part kernels-hybrid 120 "$python" benchmarks/kernels.py --model_type R50-ViT-B_16 --batch_size 128 --compile
     throughput vit-eager 150 --model_type ViT-B_16 --batch_size 1 16 64 256 max --rounds 3
     throughput hybrid-and-cnns-compiled 180 --model_type R50-ViT-B_16 ResNet50x3_Params ResNet50x3_Flops \
         --batch_size 128 --rounds 3 --compile
@@ -109,11 +113,15 @@ else
     part compare_models 75 "$python" benchmarks/compare_models.py --batch_size 64 --rounds 3 --picture "$out/costs.png"
     part startup 90 "$python" benchmarks/startup.py --rounds 2
     if $train; then
-        deadline=$((SECONDS + 1500))
-        part from_scratch 1500 "$python" train.py --name from-scratch --output_dir "$runs" "${data[@]}" \
-            --model_type ViT-B_16 --train_batch_size 128 --num_steps 20000 --learning_rate 0.05 --eval_every 2000 \
-            --eval_batch_size 250 --bf16 --compile
-        cp "$runs/from-scratch/metrics.csv" "$out/from_scratch.csv" 2>/dev/null
+        deadline=$((SECONDS + 3600))
+        shared=(--output_dir "$runs" "${data[@]}" --model_type ViT-B_16 --eval_batch_size 250 --bf16 --compile)
+        part from_scratch 1500 "$python" train.py --name from_scratch "${shared[@]}" --train_batch_size 128 \
+            --num_steps 20000 --learning_rate 0.05 --eval_every 2000
+        part fine_tune 2000 "$python" train.py --name fine_tune "${shared[@]}" --train_batch_size 512 \
+            --num_steps 10000 --eval_every 1000 ${PRETRAINED:+--pretrained_dir "$PRETRAINED"}
+        for run in from_scratch fine_tune; do
+            cp "$runs/$run/metrics.csv" "$out/$run.csv" 2>/dev/null
+        done
     fi
 fi
 

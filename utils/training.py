@@ -312,7 +312,7 @@ def shares_weights(args, processes):
 
 
 @torch.no_grad()
-def attention_figure(model, images, labels, classes, precision, title, mean_std="half"):
+def attention_figure(model, images, labels, classes, precision, title, mean_std):
     """Attention rollout of a ViT on test images (B, 3, H, W) with what they are and what it takes them for."""
     from utils.visualize import attention_of, class_token_mask, plot_pictures, rollout
 
