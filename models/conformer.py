@@ -85,9 +85,8 @@ class Conformer(VisionTransformer):
             order = (within + first[:, None]).flatten(1)
             x = x.gather(1, order[..., None].expand_as(x))
         x = x.transpose(1, 2).unflatten(2, self.grid_size)
-        # As in BiTResNet: the CPU's channels-last GroupNorm loses a digit in float32.
-        contiguous = x.dtype == torch.float32 and not x.is_cuda
-        return x.contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+        # As in BiTResNet: the CPU's channels-last GroupNorm is slow, and loses a digit in float32.
+        return x.contiguous(memory_format=torch.contiguous_format if x.is_cpu else torch.channels_last)
 
     def load_from(self, arrays, head="zero"):
         """Load a ViT's checkpoint, whose later blocks and last norm are left out, or a Conformer's own.
