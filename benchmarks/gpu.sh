@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in twenty minutes at most: tests, speed, memory, and what the fast path costs in accuracy.
-# Each part has a time limit, and the next one starts whatever has become of it; the first are the most wanted. Results go to
-# benchmarks/results/<the GPU's name>/: summary.txt, and each part's output.
+# What wants a GPU, in twenty minutes at most: tests, speed, memory, and what the fast path costs in accuracy.
+# Each part has a time limit, and the next one starts whatever has become of it; the first are the most wanted, the last
+# are left out where time is over. Results go to benchmarks/results/<the GPU's name>/: summary.txt, and each part's output.
 #
 #   pip install -r requirements-dev.txt -r benchmarks/requirements.txt
 #   benchmarks/gpu.sh                       # PYTHON=... chooses the Python
 #   benchmarks/gpu.sh --train               # then also two runs of ViT-B_16 at 224: 20,000 steps of 128 from scratch, and
-#                                           # 10,000 of 512 as in fine-tuning; PRETRAINED=checkpoint/ViT-B_16.npz, if it is there
+#                                           # 10,000 of 512 as in fine-tuning, from PRETRAINED=PATH.npz if that is given
 #   DATA_DIR=path benchmarks/gpu.sh         # CIFAR-10 there: folders train/ and test/, or where torchvision puts it
 #   benchmarks/gpu.sh --dry                 # the same parts on a CPU and as small as they go, to try this script out
 
@@ -54,13 +54,13 @@ part() {
     shift 2
     [ "$limit" -gt $((deadline - SECONDS)) ] && limit=$((deadline - SECONDS))
     if [ "$limit" -lt 15 ]; then
-        printf '%-28s          left out: the twenty minutes are over\n' "$name" | tee -a "$out/summary.txt"
+        printf '%-28s          left out: the time is over\n' "$name" | tee -a "$out/summary.txt"
         return
     fi
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.txt" 2>"$out/$name.log"
     case $? in
         0) end=done; [ -s "$out/$name.log" ] || rm "$out/$name.log" ;;
-        124 | 137) end="stopped after its ${limit} s, see $out/$name.log" ;;
+        124 | 137) end="stopped at its limit of ${limit} s, or for want of memory, see $out/$name.log" ;;
         *) end="failed: $(tail -n 1 "$out/$name.log")" ;;
     esac
     printf '%-28s %5d s  %s\n' "$name" $((SECONDS - start)) "$end" | tee -a "$out/summary.txt"

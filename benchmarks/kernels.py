@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import MODEL_TYPES, canonical_model_type
 from utils.arguments import Parser, argument, one_of, positive
 from utils.distributed import choose_device
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 
 FORWARD, TRAINING = "forward", "training"
 WARM_UP = 4  # steps, until the memory that freed tensors leave is used again
@@ -24,6 +24,8 @@ LONGEST_NAME = 90
 def main():
     args = parse_flags()
     device = choose_device()
+    if args.compile and device.type == "cpu":
+        raise UserError("--compile needs a GPU here: a CPU's operators can't be told apart once they are compiled")
     model = make_model(args.model_type, args.img_size, NUM_CLASSES)
     images, labels = random_batch(args.batch_size, args.img_size, device)
     forward, training = ours(args, model, device, images, labels)
@@ -55,7 +57,7 @@ def kernels(run):
 
 
 def operators(run):
-    """The same of PyTorch's operators on a CPU; of a compiled model those are left that are not compiled."""
+    """The same of PyTorch's operators on a CPU."""
     with OperatorTimes() as times:
         run()
     return times.seconds, times.calls

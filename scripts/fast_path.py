@@ -58,15 +58,13 @@ def parse_flags():
 def flags_of(path, number, args):
     """The flags of train.py for one run."""
     name = "float32" if path == PLAIN else "fast"
-    some = max(1, args.num_steps // 6)
+    sixth = max(1, args.num_steps // 6)
     own = {"name": f"{name}-seed{number}", "model_type": args.model_type, "seed": number}
-    flags = {**own, **{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE, "warmup_steps": some, "eval_every": some}
-    del flags["bf16"], flags["fp16_opt_level"]
-    if path == FAST:
-        flags |= {"bf16": True, "fp16_opt_level": "O2"}
-        if torch.cuda.is_available():
-            flags["compile"] = True
-    return flags
+    own |= {flag: getattr(args, flag) for flag in GIVEN}
+    fast = {"bf16": True, "fp16_opt_level": "O2"} if path == FAST else {}
+    if fast and torch.cuda.is_available():
+        fast["compile"] = True
+    return {**own, **RECIPE, "warmup_steps": sixth, "eval_every": sixth, **fast}
 
 
 def report(metrics):

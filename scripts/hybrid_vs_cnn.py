@@ -37,9 +37,8 @@ RECIPE = {
     "weight_decay": 0.05,
     "warmup_steps": 60,
     "eval_every": 150,
-    "bf16": True,
-    "fp16_opt_level": "O1",
 }
+PRECISION = {"bf16": True, "fp16_opt_level": "O1"}
 
 
 def main():
@@ -82,7 +81,7 @@ def add_experiment_flags(group, name):
 def flags_of(model_type, number, args):
     """The flags of train.py for one run."""
     name = {"name": f"{model_type}-seed{number}", "model_type": model_type, "seed": number}
-    return {**name, **{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE}
+    return {**name, **{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE, **PRECISION}
 
 
 def table(runs, img_size):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hybrid_vs_cnn import GIVEN, RECIPE, add_experiment_flags  # puts the repository on the path
+from hybrid_vs_cnn import GIVEN, PRECISION, RECIPE, add_experiment_flags  # puts the repository on the path
 
 import train
 from models.configs import CONFORMERS, VITS
@@ -29,7 +29,7 @@ def main():
     command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks/token_reduction.py")]
     command += ["--runs", *(str(run.folder) for run in plan)]
     command += ["--picture", args.figure, "--keep_tokens", *map(str, args.keep_tokens), "--checkpoint", ""]
-    command += ["--precision", "bf16", "--fp16_opt_level", RECIPE["fp16_opt_level"]]
+    command += ["--precision", "bf16", "--fp16_opt_level", PRECISION["fp16_opt_level"]]
     for flag in ("model_type", "reduction_layer", "img_size"):
         command += [f"--{flag}", str(getattr(args, flag))]
     print(flush=True)
@@ -56,7 +56,7 @@ def flags_of(number, args):
     conformer = args.model_type.replace("ViT", "Conformer")
     if conformer in CONFORMERS:
         models.append((conformer, layer))
-    shared = {**{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE, "seed": number}
+    shared = {**{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE, **PRECISION, "seed": number}
     plan = []
     for model_type, reduction in models:
         parts = [model_type, *(str(reduction[key]) for key in ("token_reduction", "keep_tokens") if key in reduction)]

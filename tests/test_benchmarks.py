@@ -15,6 +15,7 @@ from utils.errors import UserError
 from utils.tracking import read_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import kernels
 import peers
 import scaling
 import steps
@@ -163,6 +164,12 @@ def test_the_table_of_kernels_is_the_whole_step(task, shown):
         assert names[-1].endswith(" others")
     else:  # two norms a block, and the last one
         assert int(calls[names.index("aten.native_layer_norm.default")]) == 2 * VITS["ViT-Mini_4"].num_layers + 1
+
+
+def test_compiled_operators_of_a_cpu_are_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call_main(kernels, ["--compile"], monkeypatch)
+    assert "--compile needs a GPU here" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_startup_tells_all_of_the_time():

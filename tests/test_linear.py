@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, linear
 from models.linear import GELUWithSlope, Linear, gelu
@@ -62,6 +63,38 @@ def test_second_derivatives_and_transforms_in_float32():
     each = torch.func.vmap(torch.func.grad(lambda sample: gelu(layer(sample)).sum()))(x.detach())
     (together,) = torch.autograd.grad(gelu(layer(x)).sum(), x)
     assert torch.allclose(each, together, atol=1e-5)
+
+    out = layer(x)
+    (batched,) = torch.autograd.grad(out, x, torch.stack([out, 2 * out]).detach(), is_grads_batched=True)
+    assert torch.allclose(batched, torch.stack([first, 2 * first]) / 2, atol=1e-5)
+
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        direction = torch.randn_like(x)
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(linear.linear_gelu(dual, layer)).tangent
+    _, expected = torch.func.jvp(
+        lambda x: F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh"), (x,), (direction,)
+    )
+    assert torch.allclose(tangent, expected, atol=1e-5)
+
+
+def test_flops_and_traces_are_the_same_with_many_rows():
+    """PyTorch's counter and jit.trace see what they see with few rows."""
+    torch.manual_seed(0)
+    layer, few, many = Linear(8, 4), torch.randn(3, 8), torch.randn(*ROWS, 8)
+    for x in (few, many):
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+            with torch.no_grad():
+                linear.linear_gelu(x, layer)
+        assert counter.get_total_flops() == 2 * 2 * x.numel() * 4
+    traced = torch.jit.trace(layer, many)
+    assert torch.allclose(traced(few), layer(few), atol=1e-6)
+
+
+def test_a_wrong_size_is_told_as_by_pytorch():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Linear(8, 4)(torch.randn(*ROWS, 9))
 
 
 @pytest.mark.parametrize("at_once", [linear.ELEMENTS_AT_ONCE, 100])
