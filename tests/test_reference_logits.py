@@ -9,7 +9,7 @@ import timm
 import torch
 from scipy import ndimage
 
-from models import build_model
+from models import build_model, linear
 from models.npz import resnet_rows
 from synthetic import load_fixture, make_checkpoint, make_images
 
@@ -45,6 +45,20 @@ def test_logits_are_the_official_ones(name, bound):
     model.load_from(arrays, head="keep")
     logits = logits_of(model, make_images(fixture["img_size"], fixture["batch"]))
     assert relative_error(logits, fixture["logits"]) < bound
+
+
+@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5)])
+def test_logits_are_the_official_ones_where_weights_are_reordered(name, bound, monkeypatch):
+    """As a CPU does it from some images on, in evaluation and with the gradients of training."""
+    monkeypatch.setattr(linear, "ROWS_WORTH_REORDERING", 1)
+    fixture = load_fixture(name)
+    model = build_model(fixture["model"], fixture["img_size"], fixture["num_classes"])
+    model.load_from(make_checkpoint(fixture["shapes"]), head="keep")
+    images = make_images(fixture["img_size"], fixture["batch"])
+    with_gradients = model.eval()(torch.from_numpy(images))
+    assert with_gradients.requires_grad
+    for logits in (logits_of(model, images), with_gradients.detach()):
+        assert relative_error(logits, fixture["logits"]) < bound
 
 
 @pytest.mark.parametrize("spelling", ["released", "later", "flat group norms"])
