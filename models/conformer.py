@@ -23,6 +23,7 @@ from torch import nn
 
 from models import npz
 from models.bit_resnet import Bottleneck, Head
+from models.hybrid_stem import fast_layout
 from models.norms import GroupNorm
 from models.token_reduction import check_layer, make_reduction, patches_to_keep
 from models.vision_transformer import VisionTransformer
@@ -84,9 +85,7 @@ class Conformer(VisionTransformer):
             first = torch.arange(0, x.shape[1], self.grid_size[1], device=x.device)  # of each row
             order = (within + first[:, None]).flatten(1)
             x = x.gather(1, order[..., None].expand_as(x))
-        x = x.transpose(1, 2).unflatten(2, self.grid_size)
-        # As in BiTResNet: the CPU's channels-last GroupNorm is slow, and loses a digit in float32.
-        return x.contiguous(memory_format=torch.contiguous_format if x.is_cpu else torch.channels_last)
+        return fast_layout(x.transpose(1, 2).unflatten(2, self.grid_size))
 
     def load_from(self, arrays, head="zero"):
         """Load a ViT's checkpoint, whose later blocks and last norm are left out, or a Conformer's own.
