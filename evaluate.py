@@ -18,17 +18,17 @@ from utils.arguments import (
     positive,
     reduction_of,
 )
-from utils.augmentation import normalise, stretch
-from utils.checkpoint import load_into, load_weights
-from utils.datasets import DATASETS
-from utils.distributed import world
+from utils.data.augmentation import normalise, stretch
+from utils.data.datasets import DATASETS
+from utils.data.images import read_image
 from utils.errors import UserError, run_script
 from utils.evaluation import check_classes, evaluate
-from utils.pictures import read_image
-from utils.precision import make_precision
+from utils.parallel.precision import make_precision
+from utils.parallel.processes import join_processes
 from utils.pretrained import download as fetch_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
-from utils.tracking import read_config
+from utils.records.checkpoint import load_into, load_weights
+from utils.records.tracker import read_config
 
 # Of ImageNet-1k's sorted class ids (wnids), joined by blanks: in this order torchvision names them.
 IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
@@ -36,7 +36,7 @@ IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32
 
 def main():
     args = parse_flags()
-    with world() as processes, torch.no_grad():
+    with join_processes() as processes, torch.no_grad():
         model, classes, img_size, flags = load_model(
             args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
         )

@@ -12,12 +12,12 @@ import torch
 from evaluate import checkpoint_title, load_model, mean_std_of, prepare_image, readable
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.arguments import Parser, add_checkpoint_flags, add_reduction_flags, natural, reduction_of
-from utils.augmentation import centre_crop, centre_square, normalise
-from utils.datasets import DATASETS
-from utils.distributed import choose_device
+from utils.data.augmentation import centre_crop, centre_square, normalise
+from utils.data.datasets import DATASETS
+from utils.data.images import check_image, pictures_below, read_image
 from utils.errors import UserError, run_script
-from utils.pictures import check_image, pictures_below, read_image
-from utils.tracking import read_run
+from utils.parallel.processes import choose_device
+from utils.records.tracker import read_run
 from utils.visualize import (
     UNIFORM,
     attention_distance,

@@ -22,10 +22,10 @@ from steps import (
 
 from models import MODEL_TYPES, build_model, canonical_model_type
 from utils.arguments import Parser, argument, check_picture_path
-from utils.distributed import choose_device
 from utils.errors import UserError, run_script
+from utils.parallel.processes import choose_device
 from utils.profiling import activation_bytes, count_parameters
-from utils.tracking import device_name, read_run
+from utils.records.tracker import device_name, read_run
 from utils.visualize import OKABE_ITO, save
 
 DEFAULT = ["R50-ViT-B_16", "ResNet50x3_Params", "ResNet50x3_Flops", "ViT-B_16"]

@@ -21,11 +21,11 @@ from steps import synchronise  # puts the repository on the path
 from timm.data import create_dataset, create_loader
 
 from utils.arguments import Parser, natural, positive
-from utils.augmentation import Augmentation
-from utils.datasets import DATASETS
-from utils.distributed import World, choose_device
+from utils.data.augmentation import Augmentation
+from utils.data.datasets import DATASETS
 from utils.errors import UserError, run_script
-from utils.tracking import device_name
+from utils.parallel.processes import Processes, choose_device
+from utils.records.tracker import device_name
 
 SIZES = ((375, 500), (500, 375), (333, 500), (500, 333), (500, 500), (400, 300))  # (height, width), in turn
 QUALITY = 95
@@ -91,7 +91,7 @@ def make_pictures(folder, count):
 
 def ours(folder, num_workers, args, device):
     """Batches of this project's FolderImages, as train.py has them."""
-    data = DATASETS["imagenet"].load(True, folder, World(0, 1, 0, device), num_workers, mean_std="imagenet")
+    data = DATASETS["imagenet"].load(True, folder, Processes(0, 1, 0, device), num_workers, mean_std="imagenet")
     batches = np.arange(args.pictures // args.batch_size * args.batch_size).reshape(-1, args.batch_size)
     return data.train_batches(batches, Augmentation(0, (args.img_size, args.img_size), CROP_SCALE, flip=True))
 

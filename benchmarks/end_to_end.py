@@ -37,10 +37,10 @@ from steps import (
 from models import MODEL_TYPES, canonical_model_type
 from models.configs import RESNETS
 from utils.arguments import Parser, argument, natural, positive
-from utils.datasets import class_folders, image_folders
-from utils.distributed import choose_device
+from utils.data.datasets import class_folders, image_folders
 from utils.errors import RunStoppedError, run_script
-from utils.tracking import read_metrics
+from utils.parallel.processes import choose_device
+from utils.records.tracker import read_metrics
 
 CLASSES, TEST_PICTURES = 10, 10  # of the pictures that are made; test pictures a class
 MODEL, OURS, TIMMS = "the model's step alone", "train.py", "timm's loop"

@@ -37,9 +37,9 @@ from steps import (
 
 from models.configs import VITS
 from utils.arguments import Parser, check_picture_path, one_of, positive
-from utils.distributed import choose_device
 from utils.errors import run_script
-from utils.memory import recompute_activations
+from utils.parallel.memory import recompute_activations
+from utils.parallel.processes import choose_device
 from utils.profiling import activation_bytes
 from utils.visualize import OKABE_ITO, save, tidy, wrapped
 

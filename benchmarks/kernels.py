@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import MODEL_TYPES, canonical_model_type
 from utils.arguments import Parser, argument, one_of, positive
-from utils.distributed import choose_device
 from utils.errors import UserError, run_script
+from utils.parallel.processes import choose_device
 
 FORWARD, TRAINING = "forward", "training"
 WARM_UP = 4  # steps, until the memory that freed tensors leave is used again

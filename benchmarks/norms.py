@@ -20,9 +20,9 @@ from steps import (
 from models import NORM_TYPES
 from models.configs import VITS
 from utils.arguments import Parser, one_of
-from utils.distributed import choose_device
 from utils.errors import run_script
-from utils.tracking import device_name
+from utils.parallel.processes import choose_device
+from utils.records.tracker import device_name
 
 
 def main():

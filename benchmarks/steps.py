@@ -17,9 +17,9 @@ from evaluate import make_model
 from models.dropout import Dropout
 from utils.arguments import one_of, positive
 from utils.errors import UserError
-from utils.precision import OPT_LEVELS, Precision
+from utils.parallel.precision import OPT_LEVELS, Precision
 from utils.profiling import activation_bytes, count_flops
-from utils.tracking import device_name
+from utils.records.tracker import device_name
 from utils.training import compile_in_place
 
 ROOT = Path(__file__).resolve().parent.parent

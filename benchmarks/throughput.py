@@ -50,9 +50,9 @@ from steps import (
 from models import MODEL_TYPES, canonical_model_type
 from models.bit_resnet import BiTResNet
 from utils.arguments import Parser, argument, one_of, positive
-from utils.distributed import choose_device
 from utils.errors import UserError, run_script
-from utils.precision import OPT_LEVELS
+from utils.parallel.precision import OPT_LEVELS
+from utils.parallel.processes import choose_device
 
 OURS = "this project"
 LARGEST, FIRST_TRIED, LAST_TRIED = "max", 64, 2**14  # batch sizes

@@ -21,9 +21,9 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 
 from utils.arguments import Parser, natural, one_of, positive
-from utils.datasets import class_folders, image_folders
-from utils.distributed import choose_device
+from utils.data.datasets import class_folders, image_folders
 from utils.errors import run_script
+from utils.parallel.processes import choose_device
 
 LOOK_EVERY = 50  # steps between two looks at the loss, timm's --log-interval
 

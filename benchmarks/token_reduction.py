@@ -32,12 +32,12 @@ from models.token_reduction import (
     upper_bound,
 )
 from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of, reduction_of
-from utils.augmentation import normalise
-from utils.distributed import choose_device
+from utils.data.augmentation import normalise
+from utils.data.images import pictures_below, read_image
 from utils.errors import UserError, run_script
-from utils.pictures import pictures_below, read_image
-from utils.runs import spread
-from utils.tracking import device_name, read_run
+from utils.parallel.processes import choose_device
+from utils.records.tracker import device_name, read_run
+from utils.sweeps import spread
 from utils.visualize import OKABE_ITO, save, tidy, wrapped
 
 RANDOM_DRAWS = 20

@@ -16,8 +16,8 @@ import train
 from models import MODEL_TYPES, canonical_model_type
 from utils.arguments import Parser, argument, check_picture_path
 from utils.errors import run_script
-from utils.runs import check_plan, data_name, finish, plan_run, raise_failures
-from utils.tracking import device_name, read_metrics
+from utils.records.tracker import device_name, read_metrics
+from utils.sweeps import check_plan, data_name, finish, plan_run, raise_failures
 from utils.visualize import plot_runs, save
 
 PLAIN, FAST = "float32", "the fast path"

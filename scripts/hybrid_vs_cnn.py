@@ -19,8 +19,8 @@ from models import build_model
 from utils.arguments import Parser, check_picture_path, positive, seed
 from utils.errors import run_script
 from utils.profiling import count_flops, count_parameters
-from utils.runs import check_plan, data_name, finish, plan_run, raise_failures, spread
-from utils.tracking import device_name, read_metrics
+from utils.records.tracker import device_name, read_metrics
+from utils.sweeps import check_plan, data_name, finish, plan_run, raise_failures, spread
 from utils.visualize import plot_runs, save
 
 MODELS = {

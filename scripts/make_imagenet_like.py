@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.arguments import Parser, positive, seed
-from utils.datasets import DATASETS, list_folder
-from utils.distributed import World
+from utils.data.datasets import DATASETS, list_folder
+from utils.data.images import read_image
 from utils.errors import UserError, run_script
-from utils.pictures import read_image
+from utils.parallel.processes import Processes
 
 WNIDS = {
     "airplane": "n02690373",  # airliner
@@ -83,7 +83,7 @@ def pictures_of(args, train, count):
     if args.source:
         paths, labels, classes = list_folder(train, args.source, count)
         return map(read_image, paths), labels, classes
-    data = DATASETS["cifar10"].load(train, "data", World(0, 1, 0, torch.device("cpu")), 0, count)
+    data = DATASETS["cifar10"].load(train, "data", Processes(0, 1, 0, torch.device("cpu")), 0, count)
     return data.images, data.labels.tolist(), data.classes
 
 

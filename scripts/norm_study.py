@@ -22,13 +22,13 @@ from evaluate import load_model
 from models import NORM_TYPES, canonical_model_type
 from models.configs import VITS
 from utils.arguments import Parser, argument, one_of, positive
-from utils.augmentation import denormalise
-from utils.checkpoint import LAST
-from utils.datasets import DATASETS
-from utils.distributed import World, choose_device
+from utils.data.augmentation import denormalise
+from utils.data.datasets import DATASETS
 from utils.errors import UserError, run_script
-from utils.runs import check_plan, data_name, finish, is_finished, plan_run, raise_failures
-from utils.tracking import read_config, read_metrics
+from utils.parallel.processes import Processes, choose_device
+from utils.records.checkpoint import LAST
+from utils.records.tracker import read_config, read_metrics
+from utils.sweeps import check_plan, data_name, finish, is_finished, plan_run, raise_failures
 from utils.visualize import attention_of, class_token_mask, plot_attention_rows, plot_runs, save
 from visualize import blocks_to_draw, caption, check_output
 
@@ -201,7 +201,7 @@ def draw_figures(finished, args):
     """For each architecture and start: the curves of all norms, and their attention on the same test pictures."""
     device = choose_device()
     flags = next(iter(finished.values())).flags
-    places = (flags.data_dir, World(0, 1, 0, device), flags.num_workers)
+    places = (flags.data_dir, Processes(0, 1, 0, device), flags.num_workers)
     test_set = DATASETS[flags.dataset].load(False, *places, mean_std=flags.mean_std, skip_broken=flags.skip_broken)
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
     for model_type, start in dict.fromkeys(key[:2] for key in finished):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.distributed import World
+from utils.parallel.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 # A model and a data set on which a step takes milliseconds; what a test does not mention comes from here.
@@ -33,7 +33,7 @@ torch.set_num_threads(1)  # several test processes share the cores; threads that
 
 @pytest.fixture
 def one_process():
-    return World(0, 1, 0, torch.device("cpu"))
+    return Processes(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture

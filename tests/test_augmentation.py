@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from utils.augmentation import normalise, random_crops, resized_crops
+from utils.data.augmentation import normalise, random_crops, resized_crops
 
 
 def crops(count, height=32, width=32, min_scale=0.05, seed=0):

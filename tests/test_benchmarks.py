@@ -12,7 +12,7 @@ from conftest import ROOT, call_main, succeed
 from models import build_model
 from models.configs import VITS
 from utils.errors import UserError
-from utils.tracking import read_metrics
+from utils.records.tracker import read_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernels

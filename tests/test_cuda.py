@@ -16,11 +16,11 @@ from models.token_reduction import METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from test_training import run, stop_after
-from utils.augmentation import Augmentation
-from utils.datasets import DATASETS, stream_positions
-from utils.distributed import World, choose_device
-from utils.precision import Precision
-from utils.tracking import read_metrics
+from utils.data.augmentation import Augmentation
+from utils.data.datasets import DATASETS, stream_positions
+from utils.parallel.precision import Precision
+from utils.parallel.processes import Processes, choose_device
+from utils.records.tracker import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -194,7 +194,7 @@ def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, one_process, dev
     """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
     augmentation = Augmentation(0, (16, 16), 0.1, flip=True, rand_augment=None)
     batches = []
-    for processes in (one_process, World(0, 1, 0, device)):
+    for processes in (one_process, Processes(0, 1, 0, device)):
         pictures = DATASETS["imagenet"].load(True, image_folder, processes, 2)
         positions = stream_positions(8, 1, processes, 0, 12)
         batches.append([])

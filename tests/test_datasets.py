@@ -11,17 +11,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from conftest import write_pictures
-from utils.augmentation import Augmentation
-from utils.datasets import DATASETS, FolderImages, TensorImages, stream_positions
-from utils.distributed import World
+from utils.data.augmentation import Augmentation
+from utils.data.datasets import DATASETS, FolderImages, TensorImages, stream_positions
+from utils.data.images import read_image
 from utils.errors import UserError
-from utils.pictures import read_image
+from utils.parallel.processes import Processes
 
 CPU = torch.device("cpu")
 
 
-def load_both(name, data_dir, world):
-    return [DATASETS[name].load(train, data_dir, world, 0) for train in (True, False)]
+def load_both(name, data_dir, processes):
+    return [DATASETS[name].load(train, data_dir, processes, 0) for train in (True, False)]
 
 
 def test_digits_are_split_once_and_for_all(one_process):
@@ -49,9 +49,9 @@ def test_the_first_examples_of_each_class(image_folder, one_process):
 
 
 def test_batches_of_all_processes_make_up_the_global_batch():
-    whole = list(stream_positions(24, 1, World(0, 1, 0, CPU), 3, 5))
+    whole = list(stream_positions(24, 1, Processes(0, 1, 0, CPU), 3, 5))
     for size, parts in ((2, 1), (2, 3), (4, 2)):
-        shares = [list(stream_positions(24, parts, World(rank, size, 0, CPU), 3, 5)) for rank in range(size)]
+        shares = [list(stream_positions(24, parts, Processes(rank, size, 0, CPU), 3, 5)) for rank in range(size)]
         for step in range(2):
             taken = [share[step * parts + part] for part in range(parts) for share in shares]
             assert list(np.concatenate(taken)) == list(whole[step])
@@ -61,8 +61,10 @@ def test_each_test_image_comes_exactly_once_over_all_processes():
     images = np.arange(11, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(4, 2).repeat(4, 3)
     data = TensorImages(images, np.arange(11), map(str, range(11)), CPU)
     for size in (1, 2, 4, 16):
-        worlds = [World(rank, size, 0, CPU) for rank in range(size)]
-        labels = [label for world in worlds for _, batch in data.eval_batches((4, 4), 2, world) for label in batch]
+        groups = [Processes(rank, size, 0, CPU) for rank in range(size)]
+        labels = [
+            label for processes in groups for _, batch in data.eval_batches((4, 4), 2, processes) for label in batch
+        ]
         assert sorted(map(int, labels)) == list(range(11))
 
 

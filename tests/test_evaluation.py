@@ -16,8 +16,8 @@ from models import build_model
 from synthetic import make_checkpoint
 from test_flags import fails
 from test_scripts import metrics, run_dir
-from utils.augmentation import normalise, resized_crops
-from utils.datasets import DATASETS
+from utils.data.augmentation import normalise, resized_crops
+from utils.data.datasets import DATASETS
 
 
 def figures(printed):

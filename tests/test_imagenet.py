@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 import evaluate as evaluate_script
 import train
 from conftest import call_main, read_config, script, succeed
-from utils.augmentation import (
+from utils.data.augmentation import (
     Augmentation,
     centre_crop,
     centre_square,
@@ -26,12 +26,12 @@ from utils.augmentation import (
     rand_augment_words,
     rand_augmented,
 )
-from utils.datasets import DATASETS, MOST_BROKEN, FolderImages, TensorImages, default_workers, on_device
-from utils.distributed import World
+from utils.data.datasets import DATASETS, MOST_BROKEN, FolderImages, TensorImages, default_workers, on_device
+from utils.data.images import Picture, read_image
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.pictures import Picture, read_image
-from utils.precision import Precision
+from utils.parallel.precision import Precision
+from utils.parallel.processes import Processes
 
 CPU = torch.device("cpu")
 PLAIN = Augmentation(5, (16, 16), 0.3, True)
@@ -337,9 +337,9 @@ def test_skipped_pictures_are_left_out_of_the_means_of_all_processes(size, tmp_p
     for rank in range(size):
         data = folder_images(paths, skip_broken=True)
         data.labels[:] = [0, 0, 1, 1]
-        world = World(rank, size, 0, CPU)
+        processes = Processes(rank, size, 0, CPU)
         try:
-            evaluate(Guess(), data, (16, 16), 2, Precision("O0", torch.float32, CPU), world)
+            evaluate(Guess(), data, (16, 16), 2, Precision("O0", torch.float32, CPU), processes)
         except UserError as error:  # the process whose only picture is broken is not alone in reality
             assert (size, rank) == (4, 0), error
     _, top1, _, count = sum(parts).tolist()

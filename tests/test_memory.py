@@ -11,7 +11,7 @@ from conftest import ROOT
 PAGE_FAULTS = """
 import resource
 import torch
-from utils.memory import keep_freed_memory
+from utils.parallel.memory import keep_freed_memory
 
 def page_faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

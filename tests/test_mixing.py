@@ -11,7 +11,7 @@ from conftest import succeed
 from test_flags import fails
 from test_scripts import metrics
 from test_training import differences, plain_loop, run
-from utils.mixing import make_mixing, mix_pairs
+from utils.data.mixing import make_mixing, mix_pairs
 
 CLASSES = 20
 PARTNER = [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10]

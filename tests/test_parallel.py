@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from conftest import ROOT, call_main, script, succeed
 from models import build_model
-from utils.averaging import WeightAverage
-from utils.distributed import StopSignal
+from utils.parallel.averaging import WeightAverage
+from utils.parallel.processes import StopSignal
 
 STEPS, MORE_STEPS = 20, 26
 SMALL = [
@@ -182,7 +182,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before(tiny_flags, 
     assert "the checkpoint of step 4 can't be written to" in error
     assert error.endswith("last.safetensors of step 2 is whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # the state still fits, the weights do not
-        patch.setattr("utils.checkpoint.save_file", full_disk)
+        patch.setattr("utils.records.checkpoint.save_file", full_disk)
         call_main(train, [*flags, "--num_steps", 4, "--resume"], patch)
     assert "No space left on device (" in capsys.readouterr().err
     after = load_file(tmp_path / "output" / "run" / "last.safetensors")

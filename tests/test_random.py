@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utils.random import AUGMENTATION, DROPOUT, epoch_order, random_uniform, random_words, samples_at
+from utils.data.stream import AUGMENTATION, DROPOUT, epoch_order, random_uniform, random_words, samples_at
 
 
 def test_a_row_depends_on_its_own_counter_only():

@@ -18,13 +18,13 @@ import models
 import train
 from conftest import call_main, read_config, write_pictures
 from models import build_model
-from utils.augmentation import normalise, random_crops, resized_crops
-from utils.datasets import DATASETS
+from utils.data.augmentation import normalise, random_crops, resized_crops
+from utils.data.datasets import DATASETS
+from utils.data.stream import samples_at
 from utils.errors import UserError
-from utils.memory import recompute_activations
+from utils.parallel.memory import recompute_activations
 from utils.profiling import activation_bytes
-from utils.random import samples_at
-from utils.tracking import read_metrics
+from utils.records.tracker import read_metrics
 from utils.training import compile_in_place
 
 
@@ -157,7 +157,7 @@ def test_recomputed_blocks_are_compiled():
 
 def stop_after(step, monkeypatch):
     """As if SIGTERM came while that step ran."""
-    from utils.distributed import StopSignal
+    from utils.parallel.processes import StopSignal
 
     calls = []
 
@@ -338,7 +338,7 @@ def test_master_weights_take_updates_that_16_bits_would_lose(tiny_flags, monkeyp
 
 
 def test_a_static_loss_scale_changes_nothing_in_float32_and_little_in_bfloat16():
-    from utils.precision import Precision
+    from utils.parallel.precision import Precision
 
     for level, tolerance in (("O1", 1e-2), ("O2", 1e-2), ("O3", 1e-2)):
         results = []
@@ -358,7 +358,7 @@ def test_a_static_loss_scale_changes_nothing_in_float32_and_little_in_bfloat16()
 
 
 def test_norms_stay_in_float32_at_o2():
-    from utils.precision import Precision
+    from utils.parallel.precision import Precision
 
     model = build_model("R26-ViT-S_32", 64, num_layers=1)
     Precision("O2", torch.bfloat16, torch.device("cpu")).cast(model)

@@ -13,7 +13,7 @@ import pytest
 import train
 from conftest import ROOT, call_main, read_config, script, succeed
 from test_scripts import metrics, run_dir, start, wait_for_checkpoint
-from utils.weights_and_biases import WeightsAndBiases
+from utils.records.weights_and_biases import WeightsAndBiases
 
 STAND_INS = ROOT / "tests" / "stand_ins"
 

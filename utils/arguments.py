@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from utils.augmentation import MAX_MAGNITUDE, MEAN_STD
-from utils.datasets import DATASETS, FOLDERS, MAX_WORKERS, class_folders, image_folders
-from utils.distributed import PARALLEL
+from utils.data.augmentation import MAX_MAGNITUDE, MEAN_STD
+from utils.data.datasets import DATASETS, FOLDERS, MAX_WORKERS, class_folders, image_folders
 from utils.errors import UserError
-from utils.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
+from utils.parallel.precision import AMP_BACKENDS, OPT_LEVELS, import_apex_amp
+from utils.parallel.processes import PARALLEL
 from utils.pretrained import check_exists, published_url
+from utils.records.tracker import best_weights, resumes
+from utils.records.weights_and_biases import check_project, import_wandb
 from utils.scheduler import DECAY_TYPES
-from utils.tracking import best_weights, resumes
 from utils.training import MODES, OPTIMIZERS, WATCHED
-from utils.weights_and_biases import check_project, import_wandb
 
 REDUCTION = ("token_reduction", "keep_tokens", "reduction_layer")  # flags, and keywords of `build_model`
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from utils.checkpoint import load_into, load_weights
-from utils.datasets import DATASETS
-from utils.distributed import sum_over_processes, world
+from utils.data.datasets import DATASETS
 from utils.errors import UserError
-from utils.precision import make_precision
+from utils.parallel.precision import make_precision
+from utils.parallel.processes import join_processes, sum_over_processes
 from utils.pretrained import take_pretrained
-from utils.tracking import best_weights, read_config
+from utils.records.checkpoint import load_into, load_weights
+from utils.records.tracker import best_weights, read_config
 
 
 def run_evaluation(args, make_model):
@@ -23,7 +23,7 @@ def run_evaluation(args, make_model):
 
     Writes no file. Nothing is compiled: one pass over a test set would not win back the time. Raises UserError.
     """
-    with world(args.local_rank) as processes:
+    with join_processes(args.local_rank) as processes:
         source = DATASETS[args.dataset]
         model = make_model(source.count_classes(args.data_dir))
         path, classes = best_weights(args), None

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.distributed import first_on_each_machine
 from utils.errors import UserError
+from utils.parallel.processes import first_on_each_machine
 
 STORAGE = "https://storage.googleapis.com"
 CHUNK = 2**20

@@ -16,28 +16,27 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.augmentation import Augmentation, denormalise
-from utils.averaging import WeightAverage
-from utils.checkpoint import LAST, load_checkpoint, load_into, load_tensors, save_checkpoint
-from utils.datasets import DATASETS, dropout_keys, stream_positions
-from utils.distributed import (
+from utils.data.augmentation import Augmentation, denormalise
+from utils.data.datasets import DATASETS, dropout_keys, stream_positions
+from utils.data.mixing import make_mixing, mix_pairs
+from utils.errors import RunStoppedError, UserError
+from utils.evaluation import evaluate, run_evaluation
+from utils.parallel.averaging import WeightAverage
+from utils.parallel.memory import recompute_activations
+from utils.parallel.precision import make_precision
+from utils.parallel.processes import (
     StopSignal,
     barrier,
     gradients_summed,
+    join_processes,
     local_parts,
     shard_weights,
     sum_over_processes,
     union_over_processes,
-    world,
 )
-from utils.errors import RunStoppedError, UserError
-from utils.evaluation import evaluate, run_evaluation
-from utils.memory import recompute_activations
-from utils.mixing import make_mixing, mix_pairs
-from utils.precision import make_precision
 from utils.pretrained import take_pretrained
-from utils.scheduler import learning_rate
-from utils.tracking import (
+from utils.records.checkpoint import LAST, load_checkpoint, load_into, load_tensors, save_checkpoint
+from utils.records.tracker import (
     Tracker,
     check_shared,
     continues,
@@ -48,7 +47,8 @@ from utils.tracking import (
     report_changed_flags,
     resumes,
 )
-from utils.weights_and_biases import WeightsAndBiases
+from utils.records.weights_and_biases import WeightsAndBiases
+from utils.scheduler import learning_rate
 
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
@@ -103,7 +103,7 @@ def run_training(args, make_model):
     if continues(args):
         args.resume, args.overwrite = True, False
     run_dir = open_run_folder(args)
-    with world(args.local_rank) as processes:
+    with join_processes(args.local_rank) as processes:
         prepare_and_train(args, make_model, processes, run_dir)
 
 

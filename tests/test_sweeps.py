@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, read_config, script, succeed
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
 from test_flags import fails
-from utils.runs import LOG, Run, free_devices, is_finished, work_off
+from utils.sweeps import LOG, Run, free_devices, is_finished, work_off
 
 
 def study(output_dir, *given):

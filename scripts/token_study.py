@@ -18,7 +18,7 @@ from models.configs import CONFORMERS, VITS
 from models.token_reduction import METHODS
 from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of
 from utils.errors import run_script
-from utils.runs import check_plan, finish, plan_run, raise_failures
+from utils.sweeps import check_plan, finish, plan_run, raise_failures
 
 
 def main():

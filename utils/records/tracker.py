@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.checkpoint import BEST, LAST, replace_file
-from utils.distributed import launcher, restarted, union_over_processes
 from utils.errors import UserError
-from utils.weights_and_biases import RECORDS, RUN_ID
+from utils.parallel.processes import launcher, restarted, union_over_processes
+from utils.records.checkpoint import BEST, LAST, replace_file
+from utils.records.weights_and_biases import RECORDS, RUN_ID
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "curves.png"
 # Flags that make no other run of it: its folder may have been moved, its weights downloaded meanwhile.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.random import AUGMENTATION, RAND_AUGMENT, random_uniform, random_words
+from utils.data.stream import AUGMENTATION, RAND_AUGMENT, random_uniform, random_words
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 ATTEMPTS = 10

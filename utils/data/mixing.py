@@ -7,8 +7,8 @@ partner, which is in the same part of the batch however many processes and accum
 import torch
 import torch.nn.functional as F
 
-from utils.augmentation import transforms
-from utils.random import MIXING, random_words
+from utils.data.augmentation import transforms
+from utils.data.stream import MIXING, random_words
 
 
 def make_mixing(mixup, cutmix):

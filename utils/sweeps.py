@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from utils.arguments import check_files, check_flags_together
-from utils.checkpoint import LAST, saved_step
-from utils.datasets import DATASETS, FOLDERS
-from utils.distributed import StopSignal, World
+from utils.data.datasets import DATASETS, FOLDERS
 from utils.errors import RunStoppedError, UserError
+from utils.parallel.processes import Processes, StopSignal
 from utils.pretrained import download
-from utils.tracking import WITHOUT_EFFECT, read_config, read_metrics
+from utils.records.checkpoint import LAST, saved_step
+from utils.records.tracker import WITHOUT_EFFECT, read_config, read_metrics
 
 LOG = "train.log"
 LOOK_EVERY = 0.2  # seconds between two looks at the runs at work
@@ -106,7 +106,7 @@ def fetch_for(runs):
             download(path)
     for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
         if dataset.startswith("cifar"):
-            DATASETS[dataset].load(False, data_dir, World(0, 1, 0, torch.device("cpu")), 0)
+            DATASETS[dataset].load(False, data_dir, Processes(0, 1, 0, torch.device("cpu")), 0)
 
 
 def raise_failures(failed, count):

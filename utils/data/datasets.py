@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from utils.augmentation import (
+from utils.data.augmentation import (
     centre_crop,
     normalise,
     rand_augment_words,
@@ -26,10 +26,10 @@ from utils.augmentation import (
     stretch,
     transforms,
 )
-from utils.distributed import first_on_each_machine
+from utils.data.images import Picture, is_picture, pictures_below, read_image
+from utils.data.stream import DROPOUT, random_words, samples_at
 from utils.errors import UserError
-from utils.pictures import Picture, is_picture, pictures_below, read_image
-from utils.random import DROPOUT, random_words, samples_at
+from utils.parallel.processes import first_on_each_machine
 
 IN_MEMORY_BYTES = 2 * 2**30
 IN_MEMORY_SIDE = 256  # pixels; a batch of larger pictures would be large itself before it is cropped
@@ -42,7 +42,7 @@ DIGITS_SPLIT_SEED = 0
 class Source(NamedTuple):
     """Where a data set comes from; the first two raise UserError that names the folder or file at fault.
 
-    `count_classes(data_dir)` is quick; `load(train, data_dir, world, num_workers, examples_per_class=None,
+    `count_classes(data_dir)` is quick; `load(train, data_dir, processes, num_workers, examples_per_class=None,
     mean_std="half", skip_broken=False)` reads the training or the test set, or the first examples of each class;
     `prepare(image, img_size)` is what evaluation does to an image, uint8 (3, H, W) -> (3, *img_size).
     """
@@ -52,7 +52,7 @@ class Source(NamedTuple):
     prepare: Callable = stretch
 
 
-def load_digits(train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
+def load_digits(train, data_dir, processes, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -62,16 +62,18 @@ def load_digits(train, data_dir, world, num_workers, examples_per_class=None, me
     splits = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED)
     rows = splits[0 if train else 1]
     rows = rows[first_of_each_class(labels[rows], examples_per_class)]
-    return TensorImages(pixels[rows], labels[rows], map(str, range(10)), world.device, mean_std)
+    return TensorImages(pixels[rows], labels[rows], map(str, range(10)), processes.device, mean_std)
 
 
-def load_cifar(name, train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
+def load_cifar(
+    name, train, data_dir, processes, num_workers, examples_per_class=None, mean_std="half", skip_broken=False
+):
     """torchvision's CIFAR, downloaded into `data_dir` once, by one process of each machine."""
     from torchvision import datasets  # a slow import that other data need not pay
 
     dataset = getattr(datasets, name)
     try:
-        with first_on_each_machine(world):
+        with first_on_each_machine(processes):
             data = dataset(data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -81,25 +83,27 @@ def load_cifar(name, train, data_dir, world, num_workers, examples_per_class=Non
     labels = np.asarray(data.targets)
     rows = first_of_each_class(labels, examples_per_class)
     images = np.ascontiguousarray(data.data[rows].transpose(0, 3, 1, 2))  # (n, 3, 32, 32)
-    return TensorImages(images, labels[rows], data.classes, world.device, mean_std)
+    return TensorImages(images, labels[rows], data.classes, processes.device, mean_std)
 
 
-def load_imagefolder(train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
+def load_imagefolder(
+    train, data_dir, processes, num_workers, examples_per_class=None, mean_std="half", skip_broken=False
+):
     """`train/` and `val/` or `test/` below `data_dir`, one folder a class.
 
     In memory where all pictures are of one size and fit, otherwise read by workers.
     """
     paths, labels, classes = list_folder(train, data_dir, examples_per_class)
-    images = read_images_of_one_size(paths, quiet=world.rank > 0, skip_broken=skip_broken)
+    images = read_images_of_one_size(paths, quiet=processes.rank > 0, skip_broken=skip_broken)
     if images is None:
-        return FolderImages(paths, labels, classes, world.device, num_workers, stretch, mean_std, skip_broken)
-    return TensorImages(images, labels, classes, world.device, mean_std)
+        return FolderImages(paths, labels, classes, processes.device, num_workers, stretch, mean_std, skip_broken)
+    return TensorImages(images, labels, classes, processes.device, mean_std)
 
 
-def load_imagenet(train, data_dir, world, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
+def load_imagenet(train, data_dir, processes, num_workers, examples_per_class=None, mean_std="half", skip_broken=False):
     """ImageNet-1k, or another set of its size, in folders as for `load_imagefolder`; always read by workers."""
     paths, labels, classes = list_folder(train, data_dir, examples_per_class)
-    return FolderImages(paths, labels, classes, world.device, num_workers, centre_crop, mean_std, skip_broken)
+    return FolderImages(paths, labels, classes, processes.device, num_workers, centre_crop, mean_std, skip_broken)
 
 
 def count_class_folders(data_dir):
@@ -238,9 +242,9 @@ class TensorImages:
                 images = torch.stack([rand_augmented(image, word, *rand_augment) for image, word in pairs])
             yield normalise(images, self.mean_std), self.labels[rows]
 
-    def eval_batches(self, img_size, batch_size, world):
+    def eval_batches(self, img_size, batch_size, processes):
         """This process's share of the images, resized: images float32 (B, 3, *img_size), labels int64 (B,)."""
-        images, labels = self.images[world.rank :: world.size], self.labels[world.rank :: world.size]
+        images, labels = self.images[processes.rank :: processes.size], self.labels[processes.rank :: processes.size]
         for some, their_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield self.resized(some, img_size), their_labels
 
@@ -283,9 +287,9 @@ class FolderImages:
         """As TensorImages.train_batches; a picture that is skipped gives its place to the next readable one."""
         return self.load(TrainCrops(self.paths, self.labels, augmentation, self.skip_broken), batches)
 
-    def eval_batches(self, img_size, batch_size, world):
+    def eval_batches(self, img_size, batch_size, processes):
         """As TensorImages.eval_batches; pictures that are skipped are missing."""
-        share = range(world.rank, len(self), world.size)
+        share = range(processes.rank, len(self), processes.size)
         batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
         return self.load(PreparedImages(self.paths, self.labels, self.prepare, img_size), batches)
 
@@ -433,15 +437,15 @@ def spread_indices(size, count):
     return np.unique(np.linspace(0, size - 1, count).round().astype(np.int64))
 
 
-def stream_positions(batch_size, accumulation_steps, world, first_step, num_steps):
+def stream_positions(batch_size, accumulation_steps, processes, first_step, num_steps):
     """For each step from `first_step` on and each of its accumulation steps, this process's stream positions.
 
     All processes together take the positions [step * batch_size, (step + 1) * batch_size), part after part: however
     many there are, each part holds the same samples, over which BN takes its statistics.
     """
-    count = batch_size // accumulation_steps // world.size
+    count = batch_size // accumulation_steps // processes.size
     for part in range(first_step * accumulation_steps, num_steps * accumulation_steps):
-        start = (part * world.size + world.rank) * count
+        start = (part * processes.size + processes.rank) * count
         yield np.arange(start, start + count)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from utils.distributed import local_parts
+from utils.parallel.processes import local_parts
 
 
 class WeightAverage:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from utils.distributed import barrier
 from utils.errors import RunStoppedError, UserError
+from utils.parallel.processes import barrier
 
 STATE = "state.json"
 LAST, BEST = "last.safetensors", "best.safetensors"

@@ -6,8 +6,8 @@ import sys
 
 from tqdm import tqdm
 
-from utils.checkpoint import replace_file
 from utils.errors import UserError
+from utils.records.checkpoint import replace_file
 
 RUN_ID, RECORDS = "wandb-id.txt", "wandb"  # in the run's folder; W&B itself names the second
 OLDEST = (0, 31)  # knows `finish_timeout`, without which the end of a run waits for a dead connection for ever

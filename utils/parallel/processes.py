@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import RunStoppedError, UserError
-from utils.memory import keep_freed_memory
+from utils.parallel.memory import keep_freed_memory
 
 PARALLEL = ("ddp", "fsdp")
 
 
-class World(NamedTuple):
+class Processes(NamedTuple):
     """This process among all: its number, how many there are, its number on this machine, and its device."""
 
     rank: int
@@ -60,7 +60,7 @@ def launcher():
 
 
 @contextlib.contextmanager
-def world(local_rank=None):
+def join_processes(local_rank=None):
     """Join the process group that the launcher's environment describes, if any, and leave it at the end.
 
     `local_rank` is what an old launcher gives as a flag; the environment's wins.
@@ -68,7 +68,7 @@ def world(local_rank=None):
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     device = choose_device(local_rank)
     if "RANK" not in os.environ:
-        yield World(0, 1, 0, device)
+        yield Processes(0, 1, 0, device)
         return
     if device.type == "cuda":
         # Gloo carries the few words that the hosts exchange without waiting for the GPUs.
@@ -77,7 +77,7 @@ def world(local_rank=None):
         dist.init_process_group("gloo")
     whole = False
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
         whole = True
     except UserError as error:
         error.met_at_work = True
@@ -114,7 +114,7 @@ def barrier():
         dist.barrier()
 
 
-def shard_weights(model, world, dtype=None):
+def shard_weights(model, processes, dtype=None):
     """Leave each process its part of every weight, gradient and momentum (FSDP2; ZeRO, Rajbhandari et al., 2020).
 
     Each block of the model (a module with `is_block`) gathers its weights before it computes and gives them back after
@@ -124,7 +124,7 @@ def shard_weights(model, world, dtype=None):
     # The keys that a block hands to a token reduction are a view, into which nobody writes.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(processes.device.type, (processes.size,))
     for block in [module for module in model.modules() if getattr(module, "is_block", False)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -149,14 +149,14 @@ def gradients_summed(network, last):
 
 
 @contextlib.contextmanager
-def first_on_each_machine(world):
+def first_on_each_machine(processes):
     """The body runs in one process of each machine before it runs in the others: for what is written once."""
-    if world.local_rank != 0:
+    if processes.local_rank != 0:
         barrier()
     try:
         yield
     finally:  # after an error too: the others then meet it themselves instead of waiting for ever
-        if world.local_rank == 0:
+        if processes.local_rank == 0:
             barrier()
 
 
