@@ -1,8 +1,8 @@
-"""Images/s of the input pipeline alone, beside timm's: JPEG files to batches, decoded, cropped, flipped, normalised.
+"""Images/s of the input pipeline alone, compared with timm's: JPEG files are decoded, cropped, flipped, normalised.
 
-Both read the same files, of ImageNet's typical size, which are made first; the file cache holds them, so it is the
-processors that are measured. Rounds alternate, and each starts anew: it is timed from its first batch to its last, so
-that the start of the workers does not count. On a CPU timm goes without its prefetcher, which needs a GPU.
+Both read the same generated files of ImageNet's typical size. The file cache holds them, so the processors are
+measured. Rounds alternate, and each starts its workers again and is timed from its first batch to its last. On a CPU
+timm runs without its prefetcher, which needs a GPU.
 
     python benchmarks/data_loading.py --num_workers 1 2
 """
@@ -15,21 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import timm
-import torch
 from PIL import Image
-from steps import synchronise  # puts the repository on the path
+from steps import machine
 from timm.data import create_dataset, create_loader
+from utils.flag_types import Parser, natural, positive
 
-from utils.arguments import Parser, natural, positive
 from utils.data.augmentation import Augmentation
-from utils.data.datasets import DATASETS
+from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import UserError, run_script
-from utils.parallel.processes import Processes, choose_device
-from utils.records.tracker import device_name
+from utils.parallel.processes import choose_device, one_process
+from utils.profiling import markdown_table, synchronise
 
-SIZES = ((375, 500), (500, 375), (333, 500), (500, 333), (500, 500), (400, 300))  # (height, width), in turn
+SIZES = ((375, 500), (500, 375), (333, 500), (500, 333), (500, 500), (400, 300))  # (height, width)
 QUALITY = 95
-GRAIN = 6  # standard deviation in levels of 255: with it files are as large as ImageNet's, 110 KB
+NOISE = 6  # standard deviation, of 255; files then are as large as ImageNet's, 110 KB
 CROP_SCALE = 0.08
 CLASSES = 4
 
@@ -39,14 +38,14 @@ def main():
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torchvision's decoders, for torchcodec
     device = choose_device()
     with tempfile.TemporaryDirectory() as folder:
-        kilobytes = make_pictures(Path(folder), args.pictures)
-        contenders = {"this project": ours, "timm": timms}
+        kilobytes = make_images(Path(folder), args.images)
+        loaders = {"this project": our_batches, "timm": timm_batches}
         speeds = {}
         for num_workers in args.num_workers:
-            for turn in range(args.rounds + 1):
-                for name, loader in contenders.items():
+            for number in range(args.rounds + 1):
+                for name, loader in loaders.items():
                     speed = images_per_second(loader(folder, num_workers, args, device), device)
-                    if turn:  # the first one only warms up
+                    if number:  # the first round is the warm-up
                         speeds.setdefault((num_workers, name), []).append(speed)
     print(report(args, speeds, kilobytes))
 
@@ -54,19 +53,21 @@ def main():
 def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--num_workers", type=natural, nargs="+", default=[1, 2], metavar="N", help="0: none")
-    group.add_argument("--pictures", type=positive, default=1024, metavar="N", help="files, each read once a round")
-    group.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images at once")
+    group.add_argument(
+        "--num_workers", type=natural, nargs="+", default=[1, 2], metavar="N", help="worker processes; 0: none"
+    )
+    group.add_argument("--images", type=positive, default=1024, metavar="N", help="files, each read once per round")
+    group.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images per batch")
     group.add_argument("--img_size", type=positive, default=224, metavar="PIXELS", help="side of the crops")
-    group.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns after one that is not timed")
+    group.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds, after a warm-up")
     args = parser.parse_args()
-    if args.pictures < 2 * args.batch_size:
-        raise UserError(f"--pictures {args.pictures} are not enough: {2 * args.batch_size} make two batches")
+    if args.images < 2 * args.batch_size:
+        raise UserError(f"--images {args.images} is less than two batches, {2 * args.batch_size}")
     return args
 
 
-def make_pictures(folder, count):
-    """`count` JPEGs in folders as ImageNet's: parts of scikit-learn's two photographs; their mean KB."""
+def make_images(folder, count):
+    """Write `count` JPEGs, parts of scikit-learn's two photographs, in class folders; returns their mean KB."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -80,7 +81,7 @@ def make_pictures(folder, count):
         top = random.uniform(0, whole.height - height * factor)
         box = (left, top, left + width * factor, top + height * factor)
         pixels = np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC, box=box))
-        pixels = np.clip(pixels + random.normal(0, GRAIN, (height, width, 1)), 0, 255).astype(np.uint8)
+        pixels = np.clip(pixels + random.normal(0, NOISE, (height, width, 1)), 0, 255).astype(np.uint8)
         path = folder / "train" / f"n{i % CLASSES:08d}" / f"{i}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, quality=QUALITY)
@@ -89,14 +90,15 @@ def make_pictures(folder, count):
     return total / count / 1000
 
 
-def ours(folder, num_workers, args, device):
-    """Batches of this project's FolderImages, as train.py has them."""
-    data = DATASETS["imagenet"].load(True, folder, Processes(0, 1, 0, device), num_workers, mean_std="imagenet")
-    batches = np.arange(args.pictures // args.batch_size * args.batch_size).reshape(-1, args.batch_size)
+def our_batches(folder, num_workers, args, device):
+    """Batches of this project, as train.py reads them."""
+    options = DataOptions(data_dir=folder, num_workers=num_workers, mean_std="imagenet")
+    data = load_dataset("imagenet", "train", options, one_process(device))
+    batches = np.arange(args.images // args.batch_size * args.batch_size).reshape(-1, args.batch_size)
     return data.train_batches(batches, Augmentation(0, (args.img_size, args.img_size), CROP_SCALE, flip=True))
 
 
-def timms(folder, num_workers, args, device):
+def timm_batches(folder, num_workers, args, device):
     """Batches of timm's loader with the same crops, flips, mean and deviation."""
     return create_loader(
         create_dataset("", root=f"{folder}/train", is_training=True),
@@ -116,7 +118,7 @@ def timms(folder, num_workers, args, device):
 
 
 def images_per_second(batches, device):
-    """From the first batch to the last."""
+    """The speed from the first batch to the last."""
     batches = iter(batches)
     next(batches)
     synchronise(device)
@@ -128,21 +130,18 @@ def images_per_second(batches, device):
 
 
 def report(args, speeds, kilobytes):
-    """A Markdown table; `x timm` is the median over the rounds of this speed divided by timm's in the same turn."""
-    lines = [
-        f"Input pipeline: JPEGs of {SIZES[0][1]}x{SIZES[0][0]} and the like, {kilobytes:.0f} KB each, to random crops "
-        f"at {args.img_size}x{args.img_size}, batch {args.batch_size}",
-        f"{device_name()}, torch {torch.__version__}, timm {timm.__version__}, {args.pictures} pictures a round, "
-        f"median of {args.rounds} rounds",
-        "",
-        "| worker processes | loader | x timm | images/s | slowest to fastest round |",
-        "|---|---|---|---|---|",
-    ]
+    """A Markdown table; `x timm` is the median over the rounds of this speed divided by timm's in the same round."""
+    rows = []
     for (num_workers, name), own in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(own, speeds[num_workers, "timm"], strict=True))
         spread = f"{min(own):.0f} to {max(own):.0f}"
-        lines.append(f"| {num_workers} | {name} | {ratio:.2f} | {statistics.median(own):.0f} | {spread} |")
-    return "\n".join(lines)
+        rows.append([str(num_workers), name, f"{ratio:.2f}", f"{statistics.median(own):.0f}", spread])
+    titles = ["worker processes", "loader", "x timm", "images/s", "slowest to fastest round"]
+    return (
+        f"Input pipeline: JPEGs of {SIZES[0][1]}x{SIZES[0][0]} and similar sizes, {kilobytes:.0f} KB each, to random "
+        f"crops at {args.img_size}x{args.img_size}, batch {args.batch_size}\n{machine()}, timm {timm.__version__}, "
+        f"{args.images} images per round, median of {args.rounds} rounds\n\n{markdown_table(titles, rows)}"
+    )
 
 
 if __name__ == "__main__":

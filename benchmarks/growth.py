@@ -1,10 +1,10 @@
 """How images/s and memory of a ViT grow with batch size, resolution and model size: a table and a figure.
 
-Of a training step's memory the floor is told: weights, gradients, optimizer state, and the activations that its
-backward pass needs, with and without --grad_checkpointing, all counted. On a GPU the allocator's peak stands beside it.
+For the memory of a training step a lower bound is counted: weights, gradients, optimizer state, and the activations
+that the backward pass needs, with and without --grad_checkpointing. On a GPU the allocator's peak is reported as well.
 
-    python benchmarks/growth.py --picture img/growth.png                       # on two CPU cores
-    python benchmarks/growth.py --model_type ViT-B_16 --batch_size 64 --batch_sizes 1 16 64 256 512 --picture gpu.png
+    python benchmarks/growth.py --figure img/growth.png                       # on two CPU cores
+    python benchmarks/growth.py --model_type ViT-B_16 --batch_size 64 --batch_sizes 1 16 64 256 512 --figure gpu.png
 """
 
 from typing import NamedTuple
@@ -15,42 +15,41 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
 from steps import (
+    FORWARD,
     NUM_CLASSES,
-    OurStep,
+    TRAINING,
     add_clock_flag,
     add_step_flags,
     check_precision,
     clock_of,
-    clock_text,
-    compiled,
     fits,
     forward_flops,
-    free,
+    free_memory,
     machine,
     make_model,
+    our_step,
+    precision_text,
     random_batch,
-    speed_cells,
     state_bytes,
-    take_turns,
     training_memory,
 )
+from utils.checks import check_figure_path
+from utils.figures import OKABE_ITO, save, tidy, wrapped
+from utils.flag_types import Parser, one_of, positive
 
 from models.configs import VITS
-from utils.arguments import Parser, check_picture_path, one_of, positive
 from utils.errors import run_script
-from utils.parallel.memory import recompute_activations
 from utils.parallel.processes import choose_device
-from utils.profiling import activation_bytes
-from utils.visualize import OKABE_ITO, save, tidy, wrapped
+from utils.profiling import activation_bytes, markdown_table, speed_cells, time_interleaved
 
 MODELS = ("ViT-Ti_16", "ViT-S_16", "ViT-B_16", "ViT-L_16")
-FORWARD, TRAINING, CHECKPOINTING = "forward", "training step", "with --grad_checkpointing"
+CHECKPOINTING = "with --grad_checkpointing"
 PARTS = ("weights", "gradients", "optimizer", "activations")
 COLOURS = dict(zip(PARTS, (*OKABE_ITO[3:6], "#999999"), strict=True))
 
 
 class Point(NamedTuple):
-    """What is measured at once."""
+    """The setting of one measurement."""
 
     model_type: str
     img_size: int
@@ -58,11 +57,11 @@ class Point(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """{pass: seconds of its rounds}, {TRAINING, CHECKPOINTING: {part: bytes}}, and {the same: peak bytes} on a GPU."""
+    """One measurement: time and memory of the passes."""
 
-    seconds: dict
-    floor: dict
-    peak: dict
+    seconds: dict  # {pass: [seconds of each round]}
+    floor: dict  # {TRAINING or CHECKPOINTING: {part: bytes}}
+    peak: dict  # {TRAINING or CHECKPOINTING: bytes} on a GPU
 
 
 def main():
@@ -73,44 +72,43 @@ def main():
     panels = panels_of(args)
     points = list(dict.fromkeys(point for panel in panels.values() for point in panel))
     for point in points:
-        forward_flops(point.model_type, point.img_size)  # a mistake shows before the work
+        forward_flops(point.model_type, point.img_size)  # reports a wrong size before the work
     measured = {point: measure(point, args, device) for point in points}
     measured = {point: found for point, found in measured.items() if found}
     title = (
-        f"training step and forward pass, {args.precision}{level_text(args)}{compiled(args)}\n{machine()}, median of "
-        f"{args.rounds} rounds{clock_text(args)}"
+        "training step and forward pass, "
+        f"{precision_text(args.precision, [args.fp16_opt_level], args.compile)}\n{machine()}, median of {args.rounds} "
+        f"rounds{', by processor time' if args.processor_time else ''}"
     )
     print(f"{title}\n\n{table(measured)}")
-    if args.picture:
-        save(draw(panels, measured, title), args.picture)
+    if args.figure:
+        save(draw(panels, measured, title), args.figure)
 
 
 def parse_flags():
     parser = Parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("benchmark")
     model = one_of("ViT", VITS)
-    group.add_argument("--model_type", type=model, default="ViT-S_16", help="for batch size and resolution")
     group.add_argument(
-        "--model_types", type=model, nargs="+", default=MODELS, metavar="NAME", help="from the smallest to the largest"
+        "--model_type", type=model, default="ViT-S_16", metavar="NAME", help="the ViT for batch size and resolution"
+    )
+    group.add_argument(
+        "--model_types", type=model, nargs="+", default=MODELS, metavar="NAME", help="the ViTs for model size"
     )
     add_step_flags(group, batch_size=4, rounds=3)
     add_clock_flag(group)
     several = {"type": positive, "nargs": "+", "metavar": "N"}
-    group.add_argument("--batch_sizes", default=[1, 2, 4, 8, 16], help="at --img_size", **several)
-    group.add_argument("--img_sizes", default=[224, 384, 512], help="at --batch_size", **several)
-    group.add_argument("--picture", metavar="PNG", help="draw the figure")
+    group.add_argument("--batch_sizes", default=[1, 2, 4, 8, 16], help="batch sizes at --img_size", **several)
+    group.add_argument("--img_sizes", default=[224, 384, 512], help="resolutions at --batch_size", **several)
+    group.add_argument("--figure", metavar="PNG", help="draw this figure")
     args = parser.parse_args()
-    if args.picture:
-        check_picture_path(args.picture, "--picture")
+    if args.figure:
+        check_figure_path(args.figure, "--figure")
     return args
 
 
-def level_text(args):
-    return "" if args.precision == "fp32" else f" at level {args.fp16_opt_level}"
-
-
 def panels_of(args):
-    """{title of a panel: {Point: its tick}}"""
+    """{title of a panel: {Point: label of its tick}}"""
     return {
         f"batch size ({args.model_type} at {args.img_size})": {
             Point(args.model_type, args.img_size, size): str(size) for size in args.batch_sizes
@@ -125,37 +123,36 @@ def panels_of(args):
 
 
 def measure(point, args, device):
-    """Measured, or None where a GPU's memory is too small."""
+    """Measured, or None where the memory of a GPU is too small."""
     images, labels = random_batch(point.batch_size, point.img_size, device)
-    steps, floor, peak = {}, {}, {}
+    functions, floor, peak = {}, {}, {}
     for name in (TRAINING, CHECKPOINTING):
         torch.manual_seed(0)
         model = make_model(point.model_type, point.img_size, NUM_CLASSES)
-        if name == CHECKPOINTING:
-            recompute_activations(model, args.compile)
-        step = OurStep(model, args.precision, args.fp16_opt_level, device, args.compile)
-        if not fits(step, images, labels, device):
+        level, checkpointing = args.fp16_opt_level, name == CHECKPOINTING
+        step = our_step(model, device, args.precision, level, args.compile, grad_checkpointing=checkpointing)
+        if not fits(step, images, labels):
             return None
-        kept = activation_bytes(model, lambda step=step: step.train(images, labels))
-        if name == CHECKPOINTING:  # those of one block come on top while it is worked through again
+        functions[name] = lambda step=step: step.train(images, labels)
+        if name == TRAINING:
+            functions[FORWARD] = lambda step=step: step.forward(images)
+        kept = activation_bytes(model, functions[name])
+        if name == CHECKPOINTING:  # plus those of one block while it is computed again
             kept += (floor[TRAINING]["activations"] - kept) // len(model.blocks)
-        floor[name] = {**state_bytes(model, step.optimizer), "activations": kept}
+        floor[name] = {**state_bytes(step), "activations": kept}
         if device.type == "cuda":
             peak[name] = training_memory(step, images, labels)
-        steps[name] = lambda step=step: step.train(images, labels)
-        if name == TRAINING:
-            steps[FORWARD] = lambda step=step: step.forward(images)
-        free(device)
-    return Measured(take_turns(steps, args.rounds, device, clock_of(args, device)), floor, peak)
+        free_memory()
+    return Measured(time_interleaved(functions, args.rounds, device, clock_of(args, device)), floor, peak)
 
 
 def table(measured):
-    """Markdown, a row for each point and each kind of step; memory in MiB."""
+    """Markdown: one row per point and pass; memory in MiB."""
     on_gpu = any(found.peak for found in measured.values())
     titles = ["model", "image size", "batch", "step", "images/s", "slowest to fastest round"]
     titles += [f"{part} (MiB)" for part in PARTS] + ["floor (MiB)"]
     titles += ["peak (MiB)", "peak / floor"] if on_gpu else []
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows = []
     for point, found in measured.items():
         for name in (FORWARD, TRAINING, CHECKPOINTING):
             cells = [*map(str, point), name, *speed_cells(point.batch_size, found.seconds[name])]
@@ -164,10 +161,8 @@ def table(measured):
                 cells += [mebibytes(found.floor[name][part]) for part in PARTS] + [mebibytes(floor)]
                 if on_gpu:
                     cells += [mebibytes(found.peak[name]), f"{found.peak[name] / floor:.2f}"]
-            else:
-                cells += [""] * (len(titles) - len(cells))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(cells + [""] * (len(titles) - len(cells)))
+    return markdown_table(titles, rows)
 
 
 def mebibytes(count):
@@ -175,7 +170,7 @@ def mebibytes(count):
 
 
 def draw(panels, measured, title):
-    """Above images/s, below the memory of a training step: a column for batch size, resolution and model size."""
+    """images/s above the memory of a training step, with one column per panel."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     rows = figure.subplots(2, len(panels))
     for (panel, ticks), speeds, memory in zip(panels.items(), *rows, strict=True):
@@ -199,7 +194,7 @@ def draw(panels, measured, title):
 
 
 def draw_speeds(axes, points):
-    """`points` are (batch size, {pass: seconds}); the bars reach from the slowest to the fastest round."""
+    """`points` are (batch size, {pass: seconds}); error bars range from the slowest to the fastest round."""
     for name, colour, marker in zip((FORWARD, TRAINING, CHECKPOINTING), OKABE_ITO, "os^", strict=False):
         rounds = np.array([batch / np.array(seconds[name]) for batch, seconds in points])  # (points, rounds)
         low, y, high = rounds.min(axis=1), np.median(rounds, axis=1), rounds.max(axis=1)
@@ -211,7 +206,7 @@ def draw_speeds(axes, points):
 
 
 def draw_memory(axes, points):
-    """Two bars a point, its parts stacked, the second with checkpointing; a line across a bar is a GPU's peak."""
+    """Two bars per point with stacked parts, the second with checkpointing; a line across a bar is a GPU's peak."""
     for place, found in enumerate(points):
         for name, shift, hatch in ((TRAINING, -0.2, None), (CHECKPOINTING, 0.2, "////")):
             bottom = 0.0

@@ -1,16 +1,16 @@
-"""timm's, transformers' and lucidrains' model of the shape of ours, with our weights, checked to compute the same.
+"""The models of timm, transformers and lucidrains' vit-pytorch with our weights, checked to compute the same.
 
-Three of them compute another function than Google's models unless they are told. Here they are, for the check and for
-what is timed after it:
+By default all three compute another function than Google's models. For the check and the timing they get:
 
-timm               tanh-approximated GELU instead of the exact one; Google's epsilons in GroupNorm and in the weight
-                   standardisation. A hybrid's kernels are scaled by 100, in both models: timm divides by
+timm               the GELU by tanh instead of the exact one; Google's epsilons in GroupNorm and in the weight
+                   standardisation. A hybrid's kernels are scaled by 100 in both models: timm divides by
                    sqrt(variance + epsilon), Google by the standard deviation + 1e-5.
-transformers       tanh-approximated GELU, LayerNorm's epsilon 1e-6.
-vit-pytorch        the same two, and without its LayerNorms around the patch embedding, which ours has not (they would
-                   cost it time). It has no biases of query, key and value, so our model is checked without them.
+transformers       the GELU by tanh, LayerNorm's epsilon 1e-6.
+vit-pytorch        the same two, and no LayerNorms around the patch embedding, which ours does not have (they would
+                   take time). It has no biases of query, key and value, so our model is checked without them.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.metadata
@@ -21,13 +21,15 @@ import tempfile
 import numpy as np
 import timm
 import torch
-from steps import NUM_CLASSES
+import torch.nn.functional as F
+from steps import DTYPES, LEARNING_RATE, NUM_CLASSES, compile_for_fixed_shapes
 from timm.layers import StdConv2d
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
 from models.bit_resnet import BiTResNet
 from utils.errors import UserError
+from utils.training import compile_in_place
 
 TIMM = {
     "ViT-Ti_16": "vit_tiny_patch16_224",
@@ -45,11 +47,10 @@ TIMM = {
     "R50-ViT-B_16": "vit_base_r50_s16_224",
     "R50-ViT-L_32": "vit_large_r50_s32_224",
 }
-PACKAGES = {"timm": "timm", "transformers": "transformers", "vit-pytorch": "vit-pytorch"}  # name: on PyPI
-BOUND = 5e-5  # relative error of the logits; the exact GELU instead of the approximated one is 2e-4
-IMAGES = 2
+PACKAGES = ("timm", "transformers", "vit-pytorch")  # their names in a package index
+MAX_ERROR = 5e-5  # relative error of the logits; that of the exact GELU instead of the one by tanh is 2e-4
 
-# transformers' parameters under our names; in older versions some have longer ones.
+# Parts of transformers' parameter names: ours. Older versions have longer names.
 TRANSFORMERS = (
     ("vit.embeddings.", ""),
     ("vit.", ""),
@@ -75,23 +76,22 @@ TRANSFORMERS = (
 
 
 def peers(model_type, model, img_size):
-    """{name: module} of those that have such a model, each with the weights of `model` and checked on the CPU.
+    """{package: module} for the packages that have such a model, each with our weights and checked on the CPU.
 
-    First `model` gets weights none of which are zero, since zeros would hide what they are multiplied with. Raises
-    UserError for one that computes something else.
+    First all weights of `model` become random: zeros would hide what they are multiplied with. Raises UserError for a
+    module that computes something else.
     """
     randomise(model)
     found = {}
-    for name, make in (("timm", timms), ("transformers", transformers_vit), ("vit-pytorch", lucidrains_vit)):
+    for name, make in zip(PACKAGES, (timm_model, transformers_vit, lucidrains_vit), strict=True):
         try:
             made = make(model_type, model, img_size)
         except ImportError as error:
-            print(f"{name} is left out ({error}); pip install -r benchmarks/requirements.txt", file=sys.stderr)
+            print(f"{name} is omitted ({error}); pip install -r benchmarks/requirements.txt", file=sys.stderr)
             continue
         except (KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{name}: our weights do not fit its parameters ({error}); its version is untested here"
-            ) from error
+            message = f"{name}: our weights do not fit its parameters ({error}); its version is not supported here"
+            raise UserError(message) from error
         if made:
             found[name], reference = made
             check(name, found[name], reference, img_size)
@@ -99,13 +99,11 @@ def peers(model_type, model, img_size):
 
 
 def versions():
-    """`timm 1.0.31, transformers 5.23.0`: of those that are installed."""
+    """`timm 1.0.31, transformers 5.23.0`: the versions of the packages that are installed."""
     found = []
-    for name, package in PACKAGES.items():
-        try:
-            found.append(f"{name} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(found)
 
 
@@ -121,31 +119,31 @@ def randomise(model):
 
 @torch.no_grad()
 def check(name, module, reference, img_size):
-    """Raises UserError where the logits of `module` are not those of `reference`, in float32."""
-    images = torch.randn(IMAGES, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
+    """Raises UserError where the float32 logits of `module` differ from those of `reference`."""
+    images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(1))
     theirs, ours = logits_of(module.eval()(images)).double(), reference.eval()(images).double()
     error = ((theirs - ours).norm() / ours.norm()).item()
-    if not error < BOUND:
+    if not error < MAX_ERROR:
         raise UserError(
-            f"{name} does not compute what ours does: on the same weights the relative error of its logits is "
-            f"{error:.1e}, more than {BOUND:.0e}, so its speed says nothing"
+            f"{name} does not compute the same function: with the same weights the relative error of its logits is "
+            f"{error:.1e}, more than {MAX_ERROR:.0e}, so the speeds can't be compared"
         )
 
 
 def logits_of(output):
-    """Of what a model returns: transformers' has more in it."""
+    """The logits in a model's output; transformers returns an object that holds them."""
     return output if torch.is_tensor(output) else output.logits
 
 
-def timms(model_type, model, img_size):
-    """A ResNet is timm's resnetv2_50x3_bit with this model's layers and channels."""
+def timm_model(model_type, model, img_size):
+    """(timm's model, the model of ours that it must equal); None where timm has no such model."""
     if isinstance(model, BiTResNet):
-        return timms_resnet(model)
+        return timm_resnet(model)
     if model_type not in TIMM:
         return None
     theirs = timm.create_model(TIMM[model_type], img_size=img_size, num_classes=NUM_CLASSES, act_layer=tanh_gelu())
     if model.patch_embed.stem is None:
-        theirs.load_state_dict(model.state_dict())  # it has timm's names
+        theirs.load_state_dict(model.state_dict())  # the names are timm's
         return theirs, model
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "weights.npz")
@@ -156,11 +154,12 @@ def timms(model_type, model, img_size):
 
 
 def tanh_gelu():
-    """What timm's `act_layer` is to be for Google's GELU."""
+    """The `act_layer` with which timm computes Google's GELU."""
     return functools.partial(nn.GELU, approximate="tanh")
 
 
-def timms_resnet(model):
+def timm_resnet(model):
+    """timm's resnetv2_50x3_bit with the layers and channels of `model`."""
     config = model.config
     if config.root_stride != 4 or config.num_groups != 32:
         return None
@@ -206,7 +205,7 @@ def transformers_vit(model_type, model, img_size):
 
 
 def our_name(key):
-    """Of one of transformers' parameters, `attn.qkv` in three."""
+    """Our name of one of transformers' parameters, with `attn.qkv` as three."""
     for theirs, ours in TRANSFORMERS:
         key = key.replace(theirs, ours)
     return key
@@ -234,9 +233,18 @@ def lucidrains_vit(model_type, model, img_size):
     for module in theirs.modules():
         if isinstance(module, nn.GELU):
             module.approximate = "tanh"
-    weights = model.state_dict()
+    weights = lucidrains_weights(model.state_dict(), ours.num_layers)
+    theirs.load_state_dict({key: value.view_as(theirs.state_dict()[key]) for key, value in weights.items()})
+    reference = copy.deepcopy(model)
+    for block in reference.blocks:
+        nn.init.zeros_(block.attn.qkv.bias)
+    return theirs, reference
+
+
+def lucidrains_weights(weights, num_layers):
+    """Our state dict under vit-pytorch's names, without the biases of query, key and value."""
     mapped = {
-        # a patch's numbers are (row, column, channel) there, (channel, row, column) here
+        # a patch is flattened as (row, column, channel) there, as (channel, row, column) here
         "to_patch_embedding.2.weight": weights["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1),
         "to_patch_embedding.2.bias": weights["patch_embed.proj.bias"],
         "cls_token": weights["cls_token"][0],
@@ -246,7 +254,7 @@ def lucidrains_vit(model_type, model, img_size):
         "mlp_head.weight": weights["head.weight"],
         "mlp_head.bias": weights["head.bias"],
     }
-    for number in range(ours.num_layers):
+    for number in range(num_layers):
         attention, mlp = f"transformer.layers.{number}.0", f"transformer.layers.{number}.1.net"
         mapped[f"{attention}.to_qkv.weight"] = weights[f"blocks.{number}.attn.qkv.weight"]
         layers = {f"{attention}.norm": "norm1", f"{attention}.to_out.0": "attn.proj"}
@@ -254,11 +262,7 @@ def lucidrains_vit(model_type, model, img_size):
         for their_layer, our_layer in layers.items():
             for kind in ("weight", "bias"):
                 mapped[f"{their_layer}.{kind}"] = weights[f"blocks.{number}.{our_layer}.{kind}"]
-    theirs.load_state_dict({key: value.view_as(theirs.state_dict()[key]) for key, value in mapped.items()})
-    reference = copy.deepcopy(model)
-    for block in reference.blocks:
-        nn.init.zeros_(block.attn.qkv.bias)
-    return theirs, reference
+    return mapped
 
 
 def is_plain_vit(model_type, model):
@@ -269,3 +273,36 @@ def set_epsilon(model, kind, eps):
     for module in model.modules():
         if isinstance(module, kind):
             module.eps = eps
+
+
+class PeerStep:
+    """The counterpart of TimedStep in ordinary PyTorch: autocast, clipping by norm, momentum SGD with its defaults."""
+
+    def __init__(self, model, precision, device, compile=False):
+        self.model = model.to(device)
+        self.dtype = None if precision == "fp32" else DTYPES[precision]
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        if compile:
+            compile_for_fixed_shapes()
+            compile_in_place(model)
+
+    def autocast(self, images):
+        return torch.autocast(images.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def forward(self, images):
+        self.model.eval()
+        with self.autocast(images):
+            return logits_of(self.model(images))
+
+    def train(self, images, labels):
+        self.model.train()
+        with self.autocast(images):
+            loss = F.cross_entropy(logits_of(self.model(images)), labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()

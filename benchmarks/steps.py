@@ -1,10 +1,9 @@
-"""What the benchmarks share: the steps that are timed, as train.py runs them, and timing them in turns.
+"""What the benchmarks share: their flags, a training step as train.py runs it, its memory, and titles of tables.
 
-Importing this puts the repository on the path.
+Importing this module puts the repository on the path.
 """
 
 import gc
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -13,58 +12,101 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import make_model
-from models.dropout import Dropout
-from utils.arguments import one_of, positive
+from command_line import train_parser
+from utils.flag_types import argument, one_of, positive
+
+from models import MODEL_TYPES, build_model, canonical_model_type
+from models.bit_resnet import BiTResNet
 from utils.errors import UserError
-from utils.parallel.precision import OPT_LEVELS, Precision
-from utils.profiling import activation_bytes, count_flops
-from utils.records.tracker import device_name
-from utils.training import compile_in_place
+from utils.parallel.precision import OPT_LEVELS
+from utils.parallel.processes import device_name
+from utils.profiling import TimedStep, activation_bytes, count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_CLASSES = 10
 LEARNING_RATE = 1e-3
-SECONDS_OF_A_ROUND, STEPS_OF_A_ROUND = 0.5, 10  # on a GPU, at most
+FORWARD, TRAINING = "forward", "training step"
+FIRST_TRIED, LAST_TRIED = 64, 2**14  # batch sizes
+PRODUCTS_PER_CALL = 20
+
+
+def add_model_flag(group, default):
+    group.add_argument(
+        "--model_type",
+        type=argument(canonical_model_type),
+        default=default,
+        metavar="NAME",
+        help=f"The model is one of {', '.join(MODEL_TYPES)}.",
+    )
 
 
 def add_step_flags(group, batch_size, rounds):
-    """The flags of what is timed; `batch_size` and `rounds` are the defaults."""
+    """The flags of the step to be timed; `batch_size` and `rounds` are the defaults."""
     add_size_flag(group)
-    group.add_argument("--batch_size", type=positive, default=batch_size, metavar="N", help="images at once")
-    group.add_argument("--precision", type=one_of("precision", DTYPES), default="bf16", help=", ".join(DTYPES))
     group.add_argument(
-        "--fp16_opt_level", type=one_of("opt level", OPT_LEVELS), default="O2", help="this project's, in 16 bits"
+        "--batch_size", type=positive, default=batch_size, metavar="N", help="The number of images per step."
     )
-    add_turn_flags(group, rounds)
+    precisions = ", ".join(DTYPES)
+    group.add_argument(
+        "--precision", type=one_of("precision", DTYPES), default="bf16", help=f"The precision is one of {precisions}."
+    )
+    group.add_argument(
+        "--fp16_opt_level",
+        type=one_of("opt level", OPT_LEVELS),
+        default="O2",
+        help="In 16 bits, this project runs at this opt level.",
+    )
+    add_round_flags(group, rounds)
 
 
 def add_size_flag(group):
     group.add_argument(
-        "--img_size", type=positive, default=224, metavar="PIXELS", help="side of the square images in pixels"
+        "--img_size", type=positive, default=224, metavar="PIXELS", help="The side of the square images in pixels."
     )
 
 
-def add_turn_flags(group, rounds):
-    group.add_argument("--compile", action="store_true", help="compile every model by torch.compile")
+def add_round_flags(group, rounds):
+    group.add_argument("--compile", action="store_true", help="Every model is compiled by torch.compile.")
     group.add_argument(
-        "--rounds", type=positive, default=rounds, metavar="N", help="turns that are timed, after one that is not"
+        "--rounds", type=positive, default=rounds, metavar="N", help="The number of timed rounds, after a warm-up."
     )
 
 
-def compiled(args):
-    return ", compiled" if args.compile else ""
+def add_clock_flag(group):
+    group.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="For a CPU that other work shares: times are the processor seconds of this process divided by its number "
+        "of threads, which should be one (OMP_NUM_THREADS=1).",
+    )
+
+
+def clock_of(args, device):
+    """The clock in seconds. Raises UserError for the processor time of a GPU."""
+    if not args.processor_time:
+        return time.perf_counter
+    if device.type != "cpu":
+        raise UserError("--processor_time is for a CPU; it does not measure the work of a GPU")
+    return lambda: time.process_time() / torch.get_num_threads()
 
 
 def check_precision(name, device):
     """Raises UserError for float16 on a CPU."""
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; on a CPU 16-bit is --precision bf16")
+        raise UserError("--precision fp16 needs a GPU; use --precision bf16 for 16 bits on a CPU")
+
+
+def make_model(*arguments, **keywords):
+    """`build_model`; raises UserError where the model can't be built."""
+    try:
+        return build_model(*arguments, **keywords)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def forward_flops(model_type, img_size, **keywords):
-    """Of one image. Raises UserError where the model can't be built, before anything that takes time."""
+    """FLOPs of the forward pass for one image. Raises UserError where the model can't be built."""
     with torch.device("meta"):
         return count_flops(make_model(model_type, img_size, NUM_CLASSES, **keywords), img_size)
 
@@ -75,118 +117,25 @@ def random_batch(batch_size, img_size, device):
     return images, torch.randint(NUM_CLASSES, (batch_size,), device=device)
 
 
-class OurStep:
-    """Forward pass and training step as train.py runs them, but without dropout, which timm has none of by default."""
-
-    def __init__(self, model, precision, level, device, compile=False):
-        """`model` is cast in place; `precision` is one of DTYPES, `level` an opt level, which fp32 has no use for."""
-        self.model = model.to(device)
-        for module in model.modules():
-            if isinstance(module, Dropout):
-                module.rate = 0.0
-        self.precision = Precision("O0" if precision == "fp32" else level, DTYPES[precision], device)
-        self.optimizer = self.precision.prepare(model, momentum_sgd)
-        if compile:
-            compile_for_fixed_shapes(model)
-
-    @torch.no_grad()
-    def forward(self, images):
-        self.model.eval()
-        with self.precision.autocast():
-            return self.model(self.precision.inputs(images))
-
-    def train(self, images, labels):
-        self.model.train()
-        with self.precision.autocast():
-            logits = self.model(self.precision.inputs(images)).float()
-        self.precision.backward(F.cross_entropy(logits, labels))
-        self.precision.step(self.optimizer, max_grad_norm=1.0)
+def our_step(model, device, precision, level, compile=False, grad_checkpointing=False):
+    """The TimedStep of train.py at one of DTYPES and, in 16 bits, an opt level."""
+    flags = ["--name", "benchmark", "--learning_rate", LEARNING_RATE, "--warmup_steps", 0]
+    if precision != "fp32":
+        flags += [f"--{precision}", "--fp16_opt_level", level]
+    flags += ["--compile"] * compile + ["--grad_checkpointing"] * grad_checkpointing
+    compile_for_fixed_shapes()
+    return TimedStep(model, train_parser().parse_args([*map(str, flags)]), NUM_CLASSES, device)
 
 
-def ours(args, model, device, images, labels):
-    """(forward, training step) of `model` on one batch, by the flags of `add_step_flags`."""
+def step_of(args, model, device):
+    """`our_step` by the flags of `add_step_flags`."""
     check_precision(args.precision, device)
-    step = OurStep(model, args.precision, args.fp16_opt_level, device, args.compile)
-    return lambda: step.forward(images), lambda images=images, labels=labels: step.train(images, labels)
+    return our_step(model, device, args.precision, args.fp16_opt_level, args.compile)
 
 
-def compile_for_fixed_shapes(model):
-    """Each batch size is compiled for itself, as in a run, also where several are timed."""
+def compile_for_fixed_shapes():
+    """Compile for each batch size separately, as in a run, also where several are timed."""
     torch._dynamo.config.automatic_dynamic_shapes = False
-    compile_in_place(model)
-
-
-def momentum_sgd(named):
-    return torch.optim.SGD([p for _, p in named], lr=LEARNING_RATE, momentum=0.9, fused=True)
-
-
-def add_clock_flag(group):
-    group.add_argument(
-        "--processor_time",
-        action="store_true",
-        help="on a CPU that other work shares: time by the processor seconds of this process, over its threads, which "
-        "are then best one (OMP_NUM_THREADS=1)",
-    )
-
-
-def clock_of(args, device):
-    """The function that tells seconds. Raises UserError for a GPU's processor time."""
-    if not args.processor_time:
-        return time.perf_counter
-    if device.type != "cpu":
-        raise UserError("--processor_time is for a CPU; a GPU's work is none of the processor's")
-    return lambda: time.process_time() / torch.get_num_threads()
-
-
-def clock_text(args):
-    return ", by processor time" if args.processor_time else ""
-
-
-def take_turns(contenders, rounds, device, clock=time.perf_counter):
-    """{contender: [seconds of each round]}; before the first round each is called to warm up.
-
-    On a GPU a round is up to ten steps, which its queue takes one after the other as in training.
-    """
-    steps = {name: warm_up(step, device) for name, step in contenders.items()}
-    seconds = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, step in contenders.items():
-            seconds[name].append(time_of(step, steps[name], device, clock) / steps[name])
-    return seconds
-
-
-def warm_up(step, device):
-    """The steps that make a round."""
-    step()
-    if device.type == "cpu":
-        return 1
-    return max(1, min(STEPS_OF_A_ROUND, round(SECONDS_OF_A_ROUND / time_of(step, 1, device))))
-
-
-def time_of(step, count, device, clock=time.perf_counter):
-    """Seconds of `count` steps."""
-    synchronise(device)
-    start = clock()
-    for _ in range(count):
-        step()
-    synchronise(device)
-    return clock() - start
-
-
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def ratio(reference, mine):
-    """How many times as fast as the reference: the median over the rounds, in which both met the same moods."""
-    return statistics.median(theirs / own for theirs, own in zip(reference, mine, strict=True))
-
-
-def speed_cells(images, seconds):
-    """Images/s for a Markdown table: the median, and the slowest to the fastest round."""
-    median, slowest, fastest = (images / value for value in (statistics.median(seconds), max(seconds), min(seconds)))
-    return [f"{median:.1f}", f"{slowest:.1f} to {fastest:.1f}"]
 
 
 def machine():
@@ -194,77 +143,133 @@ def machine():
     return f"{device_name()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
 
 
-def state_bytes(model, optimizer):
-    """{"weights", "gradients", "optimizer"}: what a training step needs beside activations, after the first step.
+def setting(args):
+    """`batch 8, bf16 at level O2, compiled`: the flags of `add_step_flags`, for a title."""
+    return f"batch {args.batch_size}, {precision_text(args.precision, [args.fp16_opt_level], args.compile)}"
 
-    At level O2 the weights and their gradients are of 16 bits; the float32 masters count as the optimizer's, their
-    gradients as gradients.
+
+def precision_text(precision, levels, compiled):
+    level = "" if precision == "fp32" else f" at level {' and '.join(levels)}"
+    return f"{precision}{level}{', compiled' if compiled else ''}"
+
+
+def state_bytes(step):
+    """{"weights", "gradients", "optimizer"}: what a training step needs besides activations, after the first step.
+
+    At level O2 the weights and their gradients have 16 bits; the float32 master weights count as the optimizer's,
+    their gradients as gradients.
     """
-    own = {id(p) for p in model.parameters()}
-    masters = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
-    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    own = {id(p) for p in step.model.parameters()}
+    masters = [p for group in step.optimizer.param_groups for p in group["params"] if id(p) not in own]
+    state = [value for values in step.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     return {
-        "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        "gradients": sum(p.nbytes for p in (*model.parameters(), *masters)),
+        "weights": sum(tensor.nbytes for tensor in (*step.model.parameters(), *step.model.buffers())),
+        "gradients": sum(p.nbytes for p in (*step.model.parameters(), *masters)),
         "optimizer": sum(tensor.nbytes for tensor in (*masters, *state)),
     }
 
 
 def training_memory(step, images, labels):
-    """Bytes of a training step of an object like OurStep, which has taken one before.
+    """Bytes of a training step of a TimedStep or PeerStep that has run one before.
 
-    On a GPU the allocator's peak, what other models hold beside it taken off. On a CPU weights, gradients, optimizer
-    state and the activations kept for the backward pass are counted, which leaves short-lived buffers out.
+    On a GPU: the peak of the allocator, without what other models occupy. On a CPU: weights, gradients, optimizer
+    state and the activations kept for the backward pass, which omits short-lived buffers.
     """
-    state = state_bytes(step.model, step.optimizer)
-    if images.is_cuda:
-        lasting = (
-            state["weights"]
-            + state["optimizer"]
-            + sum(p.grad.nbytes for group in step.optimizer.param_groups for p in group["params"] if p.grad is not None)
-        )
-        return lasting + rise_of_memory(lambda: step.train(images, labels))
-    return sum(state.values()) + activation_bytes(step.model, lambda: step.train(images, labels))
+    state = state_bytes(step)
+    if not images.is_cuda:
+        return sum(state.values()) + activation_bytes(step.model, lambda: step.train(images, labels))
+    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    return state["weights"] + state["optimizer"] + gradients + peak_increase(lambda: step.train(images, labels))
+
+
+def activations_per_image(step, img_size, device):
+    """Bytes kept for the backward pass: two batches are compared, since some tensors are kept once per batch."""
+    images, labels = random_batch(2, img_size, device)
+    two, one = (activation_bytes(step.model, lambda n=n: step.train(images[:n], labels[:n])) for n in (2, 1))
+    return two - one
 
 
 def forward_memory(step, images):
     """Bytes of a forward pass on a GPU; None on a CPU, where nothing is kept that could be counted."""
     if not images.is_cuda:
         return None
-    return state_bytes(step.model, step.optimizer)["weights"] + rise_of_memory(lambda: step.forward(images))
+    return state_bytes(step)["weights"] + peak_increase(lambda: step.forward(images))
 
 
-def rise_of_memory(step):
-    """By how many bytes the memory that PyTorch's allocator has given out rises at most during a step."""
+def peak_increase(function):
+    """By how many bytes the peak of PyTorch's allocator exceeds what is allocated before the call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step()
+    function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-def fits(step, images, labels, device):
-    """Whether a training step of these images fits; the memory that it took is free again. A CPU is not asked."""
-    if device.type == "cpu":
-        step.train(images, labels)  # the optimizer's state is there from now on
-        return True
+def memory_of(step, images, labels):
+    """{pass: bytes}; None where the training step does not fit."""
+    found = None
+    if fits(step, images, labels):
+        found = {FORWARD: forward_memory(step, images), TRAINING: training_memory(step, images, labels)}
+    free_memory()
+    return found
+
+
+def fits(step, images, labels):
+    """Whether a training step of these images fits in memory; what it took is free again. Always true on a CPU."""
     try:
-        step.train(images, labels)
-        torch.cuda.synchronize()
+        step.train(images, labels)  # also creates the optimizer's state
+        if images.is_cuda:
+            torch.cuda.synchronize()
         fitted = True
     except torch.OutOfMemoryError:
         fitted = False
     step.model.zero_grad()
-    free(device)
+    free_memory()
     return fitted
 
 
-def free(device):
+def free_memory():
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def memory_title(device):
-    return "peak memory (MiB)" if device.type == "cuda" else "memory, counted (MiB)"
+def largest_batch(step, img_size, device):
+    """The largest batch that fits, to an eighth of a power of two; 0 where one image does not fit."""
+
+    def fits_with(size):
+        return size <= LAST_TRIED and fits(step, *random_batch(size, img_size, device))
+
+    size = FIRST_TRIED
+    while size and not fits_with(size):
+        size //= 2
+    while size and fits_with(2 * size):
+        size *= 2
+    for part in (size // 2, size // 4, size // 8):
+        if part and fits_with(size + part):
+            size += part
+    return size
+
+
+def matrix_product(model_type, precision, batch_size, img_size, device):
+    """(a function that multiplies matrices, its FLOPs, [rows, inputs, outputs]).
+
+    The product is that of an MLP's first layer, or of a ResNet's first 1x1 convolution in its third stage.
+    """
+    with torch.device("meta"):
+        model = make_model(model_type, img_size)
+    if isinstance(model, BiTResNet):
+        inputs = model.config.stage_widths[2]
+        rows, outputs = batch_size * (-(-img_size // (4 * model.config.root_stride))) ** 2, inputs // 4
+    else:
+        rows = batch_size * model.pos_embed.shape[1]
+        inputs, outputs = model.config.hidden_size, model.config.mlp_dim
+    dtype = DTYPES[precision]
+    x, weight = (torch.randn(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
+
+    def multiply():
+        for _ in range(PRODUCTS_PER_CALL):
+            F.linear(x, weight)
+
+    return multiply, PRODUCTS_PER_CALL * 2 * rows * inputs * outputs, [rows, inputs, outputs]

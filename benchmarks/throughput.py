@@ -1,17 +1,21 @@
-"""Images/s of the forward pass and the full training step, beside timm, transformers and lucidrains' vit-pytorch.
+"""Images/s of the forward pass and the training step, compared with other packages, other norms or other models.
 
-Before anything is timed, each of them gets our weights and must return our logits (benchmarks/peers.py). Then all run
-in one process in turns, so that a machine's moods hit them alike; medians over the rounds are reported, with the
-slowest and the fastest. The achieved FLOP/s stand beside those of a matrix product of the model's own MLP size and
-precision, measured in the same turns. A training step is forward, loss, backward, clipping, optimizer.
+All contenders run in one process, interleaved, so that noise of the machine affects them alike; the median of the
+rounds is reported with the slowest and the fastest. A training step is forward, loss, backward, clipping, optimizer.
+
+--compare peers    timm, transformers and lucidrains' vit-pytorch, which first get our weights and must return our
+                   logits (benchmarks/peers.py). FLOP/s are given as a share of those of a matrix product of the
+                   size of the model's MLP.
+--compare norms    a ViT with each of the norms.
+--compare models   the models with one another: parameters, FLOPs, activation memory, images/s and, with --runs,
+                   the test accuracy of finished runs; --figure draws the table.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/throughput.py --model_type ViT-B_16 --batch_size 16 --precision bf16
-    python benchmarks/throughput.py --model_type ViT-B_16 R50-ViT-B_16 ResNet50x3_Params --precision bf16 fp16 \\
-        --fp16_opt_level O1 O2 --batch_size 1 16 64 256 max --output benchmarks/results/my-gpu.md --json my-gpu.json
+    python benchmarks/throughput.py --model_type ViT-B_16 --batch_size 1 16 64 max --fp16_opt_level O1 O2
+    python benchmarks/throughput.py --compare norms --model_type ViT-B_16 --batch_size 8
+    python benchmarks/throughput.py --compare models --model_type R50-ViT-B_16 ResNet50x3_Params --figure costs.png
 """
 
-import contextlib
 import copy
 import json
 import statistics
@@ -19,220 +23,239 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from peers import BOUND, logits_of, peers, versions
+from matplotlib.figure import Figure
+from peers import PACKAGES, PeerStep, peers, versions
 from steps import (
     DTYPES,
-    LEARNING_RATE,
+    FORWARD,
     NUM_CLASSES,
-    OurStep,
+    TRAINING,
+    activations_per_image,
     add_clock_flag,
+    add_round_flags,
     add_size_flag,
-    add_turn_flags,
     check_precision,
     clock_of,
-    clock_text,
-    compile_for_fixed_shapes,
-    fits,
     forward_flops,
-    forward_memory,
-    free,
+    free_memory,
+    largest_batch,
     machine,
     make_model,
-    memory_title,
+    matrix_product,
+    memory_of,
+    our_step,
+    precision_text,
     random_batch,
-    ratio,
-    speed_cells,
-    take_turns,
-    training_memory,
 )
+from utils.checks import check_figure_path
+from utils.figures import OKABE_ITO, save
+from utils.flag_types import Parser, argument, one_of, positive
+from utils.records.run_folder import read_run
 
-from models import MODEL_TYPES, canonical_model_type
-from models.bit_resnet import BiTResNet
-from utils.arguments import Parser, argument, one_of, positive
+from models import MODEL_TYPES, NORM_TYPES, canonical_model_type
 from utils.errors import UserError, run_script
 from utils.parallel.precision import OPT_LEVELS
 from utils.parallel.processes import choose_device
+from utils.profiling import (
+    count_parameters,
+    markdown_table,
+    speed_cells,
+    speedup,
+    time_interleaved,
+)
 
+PEERS, NORMS, MODELS = "peers", "norms", "models"
 OURS = "this project"
-LARGEST, FIRST_TRIED, LAST_TRIED = "max", 64, 2**14  # batch sizes
-PASSES = {"forward": 1, "training step": 3}  # FLOPs, in forward passes
+REFERENCES = ("timm", "LN")  # what the others are compared with
+LARGEST = "max"  # a batch size
+FORWARD_PASSES = {FORWARD: 1, TRAINING: 3}  # FLOPs in forward passes
+COSTS = {  # key: (title of the column, format)
+    "parameters": ("parameters (M)", "{:.4g}"),
+    "gflops": ("FLOPs per image (G)", "{:.4g}"),
+    "activations": ("activations of a training step (MiB/image)", "{:.4g}"),
+    FORWARD: ("forward (images/s)", "{:.3g}"),
+    TRAINING: ("training (images/s)", "{:.3g}"),
+    "accuracy": ("test accuracy (%)", "{:.2f}"),
+}
 
 
 def main():
     args = parse_flags()
     device = choose_device()
     check(args, device)
+    if args.compare == MODELS:
+        compare_models(args, device)
+        return
     results = []
-    for model_type in args.model_type:
-        flops = forward_flops(model_type, args.img_size)
+    for model_type in args.model_types:
         torch.manual_seed(0)
-        model = make_model(model_type, args.img_size, NUM_CLASSES)
-        modules = peers(model_type, model, args.img_size)
-        for precision in args.precision:
-            steps = {**our_steps(args, model, precision, device), **peer_steps(args, modules, precision, device)}
+        modules = modules_of(args, model_type)
+        for precision in args.precisions:
+            steps = steps_of(args, modules, precision, device)
             for batch_size in args.batch_sizes:
-                setting = {"model_type": model_type, "img_size": args.img_size, "precision": precision}
-                result = measure(args, setting, steps, batch_size, flops, product_shape(model, args.img_size), device)
-                results.append(result)
-                publish(args, results)
+                results.append(measure(args, model_type, precision, batch_size, steps, device))
+                print(report(results[-1]) + "\n", flush=True)
+                if args.json:
+                    Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
             del steps
-            free(device)
+            free_memory()
 
 
 def parse_flags():
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__.split("\n\n")[0])
     group = parser.add_argument_group("benchmark")
-    names = ", ".join(MODEL_TYPES)
     several = {"nargs": "+", "metavar": "NAME"}
-    group.add_argument("--model_type", type=argument(canonical_model_type), default=["ViT-B_16"], help=names, **several)
+    group.add_argument(
+        "--compare",
+        type=one_of("comparison", (PEERS, NORMS, MODELS)),
+        default=PEERS,
+        metavar="CASE",
+        help="peers: other packages; norms: a ViT with each norm; models: the models with one another",
+    )
+    group.add_argument(
+        "--model_type",
+        dest="model_types",
+        type=argument(canonical_model_type),
+        default=["ViT-B_16"],
+        help=f"the models, of {', '.join(MODEL_TYPES)}",
+        **several,
+    )
     add_size_flag(group)
     group.add_argument(
-        "--batch_sizes",
         "--batch_size",
-        type=batch_size_of,
+        dest="batch_sizes",
+        type=batch_size,
         nargs="+",
         default=[16],
         metavar="N",
-        help=f"images at once; {LARGEST} is the largest batch that fits a GPU in the training step of all models",
+        help=f"images per step; {LARGEST} is the largest batch that fits a GPU in the training step of all contenders",
     )
-    names = ", ".join(DTYPES)
     group.add_argument(
         "--precision",
+        dest="precisions",
         type=one_of("precision", DTYPES),
         default=["bf16"],
-        help=f"{names}; in 16 bits the others run by autocast",
+        help=f"{', '.join(DTYPES)}; in 16 bits other packages run by autocast",
         **several,
     )
     group.add_argument(
         "--fp16_opt_level",
+        dest="levels",
         type=one_of("opt level", OPT_LEVELS),
         default=["O2"],
-        help="this project's, in 16 bits; several are timed beside each other",
+        help="opt levels of this project in 16 bits",
         **several,
     )
-    add_turn_flags(group, rounds=7)
+    add_round_flags(group, rounds=7)
     add_clock_flag(group)
-    group.add_argument("--output", metavar="FILE", help="append the Markdown tables to this file")
-    group.add_argument("--json", metavar="FILE", help="write the results there, with the seconds of every round")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write the results there, with the seconds of every round")
+    output.add_argument("--figure", metavar="PNG", help="with --compare models: draw the table as bars")
+    output.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="with --compare models: add each model's best test accuracy in these finished runs",
+    )
     return parser.parse_args()
 
 
-def batch_size_of(text):
+def batch_size(text):
     return text if text == LARGEST else positive(text)
 
 
 def check(args, device):
     """Raises UserError, before any work, for what can't be measured or written."""
-    for model_type in args.model_type:
-        forward_flops(model_type, args.img_size)
-    for precision in args.precision:
+    for model_type in args.model_types:
+        for norm_type in NORM_TYPES if args.compare == NORMS else ("LN",):
+            forward_flops(model_type, args.img_size, norm_type=norm_type)
+    for precision in args.precisions:
         check_precision(precision, device)
     clock_of(args, device)
+    if args.compare == MODELS:
+        if max(map(len, (args.precisions, args.batch_sizes, args.levels))) > 1 or LARGEST in args.batch_sizes:
+            raise UserError(
+                "--compare models needs one --precision, one --fp16_opt_level and one number as --batch_size"
+            )
+    elif args.runs or args.figure:
+        raise UserError("--runs and --figure need --compare models")
     if LARGEST in args.batch_sizes and device.type == "cpu":
-        print(f"--batch_size {LARGEST} is left out: it is for a GPU's memory", file=sys.stderr)
+        print(f"--batch_size {LARGEST} is skipped: it needs a GPU", file=sys.stderr)
         args.batch_sizes = [size for size in args.batch_sizes if size != LARGEST]
         if not args.batch_sizes:
             raise UserError("no --batch_size is left; give a number")
-    for flag in ("output", "json"):
-        path = getattr(args, flag)
-        if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            raise UserError(f"--{flag} {path} can't be written; give a file in a folder that exists")
+    if args.figure:
+        check_figure_path(args.figure, "--figure")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise UserError(f"--json {args.json} can't be written; give a file in a folder that exists")
 
 
-def our_steps(args, model, precision, device):
-    """{name: OurStep} for each opt level."""
-    levels = [None] if precision == "fp32" else args.fp16_opt_level
-    names = [OURS] if len(levels) == 1 else [f"{OURS}, {level}" for level in levels]
-    return {
-        name: OurStep(copy.deepcopy(model), precision, level, device, args.compile)
-        for name, level in zip(names, levels, strict=True)
-    }
+def modules_of(args, model_type):
+    """{name: module} of what is compared."""
+    if args.compare == NORMS:
+        return {norm: make_model(model_type, args.img_size, NUM_CLASSES, norm_type=norm) for norm in NORM_TYPES}
+    model = make_model(model_type, args.img_size, NUM_CLASSES)
+    return {OURS: model, **peers(model_type, model, args.img_size)}
 
 
-def peer_steps(args, modules, precision, device):
-    return {name: PeerStep(copy.deepcopy(module), precision, device, args.compile) for name, module in modules.items()}
+def steps_of(args, modules, precision, device):
+    """{name: TimedStep or PeerStep} of copies of the modules; ours at each opt level."""
+    levels = ["O0"] if precision == "fp32" else args.levels
+    steps = {}
+    for name, module in modules.items():
+        if name in PACKAGES:
+            steps[name] = PeerStep(copy.deepcopy(module), precision, device, args.compile)
+            continue
+        for level in levels:
+            full_name = name if len(levels) == 1 else f"{name}, {level}"
+            steps[full_name] = our_step(copy.deepcopy(module), device, precision, level, args.compile)
+    return steps
 
 
-class PeerStep:
-    """As OurStep, in ordinary PyTorch: autocast, clipping by norm, momentum SGD as it is by default."""
-
-    def __init__(self, model, precision, device, compile=False):
-        self.model = model.to(device)
-        self.dtype = None if precision == "fp32" else DTYPES[precision]
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        if compile:
-            compile_for_fixed_shapes(model)
-
-    def autocast(self, images):
-        return torch.autocast(images.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
-
-    @torch.no_grad()
-    def forward(self, images):
-        self.model.eval()
-        with self.autocast(images):
-            return logits_of(self.model(images))
-
-    def train(self, images, labels):
-        self.model.train()
-        with self.autocast(images):
-            loss = F.cross_entropy(logits_of(self.model(images)), labels)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
-
-def measure(args, setting, steps, batch_size, flops, shape, device):
-    """One table as a dictionary; `shape` is (rows an image, inputs, outputs) of the matrix product beside it."""
+def measure(args, model_type, precision, batch_size, steps, device):
+    """One table as a dictionary."""
     largest = {}
     if batch_size == LARGEST:
         largest = {name: largest_batch(step, args.img_size, device) for name, step in steps.items()}
         batch_size = min(largest.values())
         if not batch_size:
-            raise UserError(f"{setting['model_type']} does not fit this GPU beside its peers at one image")
-    images, labels = random_batch(batch_size, args.img_size, device)
-    memory, out_of_memory = {}, []
-    for name, step in steps.items():
-        if fits(step, images, labels, device):
-            memory[name, "forward"] = forward_memory(step, images)
-            memory[name, "training step"] = training_memory(step, images, labels)
-        else:
-            out_of_memory.append(name)
-        free(device)
-    contenders = {}
-    for name in steps:
-        if name not in out_of_memory:
-            contenders[name, "forward"] = lambda step=steps[name]: step.forward(images)
-            contenders[name, "training step"] = lambda step=steps[name]: step.train(images, labels)
-    rows, inputs, outputs = batch_size * shape[0], *shape[1:]
-    repeats = 20
-    contenders["matrix product", ""] = matrix_product(rows, inputs, outputs, setting["precision"], repeats, device)
-    seconds = take_turns(contenders, args.rounds, device, clock_of(args, device))
-    peak = repeats * 2 * rows * inputs * outputs / statistics.median(seconds.pop(("matrix product", "")))
+            raise UserError(f"{model_type} with one image does not fit this GPU alongside the other contenders")
+    batch = random_batch(batch_size, args.img_size, device)
+    memory = {name: memory_of(step, *batch) for name, step in steps.items()}
+    functions = {}
+    for name, passes in memory.items():
+        if passes:
+            functions[name, FORWARD] = lambda step=steps[name]: step.forward(batch[0])
+            functions[name, TRAINING] = lambda step=steps[name]: step.train(*batch)
+    product, flops_of_product, shape = matrix_product(model_type, precision, batch_size, args.img_size, device)
+    functions["matrix product", ""] = product
+    seconds = time_interleaved(functions, args.rounds, device, clock_of(args, device))
+    peak = flops_of_product / statistics.median(seconds.pop(("matrix product", "")))
+    flops = batch_size * forward_flops(model_type, args.img_size)
+    reference = next((name for name in (*REFERENCES, *steps) if memory.get(name)), None)
     return {
-        **setting,
+        "model_type": model_type,
+        "img_size": args.img_size,
         "batch_size": batch_size,
         "largest_batch": largest,
-        "opt_levels": args.fp16_opt_level,
+        "precision": precision,
+        "opt_levels": args.levels,
         "compiled": args.compile,
-        "rounds": f"{args.rounds} rounds{clock_text(args)}",
+        "rounds": f"{args.rounds} rounds{', by processor time' if args.processor_time else ''}",
         "machine": machine(),
         "versions": versions(),
-        "memory": memory_title(device),
-        "matrix_product": {"shape": [rows, inputs, outputs], "flops_per_second": peak},
-        "out_of_memory": out_of_memory,
+        "matrix_product": {"shape": shape, "flops_per_second": peak},
+        "out_of_memory": [name for name, passes in memory.items() if not passes],
+        "reference": reference,
         "rows": [
             {
                 "pass": task,
                 "model": name,
-                "x_timm": ratio(seconds["timm", task], times) if ("timm", task) in seconds else None,
+                "x_reference": speedup(seconds[reference, task], times),
                 "images_per_second": batch_size / statistics.median(times),
-                "share_of_matrix_product": batch_size * PASSES[task] * flops / statistics.median(times) / peak,
-                "memory_bytes": memory[name, task],
+                "share_of_matrix_product": FORWARD_PASSES[task] * flops / statistics.median(times) / peak,
+                "memory_bytes": memory[name][task],
                 "seconds": times,
             }
             for (name, task), times in seconds.items()
@@ -240,87 +263,96 @@ def measure(args, setting, steps, batch_size, flops, shape, device):
     }
 
 
-def product_shape(model, img_size):
-    """(rows an image, inputs, outputs) of an MLP's first layer, or of a ResNet's 1x1 convolution in its third stage."""
-    if isinstance(model, BiTResNet):
-        side, width = -(-img_size // (4 * model.config.root_stride)), model.config.stage_widths[2]
-        return side**2, width, width // 4
-    return model.pos_embed.shape[1], model.config.hidden_size, model.config.mlp_dim
-
-
-def matrix_product(rows, inputs, outputs, precision, repeats, device):
-    dtype = DTYPES[precision]
-    x, weight = (torch.randn(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
-
-    def multiply():
-        for _ in range(repeats):
-            F.linear(x, weight)
-
-    return multiply
-
-
-def largest_batch(step, img_size, device):
-    """Doubled until memory runs out, then to an eighth of it; 0 where one image does not fit."""
-
-    def fits_with(size):
-        return size <= LAST_TRIED and fits(step, *random_batch(size, img_size, device), device)
-
-    size = FIRST_TRIED
-    while size and not fits_with(size):
-        size //= 2
-    if not size:
-        return 0
-    while fits_with(2 * size):
-        size *= 2
-    for part in (size // 2, size // 4, size // 8):
-        if part and fits_with(size + part):
-            size += part
-    return size
-
-
-def publish(args, results):
-    """The newest result as Markdown, and all of them as JSON."""
-    text = report(results[-1])
-    print(text + "\n", flush=True)
-    if args.output:
-        with open(args.output, "a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
-
-
 def report(result):
-    """A Markdown table; `x timm` is the median over the rounds of timm's time divided by this one's."""
-    levels = " and ".join(result["opt_levels"])
-    level = "" if result["precision"] == "fp32" else f" (this project at {levels}, the others by autocast)"
-    compiling = ", compiled" if result["compiled"] else ""
-    side, product = result["img_size"], result["matrix_product"]
+    """A Markdown table; `x reference` is the median over the rounds of its time divided by this one's."""
+    peers = f", {result['versions']}; momentum SGD, fused in this project" if result["reference"] in PACKAGES else ""
+    product = result["matrix_product"]
     lines = [
-        f"{result['model_type']} at {side}x{side}, batch {result['batch_size']}, {result['precision']}{level}"
-        f"{compiling}",
-        f"{result['machine']}, {result['versions']}; momentum SGD, by this project PyTorch's fused one, by the others "
-        f"its default; median of {result['rounds']}; logits equal to {BOUND:.0e} before; a matrix product of "
+        f"{result['model_type']} at {result['img_size']}x{result['img_size']}, batch {result['batch_size']}, "
+        f"{precision_text(result['precision'], result['opt_levels'], result['compiled'])}",
+        f"{result['machine']}{peers}; median of {result['rounds']}; a matrix product of "
         f"{' x '.join(map(str, product['shape']))} runs at {product['flops_per_second'] / 1e9:.0f} GFLOP/s",
     ]
     if result["largest_batch"]:
         sizes = ", ".join(f"{name} {size}" for name, size in result["largest_batch"].items())
-        lines.append(f"largest batches whose training step fits, one model beside the others' weights: {sizes}")
+        lines.append(f"largest batches whose training step fits, alongside the weights of the others: {sizes}")
     if result["out_of_memory"]:
         lines.append(f"out of memory: {', '.join(result['out_of_memory'])}")
-    titles = ["pass", "model", "x timm", "images/s", "slowest to fastest round"]
-    titles += ["share of the matrix product's FLOP/s", result["memory"]]
-    lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in result["rows"]:
-        cells = [
+    titles = ["pass", "model", f"x {result['reference']}", "images/s", "slowest to fastest round"]
+    titles += ["share of the matrix product's FLOP/s", "memory (MiB)"]
+    rows = [
+        [
             row["pass"],
             row["model"],
-            "" if row["x_timm"] is None else f"{row['x_timm']:.2f}",
+            f"{row['x_reference']:.2f}",
             *speed_cells(result["batch_size"], row["seconds"]),
             f"{100 * row['share_of_matrix_product']:.0f} %",
             "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:,.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", markdown_table(titles, rows)])
+
+
+def compare_models(args, device):
+    """Print the costs of the models as a table, and draw it with --figure."""
+    accuracies = best_accuracies(args.runs, args.model_types)
+    images, labels = random_batch(args.batch_sizes[0], args.img_size, device)
+    rows, functions = {}, {}
+    for name in args.model_types:
+        torch.manual_seed(0)
+        model = make_model(name, args.img_size, NUM_CLASSES)
+        rows[name] = {"parameters": count_parameters(model) / 1e6, "gflops": forward_flops(name, args.img_size) / 1e9}
+        [step] = steps_of(args, {name: model}, args.precisions[0], device).values()
+        rows[name]["activations"] = activations_per_image(step, args.img_size, device) / 2**20
+        functions[name, FORWARD] = lambda step=step: step.forward(images)
+        functions[name, TRAINING] = lambda step=step: step.train(images, labels)
+    for (name, task), times in time_interleaved(functions, args.rounds, device, clock_of(args, device)).items():
+        rows[name][task] = len(images) / statistics.median(times)
+    for name, accuracy in accuracies.items():
+        rows[name]["accuracy"] = 100 * accuracy
+    setting = precision_text(args.precisions[0], args.levels, args.compile)
+    title = f"{args.img_size}x{args.img_size}, batch {len(images)}, {setting}, {machine()}"
+    costs = {key: cost for key, cost in COSTS.items() if any(key in row for row in rows.values())}
+    cells = [[name, *(cost_text(row, key) for key in costs)] for name, row in rows.items()]
+    table = markdown_table(["model", *(column for column, _ in costs.values())], cells)
+    print(f"{title}, median of {args.rounds} rounds\n\n{table}")
+    if args.figure:
+        save(draw_costs(rows, costs, title), args.figure)
+
+
+def best_accuracies(runs, model_types):
+    """{model type: best test accuracy over its runs}. Raises UserError for a run of another model."""
+    best = {}
+    for run in runs:
+        flags, metrics = read_run(run)
+        name = flags["model_type"]
+        if name not in model_types:
+            raise UserError(f"{run} is a run of {name}, which is not among the models to compare")
+        best[name] = max(*metrics["test_accuracy"], best.get(name, 0.0))
+    return best
+
+
+def cost_text(row, key, missing=""):
+    return COSTS[key][1].format(row[key]) if key in row else missing
+
+
+def draw_costs(rows, costs, title):
+    """One panel of bars per column of the table, with one bar per model."""
+    figure = Figure(figsize=(2.2 + 2.3 * len(costs), 1.2 + 0.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True)
+    colours = [OKABE_ITO[i % len(OKABE_ITO)] for i in range(len(rows))]
+    for axes, (key, (column, _)) in zip(panels, costs.items(), strict=True):
+        values = [row.get(key, 0) for row in rows.values()]
+        bars = axes.barh(list(rows), values, color=colours)
+        axes.bar_label(bars, [cost_text(row, key, "no run") for row in rows.values()], padding=3, fontsize="small")
+        axes.set_title(column.replace(" (", "\n("), fontsize="medium")
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle(title, fontsize="medium")
+    return figure
 
 
 if __name__ == "__main__":

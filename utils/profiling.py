@@ -1,7 +1,17 @@
-"""What a model costs whatever the machine: parameters, FLOPs, and the memory of its activations."""
+"""What models cost: parameters, FLOPs, the memory of activations, and the time of a training step."""
 
+import itertools
+import statistics
+import time
+
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from utils.parallel.processes import one_process
+from utils.training import MicroBatch, TrainState, train_step
+
+SECONDS_PER_ROUND, STEPS_PER_ROUND = 0.5, 10  # on a GPU, at most
 
 
 def count_parameters(model):
@@ -9,14 +19,14 @@ def count_parameters(model):
 
 
 def count_flops(model, img_size):
-    """FLOPs of one image's forward pass, 2 a multiply-add, of a model built on the meta device."""
+    """FLOPs of the forward pass for one image, 2 per multiply-add, of a model built on the meta device."""
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, img_size, img_size, device="meta"))
     return counter.get_total_flops()
 
 
 def activation_bytes(model, step):
-    """Bytes that a training step, forward and backward, keeps in between beside the model's parameters and buffers.
+    """Bytes that a training step keeps between forward and backward, in addition to parameters and buffers.
 
     Memory that several tensors share counts once. `step()` must not save tensors after its backward pass has begun.
     """
@@ -32,3 +42,104 @@ def activation_bytes(model, step):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
     return sum(kept.values())
+
+
+class TimedStep:
+    """Forward pass and training step of a training script, to be timed on the same batch again and again.
+
+    Dropout and stochastic depth are switched off, since models of other projects have none by default.
+    """
+
+    def __init__(self, model, args, num_classes, device):
+        """`args` are the flags of a training script; `model` is moved and cast in place."""
+        for layer in model.modules():
+            if hasattr(layer, "seed_samples"):
+                layer.rate = 0.0
+        self.run = TrainState(model, args, one_process(device), num_steps=10**9, num_classes=num_classes)
+        self.model, self.optimizer = model, self.run.optimizer
+
+    @torch.no_grad()
+    def forward(self, images):
+        """Logits of images (B, 3, H, W)."""
+        self.model.eval()
+        with self.run.precision.autocast():
+            return self.model(self.run.precision.inputs(images))
+
+    def train(self, images, labels):
+        self.model.train()
+        train_step(self.run, itertools.repeat(MicroBatch(np.arange(len(images)), images, labels)))
+
+
+def time_interleaved(functions, rounds, device, clock=time.perf_counter):
+    """{name: [seconds per call in each round]} of the functions {name: function}; each round calls all of them.
+
+    Noise of the machine thus affects all of them alike. Each is called before the first round to warm up. On a GPU a
+    round has up to ten calls, queued one after another as in training.
+    """
+    calls = {name: warm_up(function, device) for name, function in functions.items()}
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(time_calls(function, calls[name], device, clock) / calls[name])
+    return seconds
+
+
+def warm_up(function, device):
+    """Call the function; returns the number of calls per round."""
+    function()
+    if device.type == "cpu":
+        return 1
+    return max(1, min(STEPS_PER_ROUND, round(SECONDS_PER_ROUND / time_calls(function, 1, device))))
+
+
+def time_calls(function, count, device, clock=time.perf_counter):
+    """Seconds of `count` calls."""
+    synchronise(device)
+    start = clock()
+    for _ in range(count):
+        function()
+    synchronise(device)
+    return clock() - start
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def speedup(reference, seconds):
+    """How many times as fast as the reference: the median over the interleaved rounds."""
+    return statistics.median(theirs / own for theirs, own in zip(reference, seconds, strict=True))
+
+
+def speed_cells(images, seconds):
+    """Images/s for a Markdown table: the median, and the slowest to the fastest round."""
+    median, slowest, fastest = (images / value for value in (statistics.median(seconds), max(seconds), min(seconds)))
+    return [f"{median:.1f}", f"{slowest:.1f} to {fastest:.1f}"]
+
+
+def markdown_table(titles, rows):
+    """A Markdown table of cells that are strings."""
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def token_reduction_cells(names, seconds, batch_size):
+    """(titles, {name: cells}) of a table of training steps with token reduction, relative to those without.
+
+    The `names` are pairs of a method and the patches kept, ("none", "all") among them; `seconds` are those of (name,
+    "step") and, where tokens are chosen, of the choice alone (name, "choice").
+    """
+    titles = ["token reduction", "patches kept", "x none", "images/s", "slowest to fastest round"]
+    titles += ["choosing alone (ms)", "share of the step"]
+    rows = {}
+    for name in names:
+        step, choice = seconds[name, "step"], seconds.get((name, "choice"))
+        rows[name] = [*map(str, name), f"{speedup(seconds[('none', 'all'), 'step'], step):.2f}"]
+        rows[name] += speed_cells(batch_size, step)
+        if choice:
+            share = statistics.median(choice) / statistics.median(step)
+            rows[name] += [f"{1000 * statistics.median(choice):.2f}", f"{100 * share:.1f} %"]
+        else:
+            rows[name] += ["", ""]
+    return titles, rows
