@@ -38,20 +38,18 @@ class SavedModel:
 
     @classmethod
     def load(cls, path, model_type=None, img_size=None, download=False, token_reduction=None):
-        """Load a run's .safetensors file, or an .npz file, which is fetched first if it is missing and `download` is set.
+        """Load a run's .safetensors file, or an .npz file, which `download` fetches if it does not exist.
 
         `model_type` and `img_size` are found in the run or in the file unless given. `token_reduction` has keywords of
         `build_model` that replace those of the run: token_reduction, keep_tokens, reduction_layer. Raises UserError.
         """
         path = Path(path)
-        title = "/".join(path.resolve().parts[-2:])  # the folder is named after the run
-        if path.suffix == ".npz":
-            if download and not path.exists():
-                download_published(path)
-            model, classes, img_size = load_npz(path, model_type, img_size, token_reduction or {})
-            return cls(model.eval(), classes, img_size, {}, title)
-        model, classes, img_size, flags = load_run(path, model_type, img_size, token_reduction)
-        return cls(model.eval(), readable_names(classes), img_size, flags, title)
+        if download and path.suffix == ".npz" and not path.exists():
+            download_published(path)
+        load = load_npz if path.suffix == ".npz" else load_run
+        model, classes, img_size, flags = load(path, model_type, img_size, token_reduction or {})
+        title = "/".join(path.resolve().parts[-2:])  # the folder has the name of the run
+        return cls(model.eval(), classes, img_size, flags, title)
 
     def to(self, device):
         self.model.to(device)
@@ -69,13 +67,13 @@ class SavedModel:
         return normalise(images.to(next(self.model.parameters()).device), self.mean_std)
 
     def visible_part(self, image):
-        """The part of an image (3, H, W) that `prepare` keeps: all of it unless the run was evaluated on centre crops."""
+        """The part of an image (3, H, W) that `prepare` keeps: all of it, or its centre if the run evaluates crops."""
         crops = self.flags and DATASETS[self.flags["dataset"]].prepare is centre_crop
         return centre_square(image) if crops else image
 
 
 def load_run(path, model_type, img_size, token_reduction):
-    """(model, classes, image size, flags) of a run's .safetensors file."""
+    """(model, names of its classes, image size, flags) of a run's .safetensors file."""
     weights, _ = load_weights(path)
     config = read_config(path.parent) or {}
     if not {"flags", "classes"} <= config.keys():
@@ -85,15 +83,16 @@ def load_run(path, model_type, img_size, token_reduction):
     keywords = {"norm_type": flags.get("norm_type", "LN"), **token_reduction_of(flags, token_reduction)}
     model = make_model(model_type, flags["img_size"], len(classes), **keywords)
     load_into(model, weights, path)
-    if img_size not in (None, flags["img_size"]):
+    img_size = img_size or flags["img_size"]
+    if img_size != flags["img_size"]:
         resized = make_model(model_type, img_size, len(classes), **keywords)
         resized.load_from(model.export_npz(), head="keep")
-        return resized, classes, img_size, flags
-    return model, classes, flags["img_size"], flags
+        model = resized
+    return model, readable_names(classes), img_size, flags
 
 
 def load_npz(path, model_type, img_size, token_reduction):
-    """(model, classes, image size) of an .npz file that has a head."""
+    """(model, names of its classes, image size, no flags) of an .npz file that has a head."""
     arrays = open_npz(path)
     model_type = model_type or model_type_of(path, MODEL_TYPES)
     if model_type is None:
@@ -104,7 +103,7 @@ def load_npz(path, model_type, img_size, token_reduction):
     img_size = img_size or pretrained_img_size(arrays, model_type)
     model = make_model(model_type, img_size, num_classes, **token_reduction)
     load_pretrained(model, path, model_type, head="keep")
-    return model, class_names(num_classes), img_size
+    return model, class_names(num_classes), img_size, {}
 
 
 def pretrained_img_size(arrays, model_type):

@@ -102,7 +102,9 @@ def make_parser():
     )
     group.add_argument("--positions", action="store_true", help="draw the similarity of the position embeddings")
     group.add_argument("--filters", action="store_true", help="draw the principal components of the first filters")
-    group.add_argument("--curves", nargs="+", metavar="DIR", help="draw the loss and accuracy of the runs in these folders")
+    group.add_argument(
+        "--curves", nargs="+", metavar="DIR", help="draw the loss and accuracy of the runs in these folders"
+    )
     group.add_argument(
         "--output_dir",
         metavar="DIR",
