@@ -32,7 +32,6 @@ from steps import (
     forward_flops,
     free_memory,
     machine,
-    make_model,
     random_batch,
     setting,
     step_of,
@@ -47,6 +46,7 @@ from utils.data.folders import class_folders, image_folders
 from utils.flag_types import Parser, natural, positive
 from utils.records.run_folder import read_metrics
 
+from inference import make_model
 from models.configs import RESNETS
 from utils.errors import RunStoppedError, run_script
 from utils.parallel.processes import choose_device

@@ -26,7 +26,6 @@ from steps import (
     forward_flops,
     free_memory,
     machine,
-    make_model,
     our_step,
     precision_text,
     random_batch,
@@ -34,11 +33,12 @@ from steps import (
     training_memory,
 )
 from utils.checks import check_figure_path
-from utils.figures import OKABE_ITO, save, tidy, wrapped
 from utils.flag_types import Parser, one_of, positive
 
+from inference import make_model
 from models.configs import VITS
 from utils.errors import run_script
+from utils.figures import OKABE_ITO, save, style_axes, wrap_text
 from utils.parallel.processes import choose_device
 from utils.profiling import activation_bytes, markdown_table, speed_cells, time_interleaved
 
@@ -180,7 +180,7 @@ def draw(panels, measured, title):
         for axes in (speeds, memory):
             axes.set_xticks(range(len(points)), points.values())
             axes.set_xlim(-0.6, len(points) - 0.4)
-            tidy(axes)
+            style_axes(axes)
         memory.set_xlabel(panel)
     rows[0, 0].set_ylabel("images/s")
     rows[1, 0].set_ylabel("memory of a training step (GiB)")
@@ -189,7 +189,7 @@ def draw(panels, measured, title):
     hatched = Patch(facecolor="white", edgecolor="grey", hatch="////", label=CHECKPOINTING)
     peaks = rows[1, 0].get_legend_handles_labels()[0]
     figure.legend(handles=[*lines, *parts, hatched, *peaks], loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(wrapped(title, 130), fontsize="medium")
+    figure.suptitle(wrap_text(title, 130), fontsize="medium")
     return figure
 
 

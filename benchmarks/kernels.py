@@ -7,11 +7,12 @@ python benchmarks/kernels.py --model_type R50-ViT-B_16 --batch_size 128 --compil
 import time
 from collections import Counter
 
-from steps import NUM_CLASSES, add_model_flag, add_step_flags, machine, make_model, random_batch, setting, step_of
+from steps import NUM_CLASSES, add_model_flag, add_step_flags, machine, random_batch, setting, step_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from utils.flag_types import Parser, one_of, positive
 
+from inference import make_model
 from utils.errors import UserError, run_script
 from utils.parallel.processes import choose_device
 from utils.profiling import markdown_table, time_calls

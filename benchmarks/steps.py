@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import train_parser
 from utils.flag_types import argument, one_of, positive
 
-from models import MODEL_TYPES, build_model, canonical_model_type
+from models import MODEL_TYPES, canonical_model_type
+from inference import make_model
 from models.bit_resnet import BiTResNet
 from utils.errors import UserError
 from utils.parallel.precision import OPT_LEVELS
@@ -95,14 +96,6 @@ def check_precision(name, device):
     """Raises UserError for float16 on a CPU."""
     if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; use --precision bf16 for 16 bits on a CPU")
-
-
-def make_model(*arguments, **keywords):
-    """`build_model`; raises UserError where the model can't be built."""
-    try:
-        return build_model(*arguments, **keywords)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def forward_flops(model_type, img_size, **keywords):

@@ -40,7 +40,6 @@ from steps import (
     free_memory,
     largest_batch,
     machine,
-    make_model,
     matrix_product,
     memory_of,
     our_step,
@@ -48,12 +47,13 @@ from steps import (
     random_batch,
 )
 from utils.checks import check_figure_path
-from utils.figures import OKABE_ITO, save
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.records.run_folder import read_run
 
+from inference import make_model
 from models import MODEL_TYPES, NORM_TYPES, canonical_model_type
 from utils.errors import UserError, run_script
+from utils.figures import OKABE_ITO, save
 from utils.parallel.precision import OPT_LEVELS
 from utils.parallel.processes import choose_device
 from utils.profiling import (

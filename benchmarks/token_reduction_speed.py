@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from inference import SavedModel
-from steps import NUM_CLASSES, add_step_flags, machine, make_model, random_batch, setting, step_of
+from steps import NUM_CLASSES, add_step_flags, machine, random_batch, setting, step_of
 from utils.flag_types import Parser, one_of
 
+from inference import SavedModel, make_model
 from models.configs import VITS
 from models.token_reduction import (
     METHODS,

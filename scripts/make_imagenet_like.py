@@ -1,7 +1,7 @@
-"""A small folder like ImageNet's, to try the whole path on: CIFAR-10's classes, enlarged to JPEGs of mixed sizes.
+"""Make a small folder like ImageNet's to try the whole path: CIFAR-10's classes as enlarged JPEGs of mixed sizes.
 
-train/ and val/ hold a folder a class, named by ImageNet's own id (wnid) of such a thing; ImageNet has no deer, so the
-hartebeest, an antelope, stands in. What is drawn derives from the seed, the split, the class and the picture alone.
+train/ and val/ have one folder per class, named by ImageNet's id (wnid) of that thing. ImageNet has no deer; its
+hartebeest, an antelope, is used instead. Sizes depend only on the seed, the split, the class and the image's number.
 
     python scripts/make_imagenet_like.py --output_dir data/imagenet-like
     python train.py --name try --dataset imagenet --data_dir data/imagenet-like
@@ -16,11 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.arguments import Parser, positive, seed
-from utils.data.datasets import DATASETS, list_folder
+from utils.data.folders import list_folder
+from utils.flag_types import Parser, positive, seed
+
+from utils.data.datasets import DataOptions, load_dataset
 from utils.data.images import read_image
 from utils.errors import UserError, run_script
-from utils.parallel.processes import Processes
+from utils.parallel.processes import one_process
 
 WNIDS = {
     "airplane": "n02690373",  # airliner
@@ -42,33 +44,33 @@ def main():
     args = parse_flags()
     output = Path(args.output_dir)
     for train, split, count in ((True, "train", args.per_class), (False, "val", args.val_per_class)):
-        images, labels, classes = pictures_of(args, train, count)
+        images, labels, classes = load_images(args, train, count)
         written = dict.fromkeys(range(len(classes)), 0)
         bar = tqdm(images, desc=split, unit="img", total=len(labels), disable=not sys.stderr.isatty())
         for image, label in zip(bar, labels, strict=True):
             wnid, number = WNIDS.get(classes[label], classes[label]), written[label]
             write(image, output / split / wnid / f"{wnid}_{number}.JPEG", (args.seed, int(train), label, number))
             written[label] += 1
-        print(f"{output / split}: {len(labels)} pictures of {len(classes)} classes")
+        print(f"{output / split}: {len(labels)} images of {len(classes)} classes")
 
 
 def parse_flags():
     parser = Parser(__doc__)
-    group = parser.add_argument_group("pictures")
+    group = parser.add_argument_group("images")
     group.add_argument(
-        "--output_dir", default="data/imagenet-like", metavar="DIR", help="where to make train/ and val/"
+        "--output_dir", default="data/imagenet-like", metavar="DIR", help="the folder in which train/ and val/ are made"
     )
     group.add_argument(
         "--source",
         metavar="DIR",
-        help="an image folder to take instead of CIFAR-10, which is downloaded into data",
+        help="an image folder to use instead of CIFAR-10, which is downloaded to data",
     )
-    group.add_argument("--per_class", type=positive, default=500, metavar="N", help="training pictures of a class")
-    group.add_argument("--val_per_class", type=positive, default=50, metavar="N", help="validation pictures of a class")
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sizes")
+    group.add_argument("--per_class", type=positive, default=500, metavar="N", help="training images per class")
+    group.add_argument("--val_per_class", type=positive, default=50, metavar="N", help="validation images per class")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="the seed of the sizes")
     args = parser.parse_args()
     if any((Path(args.output_dir) / split).exists() for split in ("train", "val")):
-        raise UserError(f"{args.output_dir} has train/ or val/ already; delete them or give another --output_dir")
+        raise UserError(f"{args.output_dir} already has train/ or val/; delete them or give another --output_dir")
     if args.source and not Path(args.source).is_dir():
         raise UserError(f"--source {args.source} is not a folder; give one with train/ and val/ or test/")
     try:
@@ -78,12 +80,13 @@ def parse_flags():
     return args
 
 
-def pictures_of(args, train, count):
-    """(an iterable of images uint8 (3, h, w), their labels, names of the classes), the first `count` of each class."""
+def load_images(args, train, count):
+    """(images uint8 (3, h, w), their labels, names of the classes): the first `count` images of each class."""
     if args.source:
         paths, labels, classes = list_folder(train, args.source, count)
         return map(read_image, paths), labels, classes
-    data = DATASETS["cifar10"].load(train, "data", Processes(0, 1, 0, torch.device("cpu")), 0, count)
+    options = DataOptions(examples_per_class=count)
+    data = load_dataset("cifar10", "train" if train else "test", options, one_process(torch.device("cpu")))
     return data.images, data.labels.tolist(), data.classes
 
 
@@ -91,8 +94,8 @@ def write(image, path, key):
     """Enlarge an image, uint8 (3, h, w), to a size drawn from the key, and save it as a JPEG."""
     height, width = np.random.default_rng(key).integers(*SIDES, size=2, endpoint=True).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture.resize((width, height), Image.Resampling.BICUBIC).save(path, format="JPEG", quality=QUALITY)
+    enlarged = Image.fromarray(image.permute(1, 2, 0).numpy())
+    enlarged.resize((width, height), Image.Resampling.BICUBIC).save(path, format="JPEG", quality=QUALITY)
 
 
 if __name__ == "__main__":

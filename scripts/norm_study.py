@@ -1,8 +1,8 @@
 """Does a ViT need LayerNorm? Architectures x norms x {from scratch, pretrained} on one data set, by train.py.
 
-Ends in a table (table.md, table.csv), the curves of all norms over each other and the attention maps of each. With
-several GPUs as many runs are at work, without one a run follows the other. The same command goes on where it was broken
-off and tries again what failed; finished runs are not run again.
+The results are a table (table.md, table.csv), one figure with the curves of all norms and one with the attention maps
+of each. Several GPUs share the runs; otherwise they run one after another. The same command resumes an interrupted
+study and tries failed runs again; finished runs are not repeated.
 
     python scripts/norm_study.py --bf16 --download
 """
@@ -11,29 +11,29 @@ import csv
 import itertools
 import shlex
 import statistics
-import sys
 from pathlib import Path
 
 import torch
+from experiment import TRAIN
+from utils.flag_types import Parser, argument, one_of, positive
+from utils.records.run_folder import read_config, read_metrics
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import train
-from evaluate import load_model
+from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
 from models.configs import VITS
-from utils.arguments import Parser, argument, one_of, positive
+from utils.attention import attention_of, class_token_mask
+from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
-from utils.data.datasets import DATASETS
+from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import UserError, run_script
-from utils.parallel.processes import Processes, choose_device
+from utils.figures import blocks_to_draw, make_output_folder, plot_attention_rows, prediction_caption, save
+from utils.parallel.processes import choose_device, one_process
+from utils.profiling import markdown_table
 from utils.records.checkpoint import LAST
-from utils.records.tracker import read_config, read_metrics
-from utils.sweeps import check_plan, data_name, finish, is_finished, plan_run, raise_failures
-from utils.visualize import attention_of, class_token_mask, plot_attention_rows, plot_runs, save
-from visualize import blocks_to_draw, caption, check_output
+from utils.sweeps import check_plan, data_name, is_finished, plan_run, raise_failures, run_unfinished
 
 REPORTED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
-RECIPE = {  # that of the reported tables
+RECIPE = {  # of the reported tables
     "dataset": "cifar10",
     "num_steps": 20000,
     "train_batch_size": 128,
@@ -51,29 +51,29 @@ COLUMNS = (
     "images_per_second",
 )
 STARTS = {"scratch": "from scratch", "pretrained": "pretrained"}
-OURS = {  # flags of train.py that the study gives each run itself: what to give instead
-    "--name": "the runs are named by the study",
+STUDY_FLAGS = {  # flags of train.py that the study sets itself: what to use instead
+    "--name": "the study names the runs",
     "--model_type": "give --model_types",
     "--norm_type": "give --norm_types",
     "--resume": "the study always resumes",
     "--overwrite": "give another --output_dir",
-    "--local_rank": "give each run one GPU by CUDA_VISIBLE_DEVICES",
-    "--local-rank": "give each run one GPU by CUDA_VISIBLE_DEVICES",
+    "--local_rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
+    "--local-rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
 }
 
 
 def main():
     args, further = parse_flags()
     runs = plan(args, further)
-    check_plan(train, runs.values(), files=not args.dry_run)
+    check_plan(TRAIN, runs.values(), files=not args.dry_run)
     if args.dry_run:
         for run in runs.values():
             if not is_finished(run):
                 print(shlex.join(run.command))
         return
     for folder, flag in ((args.output_dir, "--output_dir"), (args.figures, "--figures")):
-        check_output(folder, flag)
-    failed = finish(runs.values())
+        make_output_folder(folder, flag)
+    failed = run_unfinished(runs.values())
     finished = {key: run for key, run in runs.items() if is_finished(run)}
     if finished:
         write_table(runs, finished, args.output_dir)
@@ -82,10 +82,10 @@ def main():
 
 
 def parse_flags():
-    """The study's own flags, and the others, which are train.py's."""
+    """The parsed flags of the study, and the remaining ones, which are for train.py."""
     parser = Parser(__doc__.split("\n\n    ")[0])
     default = " ".join(f"--{flag} {value}" for flag, value in RECIPE.items())
-    parser.epilog = f"Every other flag is train.py's and goes there unchanged (default: {default})."
+    parser.epilog = f"All other flags are passed to train.py unchanged (default: {default})."
     group = parser.add_argument_group("study")
     group.add_argument(
         "--model_types",
@@ -115,28 +115,30 @@ def parse_flags():
         "--pretrained_dir",
         default="checkpoint/{model_type}.npz",
         metavar="FILE",
-        help="weights that pretrained runs start with; {model_type} stands for the architecture",
+        help="weights of the pretrained runs; {model_type} is replaced by the architecture",
     )
-    group.add_argument("--download", action="store_true", help="fetch Google's weights where they do not exist yet")
+    group.add_argument("--download", action="store_true", help="download Google's weights if they do not exist")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output_dir", type=Path, default="output/norm_study", metavar="DIR", help="where runs are kept"
     )
-    output.add_argument("--figures", type=Path, metavar="DIR", help="where to draw; default: figures/ in --output_dir")
     output.add_argument(
-        "--num_pictures", type=positive, default=2, metavar="N", help="test pictures whose attention is drawn"
+        "--figures", type=Path, metavar="DIR", help="folder of the figures; default: figures/ in --output_dir"
     )
-    output.add_argument("--dry_run", action="store_true", help="print the commands of the runs to come, start nothing")
+    output.add_argument(
+        "--num_pictures", type=positive, default=2, metavar="N", help="number of test images whose attention is drawn"
+    )
+    output.add_argument(
+        "--dry_run", action="store_true", help="print the commands of the unfinished runs and start nothing"
+    )
     args, further = parser.parse_known_args()
     for flag in flags_in(further):
-        if flag in OURS:
-            raise UserError(f"{flag} is not for all runs: {OURS[flag]}")
+        if flag in STUDY_FLAGS:
+            raise UserError(f"{flag} is not for all runs: {STUDY_FLAGS[flag]}")
     for model_type in args.model_types:
         if model_type not in VITS:
             names = ", ".join(VITS)
-            raise UserError(
-                f"{model_type} is not in this study, which is of ViTs and hybrids; --model_types can be {names}"
-            )
+            raise UserError(f"{model_type} is not in this study of ViTs and hybrids; --model_types can be {names}")
     args.figures = args.figures or args.output_dir / "figures"
     return args, further
 
@@ -158,12 +160,12 @@ def plan(args, further):
             flags["pretrained_dir"] = args.pretrained_dir.replace("{model_type}", model_type)
             if args.download:
                 flags["download"] = True
-        runs[model_type, start, norm_type] = plan_run(train, flags | recipe, further)
+        runs[model_type, start, norm_type] = plan_run(TRAIN, flags | recipe, further)
     return runs
 
 
 def write_table(runs, finished, folder):
-    """table.csv and table.md in `folder`, the latter on the terminal too; a run that failed has no numbers."""
+    """Write table.csv and table.md to `folder` and print the latter; a run that failed has no numbers."""
     rows = []
     for key, run in runs.items():
         rows.append(dict(zip(COLUMNS, key, strict=False)))
@@ -177,18 +179,16 @@ def write_table(runs, finished, folder):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    lines = [
-        "| architecture | start | norm | test accuracy | best | time | images/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for model_type, start, norm_type, *results in map(dict.values, rows):
-        cells = [model_type, STARTS[start], norm_type, *(formatted(*results) if results else ["failed", "", "", ""])]
-        lines.append(f"| {' | '.join(cells)} |")
+        shown = formatted(*results) if results else ["failed", "", "", ""]
+        cells.append([model_type, STARTS[start], norm_type, *shown])
+    titles = ["architecture", "start", "norm", "test accuracy", "best", "time", "images/s"]
     flags = next(iter(finished.values())).flags
     configs = [read_config(run.folder) for run in finished.values()]
     devices = sorted({config["versions"]["device"] for config in configs})
     size = f"{configs[0]['num_steps']} steps of {flags.train_batch_size} images at {flags.img_size}x{flags.img_size}"
-    text = "\n".join([f"{data_name(flags)}, {size}; {', '.join(devices)}", "", *lines, ""])
+    text = f"{data_name(flags)}, {size}; {', '.join(devices)}\n\n{markdown_table(titles, cells)}\n"
     (folder / "table.md").write_text(text)
     print(f"\n{text}\ntable: {folder / 'table.md'} and table.csv", flush=True)
 
@@ -198,38 +198,38 @@ def formatted(accuracy, best, seconds, images_per_second):
 
 
 def draw_figures(finished, args):
-    """For each architecture and start: the curves of all norms, and their attention on the same test pictures."""
+    """For each architecture and start: the curves of all norms, and their attention on the same test images."""
     device = choose_device()
     flags = next(iter(finished.values())).flags
-    places = (flags.data_dir, Processes(0, 1, 0, device), flags.num_workers)
-    test_set = DATASETS[flags.dataset].load(False, *places, mean_std=flags.mean_std, skip_broken=flags.skip_broken)
+    options = DataOptions(flags.data_dir, flags.num_workers, flags.mean_std, flags.skip_broken)
+    test_set = load_dataset(flags.dataset, "test", options, one_process(device))
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
+    originals = denormalise(images, flags.mean_std).cpu()
     for model_type, start in dict.fromkeys(key[:2] for key in finished):
         runs = {norm: run for (*others, norm), run in finished.items() if others == [model_type, start]}
         name = args.figures / f"{model_type}-{start}"
         title = f"{model_type}, {STARTS[start]}, on {data_name(flags)}"
         write(plot_runs({norm: [read_metrics(run.folder)] for norm, run in runs.items()}, title), f"{name}-curves.png")
-        originals = denormalise(images, flags.mean_std).cpu()
-        rows = [{} for _ in images]  # of each picture, {norm and prediction: its masks}
+        rows = [{} for _ in images]  # per image: {norm and prediction: its masks}
         for norm, run in runs.items():
-            for of_picture, (best, masks) in zip(rows, looked_at(run, images, test_set.classes, device), strict=True):
-                of_picture[f"{norm}\npredicted:\n{best}"] = masks
-        for number, (image, label, of_picture) in enumerate(zip(originals, labels, rows, strict=True)):
-            title_of_picture = f"{title}: attention of the class token, a test picture of {test_set.classes[label]}"
-            write(plot_attention_rows(image, of_picture, title_of_picture), f"{name}-attention-{number + 1}.png")
+            for row, (best, masks) in zip(rows, attention_masks(run, images, test_set.classes, device), strict=True):
+                row[f"{norm}\npredicted:\n{best}"] = masks
+        for number, (image, label, row) in enumerate(zip(originals, labels, rows, strict=True)):
+            full_title = f"{title}: attention of the class token, a test image of {test_set.classes[label]}"
+            write(plot_attention_rows(image, row, full_title), f"{name}-attention-{number + 1}.png")
 
 
 @torch.no_grad()
-def looked_at(run, images, classes, device):
-    """For each image what the run's last weights take it for, and their attention {block: mask}, mean of the heads."""
-    model = load_model(run.folder / LAST)[0].to(device).eval()
+def attention_masks(run, images, classes, device):
+    """[(prediction, {block: mask, the mean of the heads})] per image, by the run's last weights."""
+    model = SavedModel.load(run.folder / LAST).to(device).model
     logits, attention, _ = attention_of(model, images)
     masks = {
         f"block {block}": class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu()
         for block in blocks_to_draw(len(model.blocks))
     }
     return [
-        (caption(logits[i : i + 1], classes), {block: mask[i] for block, mask in masks.items()})
+        (prediction_caption(logits[i : i + 1], classes), {block: mask[i] for block, mask in masks.items()})
         for i in range(len(images))
     ]
 

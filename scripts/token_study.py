@@ -1,67 +1,117 @@
-"""Accuracy against speed: a ViT whole, reduced by facility location and by ToMe, and its Conformer, from scratch.
+"""Accuracy against speed: a ViT without token reduction, with facility location, with ToMe, and its Conformer.
 
-All are trained the same way on a slice of CIFAR-10 at 32x32, some five minutes a run on a CPU core; then
-benchmarks/token_reduction.py times their training steps in turns, for one table and one figure of accuracy over
-images/s. The same command goes on where it broke off; finished runs are not run again.
+All are trained from scratch in the same way on a part of CIFAR-10 at 32x32, about five minutes per run on a CPU core.
+Then their training steps are timed, interleaved. The results are one table and one figure of accuracy over images/s.
+The same command resumes an interrupted experiment; finished runs are not repeated.
 
-    python scripts/token_reduction.py --seeds 0 1
+    python scripts/token_study.py --seeds 0 1
 """
 
-import subprocess
-import sys
-from pathlib import Path
+import statistics
 
-from hybrid_vs_cnn import GIVEN, PRECISION, RECIPE, add_experiment_flags  # puts the repository on the path
+import numpy as np
+import torch
+from command_line import model_maker
+from experiment import RECIPE, add_experiment_flags, finish_runs, plan_from_scratch
+from matplotlib.figure import Figure
+from utils.checks import check_figure_path
+from utils.flag_types import Parser, one_of
+from utils.records.run_folder import read_config, read_metrics
 
-import train
-from models.configs import CONFORMERS, VITS
-from models.token_reduction import METHODS
-from utils.arguments import Parser, add_reductions_flags, check_picture_path, one_of
+from models.configs import VITS
+from models.token_reduction import METHODS, choice_of_tokens, reduction_grid
+from utils.arguments import add_token_reduction_grid_flags
 from utils.errors import run_script
-from utils.sweeps import check_plan, finish, plan_run, raise_failures
+from utils.figures import OKABE_ITO, save, style_axes, wrap_text
+from utils.parallel.processes import choose_device, device_name
+from utils.profiling import TimedStep, markdown_table, time_interleaved, token_reduction_cells
+from utils.sweeps import mean_and_range
+
+ROUNDS = 5
+NO_REDUCTION = ("none", "all")
+LABELS = {"none": "ViT, all patches", "facility": "facility location", "tome": "ToMe"}
 
 
 def main():
     args = parse_flags()
-    plan = [plan_run(train, flags) for number in args.seeds for flags in flags_of(number, args)]
-    check_plan(train, plan)
-    raise_failures(finish(plan), len(plan))
-    command = [sys.executable, str(Path(__file__).parent.parent / "benchmarks/token_reduction.py")]
-    command += ["--runs", *(str(run.folder) for run in plan)]
-    command += ["--picture", args.figure, "--keep_tokens", *map(str, args.keep_tokens), "--checkpoint", ""]
-    command += ["--precision", "bf16", "--fp16_opt_level", PRECISION["fp16_opt_level"]]
-    for flag in ("model_type", "reduction_layer", "img_size"):
-        command += [f"--{flag}", str(getattr(args, flag))]
-    print(flush=True)
-    sys.exit(subprocess.run([*command, "--batch_size", str(args.train_batch_size)]).returncode)
+    grid = reduction_grid(args.model_type, args.keep_tokens, args.reduction_layer)
+    plan = {(name, number): plan_model(args, number, *grid[name]) for number in args.seeds for name in grid}
+    finish_runs(list(plan.values()))
+    seconds = time_steps({name: plan[name, args.seeds[0]] for name in grid})
+    accuracies = {
+        name: [read_metrics(plan[name, number].folder)["test_accuracy"][-1] for number in args.seeds] for name in grid
+    }
+    title = (
+        f"{args.model_type} at {args.img_size}x{args.img_size}, tokens reduced after block {args.reduction_layer} of "
+        f"{VITS[args.model_type].num_layers}, training step, batch {args.train_batch_size}, bf16 at level "
+        f"{RECIPE['fp16_opt_level']}\n{device_name()}, {torch.get_num_threads()} CPU threads, torch "
+        f"{torch.__version__}, median of {ROUNDS} rounds"
+    )
+    titles, cells = token_reduction_cells(grid, seconds, args.train_batch_size)
+    rows = [[*cells[name], mean_and_range(accuracies[name])] for name in grid]
+    print(f"\n{title}\n\n{markdown_table([*titles, 'test accuracy'], rows)}")
+    speeds = {name: args.train_batch_size / statistics.median(seconds[name, "step"]) for name in grid}
+    save(draw(speeds, accuracies, title), args.figure)
 
 
 def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("experiment")
     group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-Mini_4", metavar="NAME", help="the ViT")
-    add_reductions_flags(group, reduction_layer=2)
+    add_token_reduction_grid_flags(group, reduction_layer=2)
     add_experiment_flags(group, "token_reduction")
     args = parser.parse_args()
-    check_picture_path(args.figure, "--figure")
+    check_figure_path(args.figure, "--figure")
     return args
 
 
-def flags_of(number, args):
-    """The flags of train.py for each model's run with one seed."""
-    layer = {"reduction_layer": args.reduction_layer}
-    models = [(args.model_type, {})]
-    for keep in args.keep_tokens:
-        models += [(args.model_type, {"token_reduction": method, "keep_tokens": keep, **layer}) for method in METHODS]
-    conformer = args.model_type.replace("ViT", "Conformer")
-    if conformer in CONFORMERS:
-        models.append((conformer, layer))
-    shared = {**{flag: getattr(args, flag) for flag in GIVEN}, **RECIPE, **PRECISION, "seed": number}
-    plan = []
-    for model_type, reduction in models:
-        parts = [model_type, *(str(reduction[key]) for key in ("token_reduction", "keep_tokens") if key in reduction)]
-        plan.append({"name": "-".join([*parts, f"seed{number}"]), "model_type": model_type, **reduction, **shared})
-    return plan
+def plan_model(args, number, model_type, keywords):
+    """The Run of one model with one seed."""
+    parts = [str(keywords[key]) for key in ("token_reduction", "keep_tokens") if key in keywords]
+    return plan_from_scratch(args, "-".join([model_type, *parts]), number, model_type=model_type, **keywords)
+
+
+def time_steps(runs):
+    """Seconds per round: {(name, "step"): of the training step of a run, (name, "choice"): of its choice of tokens}."""
+    device = choose_device()
+    functions = {}
+    for name, run in runs.items():
+        torch.manual_seed(0)
+        classes = len(read_config(run.folder)["classes"])
+        model = model_maker(run.flags)(classes)
+        step = TimedStep(model, run.flags, classes, device)
+        size = (run.flags.train_batch_size, 3, run.flags.img_size, run.flags.img_size)
+        batch = torch.randn(size, device=device), torch.randint(classes, size[:1], device=device)
+        functions[name, "step"] = lambda step=step, batch=batch: step.train(*batch)
+        if model.reduction:
+            functions[name, "choice"] = choice_of_tokens(model, run.flags.train_batch_size)
+    return time_interleaved(functions, ROUNDS, device)
+
+
+def draw(speeds, accuracies, title):
+    """Test accuracy over images/s: one line per method, from all patches to the fewest."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    colours = (OKABE_ITO[-1], *OKABE_ITO)  # the ViT without reduction is black
+    for number, method in enumerate(dict.fromkeys(method for method, _ in accuracies)):
+        names = [name for name in accuracies if name[0] == method]
+        colour = colours[number % len(colours)]
+        x = [speeds[name] for name in names]
+        values = [[100 * value for value in accuracies[name]] for name in names]
+        low, y, high = (np.array(list(map(summary, values))) for summary in (min, statistics.mean, max))
+        if method in METHODS:
+            start = 100 * statistics.mean(accuracies[NO_REDUCTION])
+            axes.plot([speeds[NO_REDUCTION], x[0]], [start, y[0]], ":", color=colour, lw=1)
+        axes.errorbar(x, y, (y - low, high - y), marker="o", color=colour, capsize=3, label=LABELS.get(method, method))
+        offset = {"xytext": (5, -13 if number % 2 else 6), "textcoords": "offset points"}
+        for (_, kept), *place in zip(names, x, y, strict=True):
+            axes.annotate(str(kept), place, fontsize="small", color=colour, **offset)
+    axes.set(xlabel="training step (images/s)", ylabel="test accuracy (%)")
+    axes.margins(0.12)
+    axes.legend(frameon=False, title="numbers: patches kept")
+    style_axes(axes)
+    figure.suptitle(wrap_text(title, 90), fontsize="small")
+    return figure
 
 
 if __name__ == "__main__":

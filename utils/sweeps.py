@@ -1,4 +1,4 @@
-"""Experiments of many runs: the command of each, whether it is finished, and working them off, on several GPUs too."""
+"""Experiments of many runs: the command of each run, whether it is finished, and running them, on several GPUs too."""
 
 import os
 import signal
@@ -6,26 +6,37 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from utils.arguments import check_files, check_flags_together
-from utils.data.datasets import DATASETS, FOLDERS
+from utils.checks import check_files, check_flags_together
+from utils.data.datasets import DATASETS, DataOptions, load_dataset
 from utils.errors import RunStoppedError, UserError
-from utils.parallel.processes import Processes, StopSignal
+from utils.flag_types import Parser
+from utils.parallel.processes import StopSignal, one_process
 from utils.pretrained import download
 from utils.records.checkpoint import LAST, saved_step
-from utils.records.tracker import WITHOUT_EFFECT, read_config, read_metrics
+from utils.records.run_folder import WITHOUT_EFFECT, read_config, read_metrics
 
 LOG = "train.log"
-LOOK_EVERY = 0.2  # seconds between two looks at the runs at work
+POLL_SECONDS = 0.2
+
+
+class TrainingScript(NamedTuple):
+    """What a sweep needs to know about a training script."""
+
+    path: Path
+    parser: Parser
+    model_maker: Callable  # from the parsed flags to a function from num_classes to the model
 
 
 @dataclass
 class Run:
-    """One call of a training script: its command, and all of its flags as the script sees them."""
+    """One call of a training script: its command, and all of its flags as the script parses them."""
 
     command: list
     flags: object
@@ -36,16 +47,28 @@ class Run:
 
 
 def plan_run(script, flags, further=()):
-    """The Run of `script`, the module of a training script; it goes on where it was broken off.
+    """The Run of a TrainingScript, which resumes where it was interrupted.
 
-    `flags` are {name: value}, where True is a flag without a value, `further` more of them as in the shell. Raises
-    UserError where the script would not know one.
+    `flags` are {name: value}, where True is a flag without a value; `further` are flags as in the shell. Raises
+    UserError for a flag that the script does not have.
     """
     arguments = []
     for flag, value in flags.items():
         arguments += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     arguments += [*further, "--resume"]
-    return Run([sys.executable, script.__file__, *arguments], script.make_parser().parse_args(arguments))
+    return Run([sys.executable, str(script.path), *arguments], script.parser.parse_args(arguments))
+
+
+def check_plan(script, runs, files=True):
+    """Raises UserError for a run whose flags contradict each other or whose folder holds a run with other flags.
+
+    With `files` also for an unfinished run whose data or weights do not exist.
+    """
+    for run in runs:
+        check_flags_together(run.flags, script.model_maker(run.flags))
+        check_earlier_run(run)
+        if files and not is_finished(run):
+            check_files(run.flags)
 
 
 def check_earlier_run(run):
@@ -60,7 +83,7 @@ def check_earlier_run(run):
 
 
 def is_finished(run):
-    """Whether the run's last step is evaluated and saved. One whose files are damaged is not: its script says more."""
+    """Whether the run's last step is evaluated and saved. False if its files are damaged: its script then explains."""
     try:
         config, steps = read_config(run.folder), read_metrics(run.folder).get("step")
         saved = saved_step(run.folder / LAST) if (run.folder / LAST).exists() else 0
@@ -70,110 +93,101 @@ def is_finished(run):
     return bool(steps and num_steps) and min(max(steps), saved) >= num_steps
 
 
-def check_plan(script, runs, files=True):
-    """Raises UserError for a run whose flags don't fit together, whose folder holds one with other flags, or, where
-    `files` are to be there already, which lacks its data or weights.
-    """
-    for run in runs:
-        check_flags_together(run.flags, script.model_maker(run.flags))
-        check_earlier_run(run)
-        if files and not is_finished(run):
-            check_files(run.flags)
-
-
-def finish(runs):
-    """Let the scripts finish all of `runs` that are not finished yet; {name: why} of those that failed.
+def run_unfinished(runs):
+    """Finish all runs that are not finished yet; returns {name: reason} of those that failed.
 
     Raises RunStoppedError when asked to stop.
     """
     unfinished = [run for run in runs if not is_finished(run)]
-    devices = free_devices()
-    at_once = f"spread over {len(devices)} GPUs" if len(devices) > 1 else "one after the other"
-    how = f"; {len(unfinished)} to come, {at_once}" if unfinished else ""
-    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished before{how}", flush=True)
+    devices = visible_devices()
+    order = f"spread over {len(devices)} GPUs" if len(devices) > 1 else "one after another"
+    remaining = f"; {len(unfinished)} to do, {order}" if unfinished else ""
+    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them already finished{remaining}", flush=True)
     if len(devices) > 1:
-        fetch_for(unfinished)
-    failed, signal_number = work_off(unfinished, devices)
+        download_shared_files(unfinished)
+    failed, signal_number = run_all(unfinished, devices)
     if signal_number:
-        raise RunStoppedError("stopped; the same command goes on", status=128 + signal_number)
+        raise RunStoppedError("stopped; the same command resumes", status=128 + signal_number)
     return failed
 
 
-def fetch_for(runs):
-    """Download what several runs would otherwise fetch at once into the same place. Raises UserError."""
+def download_shared_files(runs):
+    """Download what several runs would otherwise download to the same place at the same time. Raises UserError."""
     for path in {run.flags.pretrained_dir for run in runs if run.flags.download}:
         if not os.path.exists(path):
             download(path)
     for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
-        if dataset.startswith("cifar"):
-            DATASETS[dataset].load(False, data_dir, Processes(0, 1, 0, torch.device("cpu")), 0)
+        if not DATASETS[dataset].in_folders:
+            load_dataset(dataset, "test", DataOptions(data_dir=data_dir), one_process(torch.device("cpu")))
 
 
 def raise_failures(failed, count):
-    """Raises RunStoppedError that names the failed ones, {name: why}, of `count` runs, if there are any."""
+    """Raises RunStoppedError with the names of the failed runs, {name: reason}, of `count` runs, if there are any."""
     if failed:
         lines = [f"{len(failed)} of {count} runs failed; the same command tries them again"]
-        raise RunStoppedError("\n  ".join([*lines, *(f"{name}: {why}" for name, why in failed.items())]), status=1)
+        raise RunStoppedError(
+            "\n  ".join([*lines, *(f"{name}: {reason}" for name, reason in failed.items())]), status=1
+        )
 
 
 def data_name(flags):
-    """A run's data set for a title; that of an image folder is the folder."""
-    return Path(flags.data_dir).resolve().name if flags.dataset in FOLDERS else flags.dataset
+    """A run's data set for a title: the folder's name for an image folder."""
+    return Path(flags.data_dir).resolve().name if DATASETS[flags.dataset].in_folders else flags.dataset
 
 
-def spread(accuracies):
-    """The mean of some runs' accuracies and their range: `61.5 % (60.9 to 62.0)`."""
+def mean_and_range(accuracies):
+    """The mean of the accuracies of several runs and their range: `61.5 % (60.9 to 62.0)`."""
     mean = f"{100 * statistics.mean(accuracies):.1f} %"
     low, high = 100 * min(accuracies), 100 * max(accuracies)
     return mean if len(accuracies) == 1 else f"{mean} ({low:.1f} to {high:.1f})"
 
 
-def free_devices():
-    """What CUDA_VISIBLE_DEVICES is to be for each GPU that the user's own leaves; [None], the CPU, without a GPU."""
+def visible_devices():
+    """A CUDA_VISIBLE_DEVICES for each GPU that the user's own admits; [None], the CPU, without a GPU."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else map(str, range(count))
     return [name.strip() for name in names][:count] or [None]
 
 
-def work_off(runs, devices):
-    """Run all of `runs`, one at a time on each of `devices`; ({name: why} of those that failed, a stop signal or 0).
+def run_all(runs, devices):
+    """Run all of `runs`, one at a time on each of `devices`; ({name: reason} of those that failed, stop signal or 0).
 
-    What a run prints goes to its LOG, and where there is only one device also to the terminal. At Ctrl-C, SIGTERM or
-    when the terminal is closed the runs at work save and end, and no other is started.
+    The output of a run goes to its LOG, and to the terminal as well if there is only one device. At Ctrl-C, SIGTERM or
+    when the terminal is closed, running jobs save and end, and no other is started.
     """
-    waiting, free, at_work, failed = list(runs), list(devices), [], {}
+    waiting, free, running, failed = list(runs), list(devices), [], {}
     stop = StopSignal()
-    told = False
+    forwarded = False
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, stop.receive)
     with stop.listening():
         try:
-            while at_work or (waiting and not stop.number):
+            while running or (waiting and not stop.number):
                 while waiting and free and not stop.number:
                     place = f"[{len(runs) - len(waiting) + 1}/{len(runs)}]"
-                    at_work.append(Job(waiting.pop(0), place, free.pop(0), echo=len(devices) == 1))
-                if stop.number and not told:
-                    for job in at_work:
-                        job.tell(stop.number)
-                    told = True
-                time.sleep(LOOK_EVERY)
-                for job in at_work.copy():
-                    if job.has_ended():
-                        at_work.remove(job)
+                    running.append(Job(waiting.pop(0), place, free.pop(0), echo=len(devices) == 1))
+                if stop.number and not forwarded:
+                    for job in running:
+                        job.send_stop(stop.number)
+                    forwarded = True
+                time.sleep(POLL_SECONDS)
+                for job in running.copy():
+                    if job.poll():
+                        running.remove(job)
                         free.append(job.device)
                         failure = job.report(asked_to_stop=bool(stop.number))
                         if failure:
                             failed[job.run.flags.name] = failure
         finally:
-            for job in at_work:  # there is one only after an error or a second Ctrl-C
+            for job in running:  # only after an error or a second Ctrl-C
                 job.process.kill()
                 job.process.wait()
     return failed, stop.number
 
 
 class Job:
-    """A run at work."""
+    """The process of a run."""
 
     def __init__(self, run, place, device, echo):
         self.run, self.device, self.echo = run, device, echo
@@ -182,12 +196,12 @@ class Job:
         run.folder.mkdir(parents=True, exist_ok=True)
         on_gpu = "" if device is None else f" on GPU {device}"
         print(f"{self.title}: started{on_gpu}, log in {run.folder / LOG}", flush=True)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else an error could stand before earlier lines
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else an error could be printed before earlier lines
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with open(run.folder / LOG, "ab") as log:
             self.output = open(run.folder / LOG, encoding="utf-8", errors="replace")  # noqa: SIM115
-            self.output.seek(0, os.SEEK_END)  # earlier attempts stand before
+            self.output.seek(0, os.SEEK_END)  # after the output of earlier attempts
             self.last_line = ""
             self.process = subprocess.Popen(
                 run.command,
@@ -198,13 +212,13 @@ class Job:
                 start_new_session=os.name == "posix",  # else the terminal's Ctrl-C would reach it twice
             )
 
-    def tell(self, signal_number):
-        """Pass a stop signal on, as one that training scripts listen to."""
-        if os.name == "posix":  # on Windows the terminal has told the run too
+    def send_stop(self, signal_number):
+        """Forward a stop signal as one that training scripts handle."""
+        if os.name == "posix":  # on Windows the terminal has sent it to the run as well
             self.process.send_signal(signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
 
-    def has_ended(self):
-        """Also takes note of what the run has printed meanwhile."""
+    def poll(self):
+        """Read what the run has printed since the last call; returns whether it has ended."""
         ended = self.process.poll() is not None
         text = self.output.read()
         if self.echo:
@@ -213,7 +227,7 @@ class Job:
         return ended
 
     def report(self, asked_to_stop):
-        """Say in a line how the run has ended; returns why it failed, if it did."""
+        """Print in one line how the run ended; returns the reason if it failed."""
         self.output.close()
         status = self.process.returncode
         failure = None

@@ -1,0 +1,60 @@
+"""What the experiments share: flags and recipe of runs from scratch, running a plan of runs, and its titles.
+
+Importing this module puts the repository on the path.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import model_maker, train_parser
+from utils.flag_types import positive, seed
+
+from utils.sweeps import TrainingScript, check_plan, plan_run, raise_failures, run_unfinished
+
+TRAIN = TrainingScript(Path(__file__).resolve().parent.parent / "train.py", train_parser(), model_maker)
+SHARED_FLAGS = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
+RECIPE = {
+    "min_crop_scale": 0.5,
+    "horizontal_flip": True,
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "warmup_steps": 60,
+    "eval_every": 150,
+    "bf16": True,
+    "fp16_opt_level": "O1",
+}
+
+
+def add_experiment_flags(group, name):
+    """The flags of an experiment of runs from scratch: SHARED_FLAGS of the runs, --figure and --seeds."""
+    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="the data set, as for train.py")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="its folder, as for train.py")
+    group.add_argument("--output_dir", default=f"output/{name}", metavar="DIR", help="where runs are kept")
+    group.add_argument("--figure", default=f"img/{name}.png", metavar="PNG", help="the figure to draw")
+    group.add_argument(
+        "--examples_per_class", type=positive, default=1000, metavar="N", help="training images per class"
+    )
+    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="side of the images in pixels")
+    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="images per step")
+    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="optimizer steps of a run")
+    group.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help="one run of each model per seed")
+
+
+def plan_from_scratch(args, name, seed_number, **flags):
+    """The Run of train.py by the recipe, with these further flags."""
+    shared = {flag: getattr(args, flag) for flag in SHARED_FLAGS}
+    name = f"{name}-seed{seed_number}"
+    return plan_run(TRAIN, {"name": name, "seed": seed_number, **shared, **RECIPE, **flags})
+
+
+def finish_runs(runs):
+    """Check the runs of train.py, then run those that are not finished. Raises UserError or RunStoppedError."""
+    check_plan(TRAIN, runs)
+    raise_failures(run_unfinished(runs), len(runs))
+
+
+def seeds_text(seeds):
+    """`seed 0` or `seeds 0, 1`"""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
