@@ -17,6 +17,7 @@ rounds is reported with the slowest and the fastest. A training step is forward,
 """
 
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -104,21 +105,12 @@ def main():
 def parse_flags():
     parser = Parser(__doc__.split("\n\n")[0])
     group = parser.add_argument_group("benchmark")
-    several = {"nargs": "+", "metavar": "NAME"}
     group.add_argument(
         "--compare",
         type=one_of("comparison", (PEERS, NORMS, MODELS)),
         default=PEERS,
         metavar="CASE",
         help="peers: other packages; norms: a ViT with each norm; models: the models with one another",
-    )
-    group.add_argument(
-        "--model_type",
-        dest="model_types",
-        type=argument(canonical_model_type),
-        default=["ViT-B_16"],
-        help=f"the models, of {', '.join(MODEL_TYPES)}",
-        **several,
     )
     add_size_flag(group)
     group.add_argument(
@@ -130,22 +122,11 @@ def parse_flags():
         metavar="N",
         help=f"images per step; {LARGEST} is the largest batch that fits a GPU in the training step of all contenders",
     )
-    group.add_argument(
-        "--precision",
-        dest="precisions",
-        type=one_of("precision", DTYPES),
-        default=["bf16"],
-        help=f"{', '.join(DTYPES)}; in 16 bits other packages run by autocast",
-        **several,
-    )
-    group.add_argument(
-        "--fp16_opt_level",
-        dest="levels",
-        type=one_of("opt level", OPT_LEVELS),
-        default=["O2"],
-        help="opt levels of this project in 16 bits",
-        **several,
-    )
+    several = functools.partial(group.add_argument, nargs="+", metavar="NAME")
+    model, precision, level = argument(canonical_model_type), one_of("precision", DTYPES), one_of("level", OPT_LEVELS)
+    several("--model_type", dest="model_types", type=model, default=["ViT-B_16"], help=", ".join(MODEL_TYPES))
+    several("--precision", dest="precisions", type=precision, default=["bf16"], help=", ".join(DTYPES))
+    several("--fp16_opt_level", dest="levels", type=level, default=["O2"], help="levels of this project in 16 bits")
     add_round_flags(group, rounds=7)
     add_clock_flag(group)
     output = parser.add_argument_group("output")
