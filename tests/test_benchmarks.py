@@ -1,33 +1,97 @@
-"""The benchmarks through the shell, as small as they go, and the check that the others compute what ours does."""
+"""The benchmarks: their flags, their tables, small runs of each, and the check of what they are compared with."""
 
+import argparse
 import json
 import re
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import ROOT, call_main, succeed
-from models import build_model
+from models import NORM_TYPES, build_model
 from models.configs import VITS
+from models.token_reduction import METHODS
 from utils.errors import UserError
-from utils.records.tracker import read_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import data_loading
+import end_to_end
+import growth
 import kernels
 import peers
-import scaling
 import steps
 import throughput
+import token_reduction_speed
 
+CPU = torch.device("cpu")
 SMALL = ("--img_size", 32, "--batch_size", 2, "--rounds", 1)
+ALL = (data_loading, end_to_end, growth, kernels, throughput, token_reduction_speed)
 
 
-def test_throughput_of_several_models_and_levels(tmp_path):
-    command = ["benchmarks/throughput.py", "--model_type", "ViT-Ti_16", "ViT-S_32", *SMALL, "--precision", "bf16"]
-    files = ["--json", tmp_path / "speed.json", "--output", tmp_path / "speed.md"]
-    printed = succeed(*command, "--batch_size", 1, 2, "--fp16_opt_level", "O1", "O2", *files)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run(benchmark, flag, value, ...)`: what the benchmark prints, in this process."""
+
+    def run_benchmark(module, *flags):
+        call_main(module, flags, monkeypatch)
+        return capsys.readouterr().out
+
+    return run_benchmark
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """`fails(benchmark, flag, value, ...)`: its error message, which is all that it prints; exit status 2."""
+
+    def fail(module, *flags):
+        with pytest.raises(SystemExit) as stopped:
+            call_main(module, flags, monkeypatch)
+        printed = capsys.readouterr()
+        assert (stopped.value.code, printed.out) == (2, "")
+        return printed.err.splitlines()[-1]
+
+    return fail
+
+
+@pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
+def test_help_of_every_benchmark(module, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call_main(module, ["--help"], monkeypatch)
+    assert stopped.value.code == 0
+    assert "--rounds" in capsys.readouterr().out
+
+
+def test_every_benchmark_is_listed():
+    found = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert found == {module.__name__ for module in ALL} | {"steps", "peers"}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--precision", "bf16", "fp16"), "--precision fp16 needs a GPU"),
+        (("--batch_size", "max"), "no --batch_size is left"),
+        (("--json", "nowhere/speed.json"), "can't be written"),
+        (("--img_size", 100), "image size 100"),
+        (("--compare", "norms", "--model_type", "BiT-M-R50x1"), "BiT-M-R50x1 always has GroupNorm"),
+        (("--compare", "models", "--batch_size", 1, 2), "--compare models needs one --precision"),
+        (("--figure", "costs.png"), "--runs and --figure need --compare models"),
+        (("--compare", "models", "--figure", "nowhere/costs.png"), "--figure nowhere/costs.png can't be written"),
+        (("--compare", "peer"), "did you mean peers"),
+    ],
+)
+def test_wrong_flags_of_throughput(flags, message, fails):
+    assert message in fails(throughput, *flags)
+
+
+@pytest.mark.slow
+def test_throughput_of_several_models_and_levels(tmp_path, run):
+    flags = ["--model_type", "ViT-Ti_16", "ViT-S_32", *SMALL, "--precision", "bf16"]
+    flags += ["--batch_size", 1, 2, "--fp16_opt_level", "O1", "O2", "--json", tmp_path / "speed.json"]
+    printed = run(throughput, *flags)
     results = json.loads((tmp_path / "speed.json").read_text())
     assert [(result["model_type"], result["batch_size"]) for result in results] == [
         (model_type, batch_size) for model_type in ("ViT-Ti_16", "ViT-S_32") for batch_size in (1, 2)
@@ -35,36 +99,54 @@ def test_throughput_of_several_models_and_levels(tmp_path):
     for result in results:
         rows = {(row["model"], row["pass"]): row for row in result["rows"]}
         assert {("this project, O1", "training step"), ("this project, O2", "forward")} < set(rows)
-        assert rows["timm", "forward"]["x_timm"] == rows["timm", "training step"]["x_timm"] == 1
+        assert rows["timm", "forward"]["x_reference"] == rows["timm", "training step"]["x_reference"] == 1
         ours = rows["this project, O2", "training step"]
-        # the FLOPs of ours and of the product are counted alike, so shares are as images/s
+        # FLOPs of all are counted alike, so shares of the product's are as images/s
         for other in (rows["timm", "training step"], rows["this project, O1", "training step"]):
             shares = ours["share_of_matrix_product"] / other["share_of_matrix_product"]
             assert shares == pytest.approx(ours["images_per_second"] / other["images_per_second"])
-    assert (tmp_path / "speed.md").read_text().strip() == printed.strip()
     assert len(re.findall(r"^\| training step \| timm \| 1\.00 \| [\d.]+ \|", printed, re.MULTILINE)) == 4
 
 
-def test_throughput_refuses_what_a_cpu_can_not_measure(tmp_path, monkeypatch, capsys):
-    for flags, what in (
-        (("--precision", "bf16", "fp16"), "--precision fp16 needs a GPU"),
-        (("--batch_size", "max"), "no --batch_size is left"),
-        (("--json", tmp_path / "nowhere" / "speed.json"), "can't be written"),
-        (("--img_size", 100), "image size 100"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            call_main(throughput, flags, monkeypatch)
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert what in printed.err.splitlines()[-1]
+@pytest.mark.slow
+def test_throughput_of_a_resnet_compared_with_timm(run):
+    printed = run(throughput, "--model_type", "BiT-M-R50x1", *SMALL, "--precision", "fp32")
+    assert len(re.findall(r"\| (forward|training step) \| (this project|timm) \| [\d.]+ \| [\d.]+ \|", printed)) == 4
+
+
+def test_throughput_of_norms(run):
+    printed = run(throughput, "--compare", "norms", "--model_type", "ViT-Nano_4", "--img_size", 8, *SMALL[2:])
+    rows = re.findall(r"^\| (forward|training step) \| (\w+) \| ([\d.]+) \| [\d.]+ \|", printed, re.MULTILINE)
+    assert sorted(row[:2] for row in rows) == sorted(
+        (task, norm) for task in ("forward", "training step") for norm in NORM_TYPES
+    )
+    assert [ratio for _, norm, ratio in rows if norm == "LN"] == ["1.00", "1.00"]
+    assert "| x LN |" in printed
+
+
+def test_comparing_models_with_the_accuracy_of_a_run(tmp_path, run, fails):
+    finished = tmp_path / "run"
+    finished.mkdir()
+    (finished / "config.json").write_text(json.dumps({"flags": {"model_type": "ViT-Mini_4"}}))
+    (finished / "metrics.csv").write_text("step,test_accuracy\n1,0.25\n2,0.125\n")
+    flags = ["--compare", "models", *SMALL, "--precision", "fp32", "--runs", finished]
+    figure = tmp_path / "costs.png"
+    printed = run(throughput, *flags, "--model_type", "ViT-Mini_4", "ResNet-Mini_Flops", "--figure", figure)
+    vit, resnet = printed.splitlines()[-2:]
+    assert re.fullmatch(r"\| ViT-Mini_4 \| 1.206 \| 0.1671 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| 25.00 \|", vit)
+    assert re.fullmatch(r"\| ResNet-Mini_Flops \| 0.255 \| 0.1197 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|  \|", resnet)
+    with Image.open(figure) as image:
+        assert image.width > 1000
+    error = fails(throughput, *flags, "--model_type", "ViT-B_16")
+    assert "run is a run of ViT-Mini_4, which is not among the models to compare" in error
 
 
 @pytest.mark.parametrize("name, package", [("timm", "timm"), ("transformers", None), ("vit-pytorch", "vit_pytorch")])
-def test_a_peer_that_computes_something_else_is_named(name, package):
-    """The right one passes, and one change that its speed would not show is an error."""
+def test_a_peer_that_computes_something_else_is_an_error(name, package):
+    """The right one passes; one change that its speed would not show is an error."""
     pytest.importorskip(package or name)
     model = build_model("ViT-Ti_16", 32, num_layers=2)
-    makers = {"timm": peers.timms, "transformers": peers.transformers_vit, "vit-pytorch": peers.lucidrains_vit}
+    makers = {"timm": peers.timm_model, "transformers": peers.transformers_vit, "vit-pytorch": peers.lucidrains_vit}
     peers.randomise(model)
     try:
         theirs, reference = with_fitting_depth(makers[name], model)
@@ -73,13 +155,13 @@ def test_a_peer_that_computes_something_else_is_named(name, package):
     peers.check(name, theirs, reference, 32)
     norms = [module for module in theirs.modules() if isinstance(module, nn.LayerNorm)]
     norms[1].eps = 1e-3
-    with pytest.raises(UserError, match=f"^{name} does not compute what ours does"):
+    with pytest.raises(UserError, match=f"^{name} does not compute the same function"):
         peers.check(name, theirs, reference, 32)
 
 
 def with_fitting_depth(make, model):
-    """timm's name stands for twelve blocks; ours has fewer to be quick."""
-    if make is not peers.timms:
+    """timm's name means twelve blocks; our model has fewer to be fast."""
+    if make is not peers.timm_model:
         return make("ViT-Ti_16", model, 32)
     gelu = {"act_layer": lambda: nn.GELU(approximate="tanh")}
     theirs = peers.timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=10, **gelu)
@@ -94,35 +176,26 @@ def test_every_weight_is_checked():
     assert all(parameter.count_nonzero() > 0.99 * parameter.numel() for parameter in model.parameters())
 
 
-def test_the_memory_of_a_level():
-    """O2 keeps weights and their gradients in 16 bits, masters, their gradients and momenta in 32."""
-    for level, precision, (weights, gradients, optimizer) in (
-        (None, "fp32", (4, 4, 4)),
-        ("O2", "bf16", (2, 6, 8)),
-    ):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10))
-        step = steps.OurStep(model, precision, level, torch.device("cpu"))
-        batch = steps.random_batch(2, 4, torch.device("cpu"))
-        step.train(*batch)
-        count = 10 * 3 * 4 * 4 + 10
-        expected = {"weights": weights * count, "gradients": gradients * count, "optimizer": optimizer * count}
-        assert steps.state_bytes(model, step.optimizer) == expected
-        assert steps.training_memory(step, *batch) > sum(expected.values())
+@pytest.mark.parametrize(
+    "level, precision, expected_bytes", [(None, "fp32", (4, 4, 4)), ("O2", "bf16", (2, 6, 8))], ids=["fp32", "O2"]
+)
+def test_the_memory_of_a_level(level, precision, expected_bytes):
+    """O2 keeps weights and their gradients in 16 bits, and masters, their gradients and momenta in 32."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10))
+    step = steps.our_step(model, CPU, precision, level)
+    batch = steps.random_batch(2, 4, CPU)
+    step.train(*batch)
+    count = 10 * 3 * 4 * 4 + 10
+    expected = dict(zip(("weights", "gradients", "optimizer"), (n * count for n in expected_bytes), strict=True))
+    assert steps.state_bytes(step) == expected
+    assert steps.training_memory(step, *batch) > sum(expected.values())
 
 
-def test_end_to_end():
-    flags = ["--img_size", 32, "--batch_size", 4, "--num_steps", 4, "--first_steps", 2, "--rounds", 1]
-    printed = succeed("benchmarks/end_to_end.py", *flags, "--pictures", 20, "--num_workers", 1)
-    rows = re.findall(r"^\| (the model's step alone|train.py|timm's loop) \| [\d.]+ \|", printed, re.MULTILINE)
-    assert len(rows) == 3
-    assert re.search(r"^\| train.py \| .* \| [\d.]+% \(.*\) \| [\d.]+ \(.*\) \|$", printed, re.MULTILINE)
-
-
-def test_growth(tmp_path):
+def test_growth(tmp_path, run):
     """Parts add up to the floor, checkpointing keeps fewer activations and nothing else, and a figure is drawn."""
     sizes = ["--model_type", "ViT-Mini_4", "--model_types", "ViT-Nano_4", "--batch_sizes", 1, "--img_sizes", 64]
-    picture = tmp_path / "growth.png"
-    printed = succeed("benchmarks/growth.py", *SMALL, *sizes, "--precision", "fp32", "--picture", picture)
+    figure = tmp_path / "growth.png"
+    printed = run(growth, *SMALL, *sizes, "--precision", "fp32", "--figure", figure)
     number = r"\| ([\d,]+) "
     rows = re.findall(r"^\| \S+ \| \d+ \| \d+ \| (training step|with --\w+) \| .*? to \S+ " + 5 * number, printed, re.M)
     memory = [[int(cell.replace(",", "")) for cell in cells] for _, *cells in rows]
@@ -132,59 +205,57 @@ def test_growth(tmp_path):
         assert plain[3] > checkpointing[3]
         for *parts, floor in (plain, checkpointing):
             assert floor == pytest.approx(sum(parts), abs=2)  # each is rounded
-    assert picture.stat().st_size > 10000
-
-
-def test_the_fast_path_beside_float32(tmp_path):
-    flags = ["--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", 8, "--train_batch_size", 4]
-    flags += ["--num_steps", 2, "--seeds", 3, "--output_dir", tmp_path, "--figure", tmp_path / "figure.png"]
-    printed = succeed("scripts/fast_path.py", *flags)
-    assert "\nViT-Mini_4 on 1000 images a class of digits, 2 steps of 4 at 8x8, seeds 3; the fast path is" in printed
-    assert (tmp_path / "figure.png").stat().st_size > 10000
-    rows = re.findall(r"^\| (float32|the fast path) \| ([\d.]+) \(.*?\) \| ([\d.]+) \(", printed, re.MULTILINE)
-    assert [name for name, _, _ in rows] == ["float32", "the fast path"]
-    losses = [read_metrics(tmp_path / f"{name}-seed3")["test_loss"][-1] for name in ("float32", "fast")]
-    assert 0 < abs(losses[0] - losses[1]) < 0.05  # other numbers, but not very
-    assert [float(loss) for _, loss, _ in rows] == [round(loss, 4) for loss in losses]
-    difference = float(re.search(r"^test loss: .* means differ by (\S+),", printed, re.MULTILINE)[1])
-    assert difference == pytest.approx(losses[1] - losses[0], abs=2e-4)
+    assert figure.stat().st_size > 10000
 
 
 @pytest.mark.parametrize("task, shown", [("training", 6), ("forward", 500)])
-def test_the_table_of_kernels_is_the_whole_step(task, shown):
+def test_the_table_of_kernels_adds_up_to_the_step(task, shown, run):
     size = ["--model_type", "ViT-Mini_4", "--img_size", 32, "--batch_size", 4]
-    printed = succeed("benchmarks/kernels.py", *size, "--rounds", 2, "--task", task, "--rows", shown)
-    of_a_step = float(re.search(r", ([\d.]+) ms of them here", printed)[1])
+    printed = run(kernels, *size, "--rounds", 2, "--task", task, "--rows", shown)
+    per_step = float(re.search(r", ([\d.]+) ms with the times below", printed)[1])
     rows = re.findall(r"^\| (.+) \| ([\d.]+)% \| ([\d.]+) \| (\d+) \|$", printed, re.MULTILINE)
     names, shares, milliseconds, calls = zip(*rows, strict=True)
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.1 * len(rows))
-    assert sum(map(float, milliseconds)) == pytest.approx(of_a_step, abs=0.1 + 0.01 * len(rows))
+    assert sum(map(float, milliseconds)) == pytest.approx(per_step, abs=0.1 + 0.01 * len(rows))
     if task == "training":
         assert len(rows) == shown + 1
         assert names[-1].endswith(" others")
-    else:  # two norms a block, and the last one
+    else:  # two norms per block, and the last one
         assert int(calls[names.index("aten.native_layer_norm.default")]) == 2 * VITS["ViT-Mini_4"].num_layers + 1
 
 
-def test_compiled_operators_of_a_cpu_are_refused(monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        call_main(kernels, ["--compile"], monkeypatch)
-    assert "--compile needs a GPU here" in capsys.readouterr().err.splitlines()[-1]
+def test_compiled_operators_of_a_cpu_are_refused(fails):
+    assert "--compile needs a GPU here" in fails(kernels, "--compile")
 
 
-def test_startup_tells_all_of_the_time():
-    flags = ["--model_type", "ViT-Mini_4", "--img_size", 8, "--dataset", "digits", "--rounds", 1]
-    phases, imports = succeed("benchmarks/startup.py", *flags).split("\n\n")[1:3]
-    for table in (phases, imports):
-        seconds = {name: float(value) for name, value in re.findall(r"^\| (.+?) \| ([\d.]+) \|", table, re.MULTILINE)}
-        total = seconds.pop("total")
-        assert sum(seconds.values()) == pytest.approx(total, abs=0.01 * len(seconds))
-    assert "| checkpoint |" in phases
-    assert "| torch |" in imports
+def test_speed_and_coverage_of_token_reduction(run, fails):
+    """Each row is there, and facility location covers the tokens best."""
+    flags = ["--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2, "--rounds", 1]
+    printed = run(token_reduction_speed, *flags, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
+    name = r"(none|facility|tome|Conformer-Mini_4)"
+    rows = re.findall(rf"^\| {name} \| (\S+) \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
+    reduced = [(name, keep) for keep in ("0.5", "4") for name in METHODS]
+    assert rows == [("none", "all"), *reduced, ("Conformer-Mini_4", "0.25")]
+    ratios = re.findall(r"\| (\d+) of 64 " + 4 * r"\| ([\d.]+) \(.*?\) ", printed)
+    assert [row[0] for row in ratios] == ["32", "4"]
+    for _, facility, *others in ratios:
+        assert 1 >= float(facility) > max(map(float, others))
 
 
-def test_the_input_pipeline_beside_timms():
-    flags = ["--pictures", 16, "--batch_size", 4, "--img_size", 32, "--rounds", 1, "--num_workers", 0, 1]
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--model_type", "ViT-Mini_4", "--img_size", 16, "--reduction_layer", 6), "reduction_layer 6"),
+        (("--model_type", "ViT-S_16", "--keep_tokens", 98), "digits.npz: keep_tokens 98 is neither a count from 1"),
+    ],
+)
+def test_wrong_flags_of_token_reduction_speed(flags, message, fails):
+    assert message in fails(token_reduction_speed, *flags)
+
+
+@pytest.mark.slow
+def test_the_input_pipeline_compared_with_timm():
+    flags = ["--images", 16, "--batch_size", 4, "--img_size", 32, "--rounds", 1, "--num_workers", 0, 1]
     printed = succeed("benchmarks/data_loading.py", *flags)
     rows = re.findall(r"^\| ([01]) \| (this project|timm) \| ([\d.]+) \| ([\d.]+) \|", printed, re.MULTILINE)
     assert [row[:2] for row in rows] == [(n, name) for n in "01" for name in ("this project", "timm")]
@@ -192,16 +263,42 @@ def test_the_input_pipeline_beside_timms():
     assert [ratio for _, name, ratio, _ in rows if name == "timm"] == ["1.00", "1.00"]
 
 
-def test_what_many_gpus_take_is_a_closed_form(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "--latency", "0", "--nvlink", "100"])
-    args = scaling.parse_flags()
-    inside = 2 * 7 / 8 * 8e9 / 100e9
-    assert scaling.all_reduce_seconds(args, 8e9, 8, None) == pytest.approx(inside)
-    # Between 4 machines each GPU sends its eighth: 1 GB by 80 Gbit/s.
-    assert scaling.all_reduce_seconds(args, 8e9, 32, 80) == pytest.approx(inside + 2 * 3 / 4 * 1e9 / 10e9)
-    reduce, exposed, step = scaling.step_seconds(args, 32, 128, 80)
-    assert step == pytest.approx(128 / args.images_per_second + exposed)
-    assert reduce / 7 <= exposed < reduce
-    share = scaling.smallest_share(args, 32, 80)
-    costs = [scaling.step_seconds(args, 32, n, 80)[1] * args.images_per_second / n for n in (share - 1, share)]
-    assert costs[1] <= 0.05 < costs[0]
+def test_the_input_pipeline_needs_two_batches(fails):
+    assert "--images 7 is less than two batches, 8" in fails(data_loading, "--images", 7, "--batch_size", 4)
+
+
+@pytest.mark.slow
+def test_end_to_end():
+    flags = ["--img_size", 32, "--batch_size", 4, "--num_steps", 4, "--first_steps", 2, "--rounds", 1]
+    printed = succeed("benchmarks/end_to_end.py", *flags, "--images", 20, "--num_workers", 1)
+    rows = re.findall(r"^\| (the model's step alone|train.py|timm's loop) \| [\d.]+ \|", printed, re.MULTILINE)
+    assert len(rows) == 3
+    assert re.search(r"^\| train.py \| .* \| [\d.]+% \(.*\) \| [\d.]+ \(.*\) \|$", printed, re.MULTILINE)
+
+
+def test_the_ratios_of_end_to_end_are_those_of_the_same_round():
+    args = argparse.Namespace(
+        **{"model_type": "ViT-Ti_16", "img_size": 32, "batch_size": 4, "precision": "fp32", "fp16_opt_level": "O2"},
+        **{"compile": False, "num_steps": 4, "first_steps": 2, "rounds": 3},
+    )
+    speeds = {
+        end_to_end.MODEL: [10.0, 20.0, 40.0],
+        end_to_end.OURS: [9.0, 19.0, 42.0],
+        end_to_end.TIMM_LOOP: [6.0, 10.0, 21.0],
+    }
+    lines = end_to_end.report(args, speeds, "images").splitlines()
+    assert lines[-2] == "| train.py | 19.0 | 9.0 to 42.0 | 95.0% (90.0% to 105.0%) | 1.90 (1.50 to 2.00) |"
+
+
+@pytest.mark.slow
+def test_the_parts_of_gpu_sh_run_dry():
+    """Only whether each part starts: its flags are known and its files exist."""
+    import subprocess
+
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HOME": "/tmp"}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--dry"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    parts = re.findall(r"^(\S+) +\d+ s  (.*)$", done.stdout, re.MULTILINE)
+    assert len(parts) >= 9
+    assert {end for _, end in parts} == {"done"}, done.stdout

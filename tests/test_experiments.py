@@ -1,0 +1,351 @@
+"""The experiments of scripts/: their plans, tables and figures; whole experiments from the shell are marked slow."""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from command_line import train_parser
+from conftest import ROOT, TINY, call_main, script, succeed, write_pictures
+from models import NORM_TYPES, build_model
+from synthetic import make_checkpoint
+from utils.sweeps import LOG
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import experiment
+import hybrid_vs_cnn
+import make_imagenet_like
+import norm_study
+import token_study
+
+TINY_EXPERIMENT = ["--dataset", "digits", "--examples_per_class", 2, "--num_steps", 2]
+TINY_EXPERIMENT += ["--img_size", 8, "--train_batch_size", 4]
+
+
+def study(output_dir, *given):
+    """The flags of a small norm study: those of TINY except where `given`."""
+    given = [str(item) for item in given]
+    ours = {"--model_types": TINY["--model_type"], "--output_dir": str(output_dir), "--min_crop_scale": "0.6"}
+    defaults = {**ours, **{flag: value for flag, value in TINY.items() if flag not in ("--name", "--model_type")}}
+    rest = [item for flag, value in defaults.items() if flag not in given for item in (flag, value)]
+    return [*rest, *given]
+
+
+def rows_of(output_dir):
+    with open(output_dir / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run(module, flag, value, ...)`: what the script prints, in this process; its runs are processes of their own."""
+
+    def run_script(module, *flags):
+        call_main(module, flags, monkeypatch)
+        return capsys.readouterr().out
+
+    return run_script
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """`fails(module, flag, value, ...)`: its error message of one line, which is all that it prints; exit status 2."""
+
+    def fail(module, *flags):
+        with pytest.raises(SystemExit) as stopped:
+            call_main(module, flags, monkeypatch)
+        printed = capsys.readouterr()
+        assert (stopped.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+        return printed.err
+
+    return fail
+
+
+@pytest.mark.parametrize("module", [hybrid_vs_cnn, make_imagenet_like, norm_study, token_study])
+def test_help_of_every_script(module, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call_main(module, ["--help"], monkeypatch)
+    assert stopped.value.code == 0
+    assert "--output_dir" in capsys.readouterr().out
+
+
+def test_every_script_is_listed():
+    found = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert found == {"experiment", "hybrid_vs_cnn", "make_imagenet_like", "norm_study", "token_study"}
+
+
+@pytest.mark.parametrize("module", [hybrid_vs_cnn, token_study])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--figure", "nowhere/figure.png"], "--figure nowhere/figure.png can't be written"),
+        (["--seeds", -1], "-1 is not a whole number"),
+        (["--dataset", "digit"], "unknown dataset 'digit'; did you mean digits"),
+        (["--img_size", 9], "image size 9 is not a multiple"),
+    ],
+)
+def test_wrong_flags_of_an_experiment(module, flags, message, fails, tmp_path):
+    given = {"--figure": tmp_path / "figure.png", "--dataset": "digits", "--output_dir": tmp_path / "runs"}
+    given |= {flags[0]: flags[1]}
+    assert message in fails(module, *(item for pair in given.items() for item in pair))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_of_token_study(monkeypatch, tmp_path):
+    """One run per model and seed, all with the same recipe; the names say what differs."""
+    planned = []
+    monkeypatch.setattr(token_study, "finish_runs", planned.extend)
+    monkeypatch.setattr(token_study, "time_steps", lambda runs: sys.exit(0))  # ends main() after the plan
+    figure = tmp_path / "figure.png"
+    flags = [*TINY_EXPERIMENT, "--keep_tokens", 0.25, "--seeds", 0, 3, "--figure", figure]
+    with pytest.raises(SystemExit, match="0"):
+        call_main(token_study, flags, monkeypatch)
+    names = ["ViT-Mini_4", "ViT-Mini_4-facility-0.25", "ViT-Mini_4-tome-0.25", "Conformer-Mini_4"]
+    assert [run.flags.name for run in planned] == [f"{name}-seed{n}" for n in (0, 3) for name in names]
+    assert [run.flags.token_reduction for run in planned[:4]] == [None, "facility", "tome", None]
+    assert [run.flags.reduction_layer for run in planned[:4]] == [None, 2, 2, 2]
+    for run in planned:
+        assert str(ROOT / "train.py") in run.command
+        assert (run.flags.optimizer, run.flags.bf16, run.flags.fp16_opt_level) == ("adamw", True, "O1")
+        assert (run.flags.num_steps, run.flags.train_batch_size, run.flags.dataset) == (2, 4, "digits")
+
+
+def test_the_figure_of_token_study():
+    """One line per method; the vertical bars range over the seeds."""
+    accuracies = {("none", "all"): [0.5, 0.6], ("tome", 0.5): [0.4, 0.5], ("tome", 0.25): [0.3, 0.4]}
+    speeds = {("none", "all"): 10.0, ("tome", 0.5): 15.0, ("tome", 0.25): 20.0}
+    [axes] = token_study.draw(speeds, accuracies, "title").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ViT, all patches", "ToMe"]
+    none, tome = axes.containers
+    assert list(tome.lines[0].get_xdata()) == [15.0, 20.0]
+    assert list(tome.lines[0].get_ydata()) == pytest.approx([45.0, 35.0])
+    bars = tome.lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([40.0, 50.0]), pytest.approx([30.0, 40.0])]
+    assert list(none.lines[0].get_ydata()) == pytest.approx([55.0])
+
+
+@pytest.mark.slow
+def test_the_token_study_resumes(tmp_path):
+    command = ["scripts/token_study.py", *TINY_EXPERIMENT, "--keep_tokens", 0.25]
+    command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
+    printed = succeed(*command)
+    assert printed.count("20 training and 360 test images") == 4
+    rows = re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", printed, re.MULTILINE)
+    assert [name for name, _ in rows] == ["none", "facility", "tome", "Conformer-Mini_4"]
+    (tmp_path / "figure.png").unlink()
+    again = succeed(*command)  # no run is repeated
+    assert "training and" not in again
+    assert re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", again, re.MULTILINE) == rows
+    assert (tmp_path / "figure.png").exists()
+
+
+@pytest.mark.slow
+def test_the_experiment_of_hybrid_and_cnns_resumes(tmp_path):
+    command = ["scripts/hybrid_vs_cnn.py", *TINY_EXPERIMENT]
+    command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
+    printed = succeed(*command)
+    assert printed.count("20 training and 360 test images") == 3
+    rows = re.findall(r"\| (\S+), (hybrid ViT|CNN of [\w ]+) \| [\d.]+ M \| ([\d.]+) G \| [\d.]+ % \|", printed)
+    assert [name for name, _, _ in rows] == ["R26-ViT-Mini_4", "ResNet-Mini_Params", "ResNet-Mini_Flops"]
+    (tmp_path / "figure.png").unlink()
+    first, table = succeed(*command).split("\n", 1)
+    assert first == "3 runs, 3 of them already finished"
+    assert printed.endswith(table)  # no run is repeated
+    assert (tmp_path / "figure.png").exists()
+    for flag, value in (("--examples_per_class", 3), ("--num_steps", 4)):
+        done = script(*command, flag, value)  # the folder has other runs
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+        assert f"was made with {flag} 2, not {value}; give another --output_dir" in done.stderr
+
+
+def test_the_table_of_hybrid_and_cnns():
+    """Mean and range over the seeds, in the order of the seeds' last evaluations."""
+    seeds = [
+        {
+            "test_accuracy": [0.1, accuracy],
+            "train_accuracy": [0.2, 0.5],
+            "images_per_second": [8, 9],
+            "seconds": [3, 90],
+        }
+        for accuracy in (0.3, 0.5)
+    ]
+    table = hybrid_vs_cnn.table({"R26-ViT-Mini_4": seeds}, 32)
+    cells = table.splitlines()[-1].split(" | ")
+    assert cells[0] == "| R26-ViT-Mini_4, hybrid ViT"
+    assert cells[3:] == ["40.0 % (30.0 to 50.0)", "50.0 % (50.0 to 50.0)", "8", "1.5 min |"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_norm_study_is_stopped_resumes_and_is_then_finished(tmp_path):
+    """SIGTERM reaches the study alone, as from a queue's manager; the running job saves, no other is started."""
+    command = ["scripts/norm_study.py", *study(tmp_path, "--norm_types", "BN", "Rescale", "--starts", "scratch")]
+    command += ["--num_steps", "200", "--eval_every", "40"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    first, second = tmp_path / "ViT-Mini_4-BN-scratch", tmp_path / "ViT-Mini_4-Rescale-scratch"
+    deadline = time.monotonic() + 120
+    while not (first / "last.safetensors").exists():
+        assert started.poll() is None, started.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM
+    assert "norm_study.py: stopped; the same command resumes" in errors
+    assert "stopped by SIGTERM after step" in (first / LOG).read_text()
+    assert not second.exists()
+
+    printed = succeed(*command)
+    assert printed.startswith("2 runs, 0 of them already finished; 2 to do, one after another\n")
+    assert "resuming at step" in (first / LOG).read_text()
+    assert "[2/2] ViT-Mini_4-Rescale-scratch: finished after" in printed
+    table = (tmp_path / "table.md").read_text()
+    assert table in printed
+    assert "digits, 200 steps of 16 images at 8x8; " in table
+    rows = rows_of(tmp_path)
+    assert [row["norm_type"] for row in rows] == ["BN", "Rescale"]
+    for row in rows:
+        assert 0.1 < float(row["test_accuracy"]) <= float(row["best_test_accuracy"]) <= 1
+        assert float(row["seconds"]) > 0
+        assert f"| from scratch | {row['norm_type']} | {100 * float(row['test_accuracy']):.2f} % |" in table
+    figures = [tmp_path / "figures" / f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1")]
+    for figure in figures:
+        with Image.open(figure) as image:
+            assert min(image.size) > 300
+        figure.unlink()
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("ViT*/*")}
+    printed = succeed(*command)
+    assert printed.startswith("2 runs, 2 of them already finished\n")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("ViT*/*")} == before
+    assert (tmp_path / "table.md").read_text() == table
+    assert all(figure.exists() for figure in figures)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_stop_the_rest(tmp_path):
+    """The weights of one start are damaged, then replaced."""
+    weights = tmp_path / "ViT-Mini_4-mine.npz"
+    weights.write_bytes(b"damaged")
+    output = tmp_path / "study"
+    command = study(output, "--starts", "pretrained", "scratch", "--norm_types", "GN", "--bf16")
+    command = ["scripts/norm_study.py", *command, "--pretrained_dir", tmp_path / "{model_type}-mine.npz"]
+    command += ["--figures", tmp_path / "figures"]
+    done = script(*command)
+    assert done.returncode == 1
+    summary, failure = done.stderr.splitlines()
+    assert summary == "norm_study.py: 1 of 2 runs failed; the same command tries them again"
+    log = output / "ViT-Mini_4-GN-pretrained" / LOG
+    assert failure.startswith(f"  ViT-Mini_4-GN-pretrained: train.py: error: {weights} is not an .npz file")
+    assert failure.endswith(f"(status 2; log: {log})")
+    assert "[2/2] ViT-Mini_4-GN-scratch: finished after" in done.stdout
+    assert "| ViT-Mini_4 | pretrained | GN | failed |" in done.stdout
+    assert [bool(row["test_accuracy"]) for row in rows_of(output)] == [False, True]
+
+    model = build_model("ViT-Mini_4", 8, num_classes=21)
+    np.savez(weights, **make_checkpoint({key: array.shape for key, array in model.export_npz().items()}))
+    printed = succeed(*command)
+    assert printed.startswith("2 runs, 1 of them already finished; 1 to do")
+    assert "arrays of another norm" in printed
+    assert all(float(row["test_accuracy"]) > 0 for row in rows_of(output))
+    starts = {path.name.split("-")[2] for path in (tmp_path / "figures").glob("ViT-Mini_4-*.png")}
+    assert starts == {"pretrained", "scratch"}
+
+
+def test_a_norm_study_in_one_process(tmp_path, run, fails, monkeypatch):
+    """One run of two steps: table, curves and attention; then other flags are refused."""
+    flags = study(tmp_path, "--norm_types", "Rescale", "--starts", "scratch", "--num_steps", "2", "--eval_every", "2")
+    printed = run(norm_study, *flags, "--examples_per_class", 2, "--num_pictures", 1)
+    [row] = rows_of(tmp_path)
+    assert (row["norm_type"], row["start"]) == ("Rescale", "scratch")
+    assert f"| from scratch | Rescale | {100 * float(row['test_accuracy']):.2f} % |" in printed
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1")}
+    error = fails(norm_study, *flags, "--examples_per_class", 2, "--learning_rate", 0.1)
+    assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
+
+
+def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path, run):
+    """Without weights, for the grid of the reported tables."""
+    output = tmp_path / "a b"
+    flags = ["--output_dir", output, "--pretrained_dir", "none/{model_type}.npz", "--dry_run", "--num_steps=7"]
+    lines = run(norm_study, *flags, "--horizontal_flip").splitlines()
+    assert not output.exists()
+    parser = train_parser()
+    runs = [parser.parse_args(shlex.split(line)[2:]) for line in lines]
+    assert {shlex.split(line)[1] for line in lines} == {str(ROOT / "train.py")}
+    expected = {
+        (model_type, norm_type, pretrained)
+        for model_type in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
+        for norm_type in NORM_TYPES
+        for pretrained in (None, f"none/{model_type}.npz")
+    }
+    assert {(run.model_type, run.norm_type, run.pretrained_dir) for run in runs} == expected
+    assert len(runs) == len({run.name for run in runs}) == 8 * len(NORM_TYPES)
+    for planned in runs:
+        assert (planned.dataset, planned.train_batch_size, planned.img_size) == ("cifar10", 128, 224)
+        assert (planned.learning_rate, planned.num_steps, planned.horizontal_flip) == (0.05, 7, True)
+        assert (planned.resume, planned.output_dir) == (True, str(output))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+        (["--optimizer", "adam_w"], "unknown optimizer 'adam_w'; did you mean adamw"),
+        (["--norm_types", "XN"], "unknown norm type 'XN'; did you mean LN, BN, GN, Rescale"),
+        (["--starts", "scrath"], "unknown start 'scrath'; did you mean scratch"),
+        (["--model_types", "ViT-B16"], "unknown model type 'ViT-B16'"),
+        (["--model_types", "BiT-M-R50x1"], "BiT-M-R50x1 is not in this study of ViTs and hybrids"),
+        (["--model_type", "ViT-B_16"], "--model_type is not for all runs: give --model_types"),
+        (["--name=x"], "--name is not for all runs"),
+        (["--img_size", "225"], "image size 225 is not a multiple of the model's patch size 16"),
+        (["--pretrained_dir", "nowhere/{model_type}.npz"], "nowhere/ViT-B_16.npz does not exist"),
+        (["--dataset", "imagefolder", "--data_dir", "/nowhere"], "/nowhere is not a folder"),
+        (["--starts", "scratch", "--figures", __file__], "test_experiments.py can't be created: File exists; see"),
+    ],
+)
+def test_wrong_flags_of_the_norm_study(flags, message, fails, tmp_path):
+    assert message in fails(norm_study, "--output_dir", tmp_path / "output", *flags)
+    assert not list(tmp_path.glob("output/*"))
+
+
+def test_a_folder_like_imagenet(tmp_path, run, fails):
+    """ImageNet's ids as names, another size for each image, and the first images of each class only."""
+    for split in ("train", "val"):
+        for name, count in (("airplane", 4), ("cat", 5), ("emu", 6)):
+            write_pictures(tmp_path / "source" / split / name, [(20, 30)] * count)
+    folder = tmp_path / "like"
+    flags = ("--source", tmp_path / "source", "--output_dir", folder, "--per_class", 4, "--val_per_class", 2)
+    printed = run(make_imagenet_like, *flags)
+    assert [line.rpartition("/")[2] for line in printed.splitlines()] == [
+        "train: 12 images of 3 classes",
+        "val: 6 images of 3 classes",
+    ]
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.JPEG")}
+    assert names == {
+        f"{split}/{wnid}/{wnid}_{number}.JPEG"
+        for split, count in (("train", 4), ("val", 2))
+        for wnid in ("n02690373", "n02123045", "emu")
+        for number in range(count)
+    }
+    sizes = {Image.open(path).size for path in folder.rglob("*.JPEG")}
+    assert len(sizes) == 18
+    assert 200 <= min(map(min, sizes)) <= max(map(max, sizes)) <= 500
+    assert "already has train/ or val/" in fails(make_imagenet_like, *flags)
+
+
+def test_seeds_in_titles():
+    assert experiment.seeds_text([3]) == "seed 3"
+    assert experiment.seeds_text([0, 1]) == "seeds 0, 1"
