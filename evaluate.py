@@ -8,27 +8,26 @@ from pathlib import Path
 import torch
 
 from models import MODEL_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type, num_classes_of
-from utils.arguments import (
-    Parser,
+from utils.checks import check_figure_path
+from utils.data.augmentation import normalise
+from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.images import read_image, stretch
+from utils.errors import UserError, run_script
+from utils.evaluation import check_classes, evaluate
+from utils.flag_groups import (
     add_checkpoint_flags,
     add_data_flags,
     add_precision_flags,
-    add_reduction_flags,
-    check_picture_path,
-    positive,
-    reduction_of,
+    add_token_reduction_flags,
+    token_reduction_of,
 )
-from utils.data.augmentation import normalise, stretch
-from utils.data.datasets import DATASETS
-from utils.data.images import read_image
-from utils.errors import UserError, run_script
-from utils.evaluation import check_classes, evaluate
+from utils.flag_types import Parser, positive
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes
 from utils.pretrained import download as fetch_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
 from utils.records.checkpoint import load_into, load_weights
-from utils.records.tracker import read_config
+from utils.records.run_folder import read_config
 
 # Of ImageNet-1k's sorted class ids (wnids), joined by blanks: in this order torchvision names them.
 IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
@@ -38,7 +37,7 @@ def main():
     args = parse_flags()
     with join_processes() as processes, torch.no_grad():
         model, classes, img_size, flags = load_model(
-            args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
+            args.checkpoint, args.model_type, args.img_size, args.download, token_reduction_of({}, vars(args))
         )
         if args.dataset is None and flags:
             args.dataset, args.data_dir = flags["dataset"], args.data_dir or flags["data_dir"]
@@ -60,7 +59,7 @@ def parse_flags():
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="picture files to classify, instead of a data set")
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group, canonical_model_type, required=True)
-    add_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
+    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images at once")
@@ -88,7 +87,7 @@ def load_model(checkpoint, model_type=None, img_size=None, download=False, reduc
         raise UserError(f"{path.parent} has no config.json of a run, so the model of {path.name} is unknown")
     flags, classes = config["flags"], config["classes"]
     model_type = model_type or flags["model_type"]
-    keywords = {"norm_type": flags.get("norm_type", "LN"), **reduction_of(flags, reduction)}
+    keywords = {"norm_type": flags.get("norm_type", "LN"), **token_reduction_of(flags, reduction)}
     model = make_model(model_type, flags["img_size"], len(classes), **keywords)
     load_into(model, weights, path)
     img_size = img_size or flags["img_size"]
@@ -151,15 +150,15 @@ def readable(classes):
 def measure(model, classes, img_size, precision, processes, args, flags):
     """Evaluate on the test set, its images normalised as in the run of these flags, and draw the confusion matrix."""
     picture = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
-    check_picture_path(picture, "--confusion_matrix")
+    check_figure_path(picture, "--confusion_matrix")
     dataset = args.dataset or "cifar10"
     source = DATASETS[dataset]
     data_dir = args.data_dir or "data"
     found = source.count_classes(data_dir)
     if found != len(classes):
         raise UserError(f"{args.checkpoint} tells {len(classes)} classes apart, {dataset} has {found}")
-    how = {"mean_std": mean_std_of(flags), "skip_broken": args.skip_broken}
-    test_set = source.load(False, data_dir, processes, args.num_workers, **how)
+    options = DataOptions(data_dir, args.num_workers, mean_std_of(flags), args.skip_broken)
+    test_set = load_dataset(dataset, "test", options, processes)
     if not args.checkpoint.endswith(".npz"):
         check_classes(args.checkpoint, classes, dataset, test_set.classes)
     start = time.perf_counter()

@@ -11,13 +11,14 @@ import torch
 
 from evaluate import checkpoint_title, load_model, mean_std_of, prepare_image, readable
 from models import TOKEN_REDUCTIONS, canonical_model_type
-from utils.arguments import Parser, add_checkpoint_flags, add_reduction_flags, natural, reduction_of
-from utils.data.augmentation import centre_crop, centre_square, normalise
+from utils.data.augmentation import normalise
 from utils.data.datasets import DATASETS
-from utils.data.images import check_image, pictures_below, read_image
+from utils.data.images import centre_crop, centre_square, check_image, images_below, read_image
 from utils.errors import UserError, run_script
+from utils.flag_groups import add_checkpoint_flags, add_token_reduction_flags, token_reduction_of
+from utils.flag_types import Parser, natural
 from utils.parallel.processes import choose_device
-from utils.records.tracker import read_run
+from utils.records.run_folder import read_run
 from utils.visualize import (
     UNIFORM,
     attention_distance,
@@ -51,7 +52,7 @@ def main():
         write(plot_runs(runs_of(args.curves)), args, "curves")
     if args.checkpoint:
         model, classes, img_size, flags = load_model(
-            args.checkpoint, args.model_type, args.img_size, args.download, reduction_of({}, vars(args))
+            args.checkpoint, args.model_type, args.img_size, args.download, token_reduction_of({}, vars(args))
         )
         model.to(choose_device()).eval()
         name = checkpoint_title(args.checkpoint)
@@ -63,7 +64,7 @@ def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group, canonical_model_type)
-    add_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
+    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--image", nargs="+", default=[], metavar="PATH", help="picture files, or folders of them")
     pictures.add_argument("--rollout", action="store_true", help="attention of all blocks multiplied through")
@@ -95,7 +96,7 @@ def parse_flags():
         raise UserError(f"--{kinds[0] if kinds else 'image'} needs --checkpoint")
     if not args.image and OF_IMAGES.intersection(kinds):
         raise UserError(f"--{next(kind for kind in kinds if kind in OF_IMAGES)} needs --image")
-    args.image = [path for given in args.image for path in (pictures_below(given) if os.path.isdir(given) else [given])]
+    args.image = [path for given in args.image for path in (images_below(given) if os.path.isdir(given) else [given])]
     for path in args.image:
         check_image(path)
     return args

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from torch import nn
 
-from conftest import ROOT, script, succeed, write_pictures
+from helpers import ROOT, script, succeed, write_pictures
 from models import build_model
 from models.configs import VITS
 from synthetic import make_checkpoint, make_images
