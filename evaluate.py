@@ -7,18 +7,18 @@ import torch
 
 from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
-from utils.arguments import (
+from utils.checks import check_figure_path
+from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.images import read_image
+from utils.errors import UserError, run_script
+from utils.evaluation import check_classes, evaluate_model
+from utils.flag_groups import (
     add_checkpoint_flags,
     add_data_flags,
     add_precision_flags,
     add_token_reduction_flags,
     token_reduction_of,
 )
-from utils.checks import check_figure_path
-from utils.data.datasets import DATASETS, DataOptions, load_dataset
-from utils.data.images import read_image
-from utils.errors import UserError, run_script
-from utils.evaluation import check_classes, evaluate_model
 from utils.flag_types import Parser, positive
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes

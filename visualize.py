@@ -12,7 +12,6 @@ import torch
 
 from inference import SavedModel
 from models import TOKEN_REDUCTIONS, canonical_model_type
-from utils.arguments import add_checkpoint_flags, add_token_reduction_flags, token_reduction_of
 from utils.attention import (
     attention_distance,
     attention_of,
@@ -42,6 +41,7 @@ from utils.figures import (
     prediction_caption,
     save,
 )
+from utils.flag_groups import add_checkpoint_flags, add_token_reduction_flags, token_reduction_of
 from utils.flag_types import Parser, natural
 from utils.parallel.processes import choose_device
 from utils.records.run_folder import read_run

@@ -42,15 +42,15 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
-from utils.data.folders import class_folders, image_folders
-from utils.flag_types import Parser, natural, positive
-from utils.records.run_folder import read_metrics
 
 from inference import make_model
 from models.configs import RESNETS
+from utils.data.folders import class_folders, image_folders
 from utils.errors import RunStoppedError, run_script
+from utils.flag_types import Parser, natural, positive
 from utils.parallel.processes import choose_device
 from utils.profiling import markdown_table, synchronise, time_calls
+from utils.records.run_folder import read_metrics
 
 EVAL_IMAGES = 10  # per class, of the images that are made
 MODEL, OURS, TIMM_LOOP = "the model's step alone", "train.py", "timm's loop"

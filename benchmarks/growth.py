@@ -32,13 +32,13 @@ from steps import (
     state_bytes,
     training_memory,
 )
-from utils.checks import check_figure_path
-from utils.flag_types import Parser, one_of, positive
 
 from inference import make_model
 from models.configs import VITS
+from utils.checks import check_figure_path
 from utils.errors import run_script
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
+from utils.flag_types import Parser, one_of, positive
 from utils.parallel.processes import choose_device
 from utils.profiling import activation_bytes, markdown_table, speed_cells, time_interleaved
 

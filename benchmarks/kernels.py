@@ -10,10 +10,10 @@ from collections import Counter
 from steps import NUM_CLASSES, add_model_flag, add_step_flags, machine, random_batch, setting, step_of
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from utils.flag_types import Parser, one_of, positive
 
 from inference import make_model
 from utils.errors import UserError, run_script
+from utils.flag_types import Parser, one_of, positive
 from utils.parallel.processes import choose_device
 from utils.profiling import markdown_table, time_calls
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from models.bit_resnet import BiTResNet
 from utils.errors import UserError
-from utils.training import compile_in_place
+from utils.train_state import compile_in_place
 
 TIMM = {
     "ViT-Ti_16": "vit_tiny_patch16_224",

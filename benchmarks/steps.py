@@ -13,12 +13,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import train_parser
-from utils.flag_types import argument, one_of, positive
-
-from models import MODEL_TYPES, canonical_model_type
 from inference import make_model
+from models import MODEL_TYPES, canonical_model_type
 from models.bit_resnet import BiTResNet
 from utils.errors import UserError
+from utils.flag_types import argument, one_of, positive
 from utils.parallel.precision import OPT_LEVELS
 from utils.parallel.processes import device_name
 from utils.profiling import TimedStep, activation_bytes, count_flops
@@ -116,7 +115,8 @@ def our_step(model, device, precision, level, compile=False, grad_checkpointing=
     if precision != "fp32":
         flags += [f"--{precision}", "--fp16_opt_level", level]
     flags += ["--compile"] * compile + ["--grad_checkpointing"] * grad_checkpointing
-    compile_for_fixed_shapes()
+    if compile:
+        compile_for_fixed_shapes()
     return TimedStep(model, train_parser().parse_args([*map(str, flags)]), NUM_CLASSES, device)
 
 

@@ -47,14 +47,13 @@ from steps import (
     precision_text,
     random_batch,
 )
-from utils.checks import check_figure_path
-from utils.flag_types import Parser, argument, one_of, positive
-from utils.records.run_folder import read_run
 
 from inference import make_model
 from models import MODEL_TYPES, NORM_TYPES, canonical_model_type
+from utils.checks import check_figure_path
 from utils.errors import UserError, run_script
 from utils.figures import OKABE_ITO, save
+from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.precision import OPT_LEVELS
 from utils.parallel.processes import choose_device
 from utils.profiling import (
@@ -64,6 +63,7 @@ from utils.profiling import (
     speedup,
     time_interleaved,
 )
+from utils.records.run_folder import read_run
 
 PEERS, NORMS, MODELS = "peers", "norms", "models"
 OURS = "this project"
@@ -137,7 +137,7 @@ def parse_flags():
         nargs="+",
         default=[],
         metavar="DIR",
-        help="with --compare models: add each model's best test accuracy in these finished runs",
+        help="with --compare models: add each model's best test accuracy in these finished runs; default: none",
     )
     return parser.parse_args()
 
@@ -162,10 +162,10 @@ def check(args, device):
     elif args.runs or args.figure:
         raise UserError("--runs and --figure need --compare models")
     if LARGEST in args.batch_sizes and device.type == "cpu":
-        print(f"--batch_size {LARGEST} is skipped: it needs a GPU", file=sys.stderr)
         args.batch_sizes = [size for size in args.batch_sizes if size != LARGEST]
         if not args.batch_sizes:
-            raise UserError("no --batch_size is left; give a number")
+            raise UserError(f"--batch_size {LARGEST} needs a GPU; give a number")
+        print(f"--batch_size {LARGEST} is skipped: it needs a GPU", file=sys.stderr)
     if args.figure:
         check_figure_path(args.figure, "--figure")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):

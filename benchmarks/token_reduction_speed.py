@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from steps import NUM_CLASSES, add_step_flags, machine, random_batch, setting, step_of
-from utils.flag_types import Parser, one_of
 
 from inference import SavedModel, make_model
 from models.configs import VITS
@@ -28,9 +27,10 @@ from models.token_reduction import (
     similarity,
     upper_bound,
 )
-from utils.arguments import add_token_reduction_grid_flags
 from utils.data.images import images_below, read_image
 from utils.errors import UserError, run_script
+from utils.flag_groups import add_token_reduction_grid_flags
+from utils.flag_types import Parser, one_of
 from utils.parallel.processes import choose_device
 from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
 

@@ -9,7 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import model_maker, train_parser
 from utils.flag_types import positive, seed
-
 from utils.sweeps import TrainingScript, check_plan, plan_run, raise_failures, run_unfinished
 
 TRAIN = TrainingScript(Path(__file__).resolve().parent.parent / "train.py", train_parser(), model_maker)

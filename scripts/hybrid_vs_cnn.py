@@ -11,16 +11,16 @@ import statistics
 
 import torch
 from experiment import add_experiment_flags, finish_runs, plan_from_scratch, seeds_text
-from utils.checks import check_figure_path
-from utils.flag_types import Parser
-from utils.records.run_folder import read_metrics
 
 from models import build_model
+from utils.checks import check_figure_path
 from utils.curves import plot_runs
 from utils.errors import run_script
 from utils.figures import save
+from utils.flag_types import Parser
 from utils.parallel.processes import device_name
 from utils.profiling import count_flops, count_parameters, markdown_table
+from utils.records.run_folder import read_metrics
 from utils.sweeps import data_name, mean_and_range
 
 MODELS = {

@@ -16,12 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.data.folders import list_folder
-from utils.flag_types import Parser, positive, seed
-
-from utils.data.datasets import DataOptions, load_dataset
+from utils.data.datasets import DataOptions, read_split
 from utils.data.images import read_image
 from utils.errors import UserError, run_script
+from utils.flag_types import Parser, positive, seed
 from utils.parallel.processes import one_process
 
 WNIDS = {
@@ -43,15 +41,19 @@ QUALITY = 95
 def main():
     args = parse_flags()
     output = Path(args.output_dir)
-    for train, split, count in ((True, "train", args.per_class), (False, "val", args.val_per_class)):
-        images, labels, classes = load_images(args, train, count)
+    for split, folder, count in (("train", "train", args.per_class), ("test", "val", args.val_per_class)):
+        images, labels, classes = load_images(args, split, count)
         written = dict.fromkeys(range(len(classes)), 0)
-        bar = tqdm(images, desc=split, unit="img", total=len(labels), disable=not sys.stderr.isatty())
+        bar = tqdm(images, desc=folder, unit="img", total=len(labels), disable=not sys.stderr.isatty())
         for image, label in zip(bar, labels, strict=True):
             wnid, number = WNIDS.get(classes[label], classes[label]), written[label]
-            write(image, output / split / wnid / f"{wnid}_{number}.JPEG", (args.seed, int(train), label, number))
+            write(
+                image,
+                output / folder / wnid / f"{wnid}_{number}.JPEG",
+                (args.seed, int(split == "train"), label, number),
+            )
             written[label] += 1
-        print(f"{output / split}: {len(labels)} images of {len(classes)} classes")
+        print(f"{output / folder}: {len(labels)} images of {len(classes)} classes")
 
 
 def parse_flags():
@@ -80,14 +82,11 @@ def parse_flags():
     return args
 
 
-def load_images(args, train, count):
+def load_images(args, split, count):
     """(images uint8 (3, h, w), their labels, names of the classes): the first `count` images of each class."""
-    if args.source:
-        paths, labels, classes = list_folder(train, args.source, count)
-        return map(read_image, paths), labels, classes
-    options = DataOptions(examples_per_class=count)
-    data = load_dataset("cifar10", "train" if train else "test", options, one_process(torch.device("cpu")))
-    return data.images, data.labels.tolist(), data.classes
+    name, data_dir = ("imagefolder", args.source) if args.source else ("cifar10", "data")
+    images, labels, classes = read_split(name, split, DataOptions(data_dir, examples_per_class=count), one_process())
+    return map(read_image if args.source else torch.from_numpy, images), labels.tolist(), classes
 
 
 def write(image, path, key):

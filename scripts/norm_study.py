@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from experiment import TRAIN
-from utils.flag_types import Parser, argument, one_of, positive
-from utils.records.run_folder import read_config, read_metrics
 
 from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
@@ -27,9 +25,11 @@ from utils.data.augmentation import denormalise
 from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import UserError, run_script
 from utils.figures import blocks_to_draw, make_output_folder, plot_attention_rows, prediction_caption, save
+from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
 from utils.records.checkpoint import LAST
+from utils.records.run_folder import read_config, read_metrics
 from utils.sweeps import check_plan, data_name, is_finished, plan_run, raise_failures, run_unfinished
 
 REPORTED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
@@ -201,8 +201,7 @@ def draw_figures(finished, args):
     """For each architecture and start: the curves of all norms, and their attention on the same test images."""
     device = choose_device()
     flags = next(iter(finished.values())).flags
-    options = DataOptions(flags.data_dir, flags.num_workers, flags.mean_std, flags.skip_broken)
-    test_set = load_dataset(flags.dataset, "test", options, one_process(device))
+    test_set = load_dataset(flags.dataset, "test", DataOptions.from_flags(flags), one_process(device))
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
     originals = denormalise(images, flags.mean_std).cpu()
     for model_type, start in dict.fromkeys(key[:2] for key in finished):

@@ -11,13 +11,11 @@ from safetensors.torch import load_file
 import train
 import train_flops
 import train_resnet
-from conftest import call_main, read_config, succeed
+from helpers import call_main, fails, load_data, read_config, succeed
 from models import build_model
 from synthetic import make_checkpoint
-from test_flags import fails
 from test_scripts import metrics, run_dir
 from utils.data.augmentation import normalise, resized_crops
-from utils.data.datasets import DATASETS
 
 
 def figures(printed):
@@ -28,9 +26,9 @@ def figures(printed):
 
 
 @torch.no_grad()
-def measured(model, one_process):
+def measured(model):
     """Top-1 and top-5 in percent and the loss on the digits at 8x8, in one batch."""
-    data = DATASETS["digits"].load(False, "data", one_process, 0)
+    data = load_data("digits", "test")
     boxes = torch.tensor([[0, 0, 8, 8]]).expand(len(data), -1)
     logits = model.eval()(normalise(resized_crops(data.images, boxes, (8, 8))))
     places = (logits > logits.gather(1, data.labels[:, None])).sum(dim=1)  # how many classes are ahead of the true one
@@ -47,14 +45,14 @@ def assert_fits(printed, expected):
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-3)
 
 
-def test_the_flags_of_training_test_its_best_weights(tiny_flags, monkeypatch, capsys, one_process):
+def test_the_flags_of_training_test_its_best_weights(tiny_flags, monkeypatch, capsys):
     flags = tiny_flags("--learning_rate", 0.1, "--num_steps", 30, "--dropout_rate", 0.1)
     call_main(train, flags, monkeypatch)
     folder = run_dir(flags)
     before = contents(folder)
     model = build_model("ViT-Mini_4", img_size=8)
     model.load_state_dict(load_file(folder / "best.safetensors"))
-    expected = measured(model, one_process)
+    expected = measured(model)
     best = max(metrics(flags), key=lambda row: float(row["test_accuracy"]))
     assert expected["top-1"] == pytest.approx(100 * float(best["test_accuracy"]), abs=1e-3)
     assert expected["top-5"] == pytest.approx(100 * float(best["test_top5_accuracy"]), abs=1e-3)
@@ -74,7 +72,7 @@ def test_the_flags_of_training_test_its_best_weights(tiny_flags, monkeypatch, ca
     assert contents(folder) == before
 
 
-def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, capsys, one_process, tmp_path):
+def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, capsys, tmp_path):
     weights = {}
     for classes in (10, 21):
         shapes = build_model("ViT-Mini_4", 8, classes).export_npz().items()
@@ -82,7 +80,7 @@ def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, 
         np.savez(weights[classes], **make_checkpoint({key: array.shape for key, array in shapes}))
     model = build_model("ViT-Mini_4", img_size=8)
     model.load_from(np.load(weights[10]), head="keep")
-    expected = measured(model, one_process)
+    expected = measured(model)
     assert 0 < expected["top-1"] < expected["top-5"] < 100
     call_main(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[10]), monkeypatch)
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from command_line import train_parser
-from conftest import ROOT, TINY, call_main, script, succeed, write_pictures
+from helpers import ROOT, TINY, call_main, script, succeed, write_pictures
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
 from utils.sweeps import LOG
@@ -44,31 +44,6 @@ def rows_of(output_dir):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(module, flag, value, ...)`: what the script prints, in this process; its runs are processes of their own."""
-
-    def run_script(module, *flags):
-        call_main(module, flags, monkeypatch)
-        return capsys.readouterr().out
-
-    return run_script
-
-
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    """`fails(module, flag, value, ...)`: its error message of one line, which is all that it prints; exit status 2."""
-
-    def fail(module, *flags):
-        with pytest.raises(SystemExit) as stopped:
-            call_main(module, flags, monkeypatch)
-        printed = capsys.readouterr()
-        assert (stopped.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
-        return printed.err
-
-    return fail
-
-
 @pytest.mark.parametrize("module", [hybrid_vs_cnn, make_imagenet_like, norm_study, token_study])
 def test_help_of_every_script(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -92,10 +67,10 @@ def test_every_script_is_listed():
         (["--img_size", 9], "image size 9 is not a multiple"),
     ],
 )
-def test_wrong_flags_of_an_experiment(module, flags, message, fails, tmp_path):
+def test_wrong_flags_of_an_experiment(module, flags, message, main_fails, tmp_path):
     given = {"--figure": tmp_path / "figure.png", "--dataset": "digits", "--output_dir": tmp_path / "runs"}
     given |= {flags[0]: flags[1]}
-    assert message in fails(module, *(item for pair in given.items() for item in pair))
+    assert message in main_fails(module, *(item for pair in given.items() for item in pair))
     assert not (tmp_path / "runs").exists()
 
 
@@ -263,24 +238,24 @@ def test_a_run_that_fails_does_not_stop_the_rest(tmp_path):
     assert starts == {"pretrained", "scratch"}
 
 
-def test_a_norm_study_in_one_process(tmp_path, run, fails, monkeypatch):
+def test_a_norm_study_in_one_process(tmp_path, run_main, main_fails, monkeypatch):
     """One run of two steps: table, curves and attention; then other flags are refused."""
     flags = study(tmp_path, "--norm_types", "Rescale", "--starts", "scratch", "--num_steps", "2", "--eval_every", "2")
-    printed = run(norm_study, *flags, "--examples_per_class", 2, "--num_pictures", 1)
+    printed = run_main(norm_study, *flags, "--examples_per_class", 2, "--num_pictures", 1)
     [row] = rows_of(tmp_path)
     assert (row["norm_type"], row["start"]) == ("Rescale", "scratch")
     assert f"| from scratch | Rescale | {100 * float(row['test_accuracy']):.2f} % |" in printed
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1")}
-    error = fails(norm_study, *flags, "--examples_per_class", 2, "--learning_rate", 0.1)
+    error = main_fails(norm_study, *flags, "--examples_per_class", 2, "--learning_rate", 0.1)
     assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
 
 
-def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path, run):
+def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path, run_main):
     """Without weights, for the grid of the reported tables."""
     output = tmp_path / "a b"
     flags = ["--output_dir", output, "--pretrained_dir", "none/{model_type}.npz", "--dry_run", "--num_steps=7"]
-    lines = run(norm_study, *flags, "--horizontal_flip").splitlines()
+    lines = run_main(norm_study, *flags, "--horizontal_flip").splitlines()
     assert not output.exists()
     parser = train_parser()
     runs = [parser.parse_args(shlex.split(line)[2:]) for line in lines]
@@ -316,19 +291,19 @@ def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path, run):
         (["--starts", "scratch", "--figures", __file__], "test_experiments.py can't be created: File exists; see"),
     ],
 )
-def test_wrong_flags_of_the_norm_study(flags, message, fails, tmp_path):
-    assert message in fails(norm_study, "--output_dir", tmp_path / "output", *flags)
+def test_wrong_flags_of_the_norm_study(flags, message, main_fails, tmp_path):
+    assert message in main_fails(norm_study, "--output_dir", tmp_path / "output", *flags)
     assert not list(tmp_path.glob("output/*"))
 
 
-def test_a_folder_like_imagenet(tmp_path, run, fails):
+def test_a_folder_like_imagenet(tmp_path, run_main, main_fails):
     """ImageNet's ids as names, another size for each image, and the first images of each class only."""
     for split in ("train", "val"):
         for name, count in (("airplane", 4), ("cat", 5), ("emu", 6)):
             write_pictures(tmp_path / "source" / split / name, [(20, 30)] * count)
     folder = tmp_path / "like"
     flags = ("--source", tmp_path / "source", "--output_dir", folder, "--per_class", 4, "--val_per_class", 2)
-    printed = run(make_imagenet_like, *flags)
+    printed = run_main(make_imagenet_like, *flags)
     assert [line.rpartition("/")[2] for line in printed.splitlines()] == [
         "train: 12 images of 3 classes",
         "val: 6 images of 3 classes",
@@ -343,7 +318,7 @@ def test_a_folder_like_imagenet(tmp_path, run, fails):
     sizes = {Image.open(path).size for path in folder.rglob("*.JPEG")}
     assert len(sizes) == 18
     assert 200 <= min(map(min, sizes)) <= max(map(max, sizes)) <= 500
-    assert "already has train/ or val/" in fails(make_imagenet_like, *flags)
+    assert "already has train/ or val/" in main_fails(make_imagenet_like, *flags)
 
 
 def test_seeds_in_titles():

@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 
 FOLDERS = ("models", "utils", "scripts", "benchmarks")
 LIBRARIES = {"command_line", "inference", "scripts.experiment", "benchmarks.steps", "benchmarks.peers"}

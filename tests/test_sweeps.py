@@ -12,7 +12,7 @@ import torch
 
 import train
 from command_line import model_maker, train_parser
-from conftest import ROOT, call_main, read_config
+from helpers import ROOT, call_main, read_config
 from utils.errors import RunStoppedError, UserError
 from utils.sweeps import (
     LOG,

@@ -3,16 +3,16 @@
 import heapq
 import itertools
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from utils.visualize import attention_of, class_token_mask, rollout
 
 import evaluate
 import train
-from conftest import call_main, read_config, script, succeed, write_pictures
+from helpers import call_main, read_config, script, succeed, write_pictures
 from models import build_model
 from models.token_reduction import (
     Clusters,
@@ -29,7 +29,6 @@ from models.token_reduction import (
 )
 from synthetic import make_images
 from test_models import randomised
-from utils.visualize import attention_of, class_token_mask, rollout
 
 METHODS = ("facility", "tome")
 SMALL = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 4}

@@ -10,11 +10,6 @@ import torch
 from nbclient import NotebookClient
 from PIL import Image
 from torch import nn
-
-from conftest import ROOT, script, succeed, write_pictures
-from models import build_model
-from models.configs import VITS
-from synthetic import make_checkpoint, make_images
 from utils.visualize import (
     attention_distance,
     class_token_mask,
@@ -28,6 +23,11 @@ from utils.visualize import (
     shrunk,
     upsample,
 )
+
+from helpers import ROOT, script, succeed, write_pictures
+from models import build_model
+from models.configs import VITS
+from synthetic import make_checkpoint, make_images
 from visualize import first_layer, labels_of
 
 SMALL = {"hidden_size": 32, "mlp_dim": 32, "num_heads": 2, "num_layers": 4}

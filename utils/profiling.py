@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.data.stream import MicroBatch
 from utils.parallel.processes import one_process
-from utils.training import MicroBatch, TrainState, train_step
+from utils.train_state import TrainState
+from utils.training import train_step
 
 SECONDS_PER_ROUND, STEPS_PER_ROUND = 0.5, 10  # on a GPU, at most
 

@@ -118,7 +118,7 @@ def download_shared_files(runs):
             download(path)
     for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
         if not DATASETS[dataset].in_folders:
-            load_dataset(dataset, "test", DataOptions(data_dir=data_dir), one_process(torch.device("cpu")))
+            load_dataset(dataset, "test", DataOptions(data_dir=data_dir), one_process())
 
 
 def raise_failures(failed, count):
