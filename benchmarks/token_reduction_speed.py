@@ -8,8 +8,6 @@ ToMe merges the others into, and for random ones. scripts/token_study.py compare
     python benchmarks/token_reduction_speed.py --batch_size 128 --compile       # on a GPU
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from steps import NUM_CLASSES, add_step_flags, machine, random_batch, setting, step_of
@@ -90,13 +88,13 @@ def speed_table(args, grid, device):
 @torch.no_grad()
 def coverage_table(args, device):
     """Markdown: f(S) / upper bound at each number of tokens, the mean over the images."""
-    saved = SavedModel.load(Path(args.checkpoint))
-    model = saved.model.to(device).eval()
+    saved = SavedModel.load(args.checkpoint).to(device)
+    model = saved.model
     paths = images_below(args.images)
-    images = torch.stack([saved.prepare(read_image(path)) for path in paths]).to(device)
+    images = torch.cat([saved.prepare(read_image(path)) for path in paths])
     if args.reduction_layer >= len(model.blocks):
         raise UserError(f"{args.checkpoint} has {len(model.blocks)} blocks, too few for this --reduction_layer")
-    x = model.embed(saved.normalise(images))
+    x = model.embed(images)
     for block in model.blocks[: args.reduction_layer]:
         x, keys = block(x, with_keys=True)
     s = similarity(keys[:, :, 1:].mean(dim=1, dtype=torch.float32))

@@ -103,7 +103,8 @@ def test_comparing_models_with_the_accuracy_of_a_run(tmp_path, run_main, main_fa
     finished = tmp_path / "run"
     finished.mkdir()
     (finished / "config.json").write_text(json.dumps({"flags": {"model_type": "ViT-Mini_4"}}))
-    (finished / "metrics.csv").write_text("step,test_accuracy\n1,0.25\n2,0.125\n")
+    columns = "step,train_loss,train_accuracy,test_loss,test_accuracy,images_per_second,seconds"
+    (finished / "metrics.csv").write_text(f"{columns}\n1,1,0,1,0.25,9,1\n2,1,0,1,0.125,9,2\n")
     flags = ["--compare", "models", *SMALL, "--precision", "fp32", "--runs", finished]
     figure = tmp_path / "costs.png"
     printed = run_main(throughput, *flags, "--model_type", "ViT-Mini_4", "ResNet-Mini_Flops", "--figure", figure)
