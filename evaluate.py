@@ -64,8 +64,7 @@ def evaluate_on_dataset(saved, args, processes):
     path = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
     check_figure_path(path, "--confusion_matrix")
     dataset, test_set = load_test_set(saved, args, processes)
-    size = (saved.img_size, saved.img_size)
-    result = evaluate_model(saved.model, test_set, size, args, processes, per_class=True)
+    result = evaluate_model(saved.model, test_set, saved.img_size, args, processes, per_class=True)
     names = readable_names(test_set.classes)
     if processes.rank == 0:
         draw_confusion_matrix(result["confusion"], names, f"{saved.title} on {dataset}", path)
@@ -94,7 +93,7 @@ def load_test_set(saved, args, processes):
     dataset, data_dir = dataset or "cifar10", data_dir or "data"
     count = DATASETS[dataset].count_classes(data_dir)
     if count != len(saved.classes):
-        raise UserError(f"{args.checkpoint} was trained on {len(saved.classes)} classes, {dataset} has {count}")
+        raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
     options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken)
     test_set = load_dataset(dataset, "test", options, processes)
     if saved.flags:  # an .npz file has no names of its own classes
