@@ -63,15 +63,16 @@ def of_each_image(*kinds):
     return {f"cats-00{i}-{kind}.png" for i in (0, 1) for kind in kinds}
 
 
-def test_all_figures_of_a_vit(draw):
-    together = {"grid.png", "distance.png", "positions.png", "filters.png"}
-    assert draw("ViT-Mini_4") == together | of_each_image("rollout", "blocks", "heads")
+def test_all_figures_of_a_vit_and_one_image(draw, tmp_path):
+    together = {"distance.png", "positions.png", "filters.png"}
+    names = draw("ViT-Mini_4", "--image", tmp_path / "cats" / "000.png")
+    assert names == together | {f"cats-000-{kind}.png" for kind in ("rollout", "blocks", "heads")}
 
 
-def test_figures_of_a_vit_with_a_token_reduction(draw):
+def test_all_figures_of_a_vit_with_a_token_reduction_and_two_images(draw):
+    together = {"grid.png", "clusters.png", "distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", *REDUCTION, 0.5)
-    assert names > of_each_image("rollout", "blocks", "heads", "clusters") | {"grid.png", "clusters.png"}
-    assert draw("ViT-Mini_4", *REDUCTION, 3, "--clusters") == of_each_image("clusters") | {"clusters.png"}
+    assert names == together | of_each_image("rollout", "blocks", "heads", "clusters")
 
 
 def test_flags_select_the_figures(draw, tmp_path):
@@ -79,6 +80,7 @@ def test_flags_select_the_figures(draw, tmp_path):
     assert draw("ViT-Mini_4", *one, "--blocks", 1, 5, "--img_size", 24) == {"cats-000-blocks.png"}
     assert draw("ViT-Mini_4", *one, "--blocks", 1, "--heads") == {"cats-000-heads.png"}
     assert draw("ViT-Mini_4", *one, "--rollout") == {"cats-000-rollout.png"}  # a single image needs no grid
+    assert draw("ViT-Mini_4", *REDUCTION, 3, *one, "--clusters") == {"cats-000-clusters.png"}
     assert draw("ViT-Mini_4", "--distance", "--filters") == {"distance.png", "filters.png"}
     assert draw("ViT-Mini_4", "--image", tmp_path / "cats", "--positions") == {"positions.png"}
 
@@ -118,7 +120,7 @@ VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flo
         ((*VIT, "--image", "000.png", "--output_dir", "000.png"), "000.png can't be created: "),
         ((*CNN, "--image", "000.png", "--rollout"), "is a CNN without attention; omit --rollout"),
         (CNN, "Grad-CAM needs --image"),
-        (("--curves", "nowhere"), "nowhere is not a folder of a run"),
+        (("--curves", "nowhere"), "nowhere is not the folder of a run"),
         (("--curves", "nowhere", "--image", "000.png"), "--image needs --checkpoint"),
     ],
 )
