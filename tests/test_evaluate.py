@@ -121,11 +121,17 @@ def test_an_image_size_and_a_token_reduction_can_be_given(weights, report):
     assert len(set(losses)) == 3
 
 
-def test_16_bit_weights_give_nearly_the_same_loss(weights, report):
+def test_16_bit_weights_give_nearly_the_same_numbers(weights, report, tmp_path):
     command = ("--checkpoint", weights, "--dataset", "digits")
     loss, rounded = (report(*command, *flags)["loss"] for flags in ((), ("--bf16",)))
     assert rounded != loss
     assert rounded == pytest.approx(loss, rel=0.02)
+    [image] = write_pictures(tmp_path / "images", [(8, 8)])
+    [exact], [approximate] = (report("--checkpoint", weights, image, *flags) for flags in ((), ("--bf16",)))
+    best, other = exact["classes"][0], approximate["classes"][0]
+    assert other["class"] == best["class"]
+    assert other["probability"] != best["probability"]
+    assert other["probability"] == pytest.approx(best["probability"], rel=0.05)
 
 
 def test_a_run_is_evaluated_on_its_own_data_without_unreadable_images(
@@ -141,6 +147,14 @@ def test_a_run_is_evaluated_on_its_own_data_without_unreadable_images(
     with pytest.raises(SystemExit):
         call_main(evaluate, command, monkeypatch)
     assert "001.png is not a readable image" in capsys.readouterr().err
+
+
+def test_a_class_without_test_images_has_no_accuracy(image_folder, tmp_path, report):
+    flags = {**DIGITS, "img_size": 8, "dataset": "imagefolder", "data_dir": str(image_folder)}
+    _, checkpoint = write_run(tmp_path / "run", flags, ("cat", "dog"))
+    shutil.rmtree(image_folder / "val" / "dog")
+    found = report("--checkpoint", checkpoint, "--num_workers", 0)
+    assert list(found["per_class_accuracy"]) == ["cat"]
 
 
 def test_the_five_most_probable_classes_of_an_image(weights, report, tmp_path, monkeypatch, capsys):
