@@ -7,18 +7,18 @@ import torch
 
 from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
-from utils.arguments import (
+from utils.checks import check_figure_path
+from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.images import read_image
+from utils.errors import UserError, run_script
+from utils.evaluation import check_classes, evaluate_model
+from utils.flag_groups import (
     add_checkpoint_flags,
     add_data_flags,
     add_precision_flags,
     add_token_reduction_flags,
     token_reduction_of,
 )
-from utils.checks import check_figure_path
-from utils.data.datasets import DATASETS, DataOptions, load_dataset
-from utils.data.images import read_image
-from utils.errors import UserError, run_script
-from utils.evaluation import check_classes, evaluate_model
 from utils.flag_types import Parser, positive
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes
@@ -35,26 +35,26 @@ def main():
         else:
             report = evaluate_on_dataset(saved, args, processes)
             text = evaluation_text(report)
-        if processes.rank == 0:
+        if processes.is_first:
             print(json.dumps(report, indent=2) if args.json else text)
 
 
 def parse_flags():
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files to classify, instead of a data set")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files to classify, instead of a data set.")
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group, canonical_model_type, required=True)
-    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
+    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
-    data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images per batch")
+    data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="Images per batch.")
     add_precision_flags(parser.add_argument_group("precision"))
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print the results as JSON, for scripts")
+    output.add_argument("--json", action="store_true", help="Print the results as JSON, for scripts.")
     output.add_argument(
         "--confusion_matrix",
         metavar="PNG",
-        help="file of the confusion matrix; default: confusion_matrix.png in the folder of the checkpoint",
+        help="The file for the confusion matrix; default: confusion_matrix.png in the folder of the checkpoint.",
     )
     return parser.parse_args()
 
@@ -66,7 +66,7 @@ def evaluate_on_dataset(saved, args, processes):
     dataset, test_set = load_test_set(saved, args, processes)
     result = evaluate_model(saved.model, test_set, saved.img_size, args, processes, per_class=True)
     names = readable_names(test_set.classes)
-    if processes.rank == 0:
+    if processes.is_first:
         draw_confusion_matrix(result["confusion"], names, f"{saved.title} on {dataset}", path)
     counts = result["confusion"].sum(dim=1)
     accuracies = result["confusion"].diagonal() / counts

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from models import MODEL_TYPES, build_model, num_classes_of
-from utils.arguments import token_reduction_of
 from utils.data.augmentation import normalise
 from utils.data.datasets import DATASETS
 from utils.data.images import centre_crop, centre_square, stretch
 from utils.errors import UserError
+from utils.flag_groups import token_reduction_of
 from utils.pretrained import download as download_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
 from utils.records.checkpoint import load_into, load_weights

@@ -1,11 +1,11 @@
 """Train ResNet50x3_Flops, the CNN cut from BiT's R50x3 that needs as many FLOPs as the hybrid R50-ViT-B_16."""
 
-from train_resnet import train_cnn
+from command_line import train_main
 from utils.errors import run_script
 
 
 def main():
-    train_cnn("ResNet50x3_Flops", __doc__)
+    train_main(__doc__, "ResNet50x3_Flops")
 
 
 if __name__ == "__main__":

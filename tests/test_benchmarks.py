@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT, call_main, succeed
+from helpers import ROOT, call_main, succeed
 from models import build_model
 from models.configs import VITS
 from utils.errors import UserError
-from utils.records.tracker import read_metrics
+from utils.records.run_folder import read_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kernels

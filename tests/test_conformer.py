@@ -6,7 +6,7 @@ import torch
 
 import evaluate
 import train
-from conftest import call_main, read_config
+from helpers import call_main, read_config
 from models import CheckpointError, build_model
 from models.configs import CONFORMERS
 from models.token_reduction import Clusters, Reduction

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT
+from helpers import ROOT, load_data
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
@@ -17,10 +17,10 @@ from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from test_training import run, stop_after
 from utils.data.augmentation import Augmentation
-from utils.data.datasets import DATASETS, stream_positions
+from utils.data.stream import stream_positions
 from utils.parallel.precision import Precision
-from utils.parallel.processes import Processes, choose_device
-from utils.records.tracker import read_metrics
+from utils.parallel.processes import choose_device, one_process
+from utils.records.run_folder import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -190,15 +190,15 @@ def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
-def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, one_process, device):
+def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
     """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
     augmentation = Augmentation(0, (16, 16), 0.1, flip=True, rand_augment=None)
     batches = []
-    for processes in (one_process, Processes(0, 1, 0, device)):
-        pictures = DATASETS["imagenet"].load(True, image_folder, processes, 2)
+    for processes in (one_process(), one_process(device)):
+        data = load_data("imagenet", "train", image_folder, processes, num_workers=2)
         positions = stream_positions(8, 1, processes, 0, 12)
         batches.append([])
-        for images, labels in pictures.train_batches(positions, augmentation):
+        for images, labels in data.train_batches(positions, augmentation):
             if processes.device.type == "cuda":
                 torch.cuda._sleep(10**7)  # the copies run ahead of the work
             batches[-1].append((images * 1, labels * 1))

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from conftest import write_pictures
+from helpers import load_data, write_pictures
 from utils.data.augmentation import Augmentation
-from utils.data.datasets import DATASETS, FolderImages, TensorImages, stream_positions
-from utils.data.images import read_image
+from utils.data.datasets import DATASETS, DataOptions
+from utils.data.images import read_image, stretch
+from utils.data.loading import FolderImages, TensorImages
+from utils.data.stream import stream_positions
 from utils.errors import UserError
 from utils.parallel.processes import Processes
 
@@ -21,11 +23,11 @@ CPU = torch.device("cpu")
 
 
 def load_both(name, data_dir, processes):
-    return [DATASETS[name].load(train, data_dir, processes, 0) for train in (True, False)]
+    return [load_data(name, split, data_dir, processes) for split in ("train", "test")]
 
 
-def test_digits_are_split_once_and_for_all(one_process):
-    train, test = load_both("digits", "data", one_process)
+def test_digits_are_split_once_and_for_all():
+    train, test = load_both("digits", "data")
     assert (len(train), len(test)) == (1437, 360)
     counts = torch.bincount(test.labels)
     assert counts.min() >= 35
@@ -35,17 +37,17 @@ def test_digits_are_split_once_and_for_all(one_process):
     assert np.array_equal(together.numpy(), pixels)
 
 
-def test_the_first_examples_of_each_class(image_folder, one_process):
-    whole = DATASETS["digits"].load(True, "data", one_process, 0)
-    few = DATASETS["digits"].load(True, "data", one_process, 0, examples_per_class=3)
+def test_the_first_examples_of_each_class(image_folder):
+    whole = load_data("digits", "train")
+    few = load_data("digits", "train", examples_per_class=3)
     assert len(few) == 30
     for label in range(10):
         assert torch.equal(few.images[few.labels == label], whole.images[whole.labels == label][:3])
     assert few.classes == whole.classes
-    folder = DATASETS["imagefolder"].load(True, image_folder, one_process, 0, examples_per_class=5)
+    folder = load_data("imagefolder", "train", image_folder, examples_per_class=5)
     names = [os.fsdecode(path)[-11:] for path in folder.paths]
     assert names == [f"{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(5)]
-    assert len(DATASETS["imagefolder"].load(True, image_folder, one_process, 0, examples_per_class=99)) == 16
+    assert len(load_data("imagefolder", "train", image_folder, examples_per_class=99)) == 16
 
 
 def test_batches_of_all_processes_make_up_the_global_batch():
@@ -68,40 +70,40 @@ def test_each_test_image_comes_exactly_once_over_all_processes():
         assert sorted(map(int, labels)) == list(range(11))
 
 
-def test_pictures_of_one_size_are_kept_in_memory_others_are_not(image_folder, one_process, tmp_path):
-    train, test = load_both("imagefolder", image_folder, one_process)
+def test_pictures_of_one_size_are_kept_in_memory_others_are_not(image_folder, tmp_path):
+    train, test = load_both("imagefolder", image_folder)
     assert isinstance(train, FolderImages)
     assert (len(train), len(test), train.classes) == (16, 8, ["cat", "dog"])
     for split in ("train", "test"):
         write_pictures(tmp_path / "even" / split / "one", [(6, 5)] * 3)
-    train = DATASETS["imagefolder"].load(True, tmp_path / "even", one_process, 0)
+    train = load_data("imagefolder", "train", tmp_path / "even")
     assert isinstance(train, TensorImages)
     assert train.images.shape == (3, 3, 6, 5)
     with Image.open(tmp_path / "even/train/one/001.png") as image:
         assert np.array_equal(train.images[1].permute(1, 2, 0), np.asarray(image))
 
 
-def test_files_in_memory_and_from_workers_give_the_same_batches(tmp_path, one_process):
+def test_files_in_memory_and_from_workers_give_the_same_batches(tmp_path):
     paths = write_pictures(tmp_path, [(20, 24)] * 10)
     labels = list(range(10))
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
     in_memory = TensorImages(images, labels, map(str, labels), CPU)
     batches = [np.arange(0, 6), np.arange(6, 12)]
     expected = list(in_memory.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
-    expected_eval = list(in_memory.eval_batches((16, 16), 4, one_process))
+    expected_eval = list(in_memory.eval_batches((16, 16), 4))
     for workers in (0, 1, 2):
-        on_disk = FolderImages(paths, labels, map(str, labels), CPU, workers)
+        on_disk = FolderImages(paths, labels, map(str, labels), CPU, stretch, DataOptions(num_workers=workers))
         found = list(on_disk.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
-        found += list(on_disk.eval_batches((16, 16), 4, one_process))
+        found += list(on_disk.eval_batches((16, 16), 4))
         for (mine, my_labels), (theirs, their_labels) in zip(found, expected + expected_eval, strict=True):
             assert torch.equal(my_labels, their_labels)
             torch.testing.assert_close(mine, theirs, rtol=0, atol=2.02 / 255)  # a level of 8-bit rounding
 
 
 @pytest.mark.parametrize("name, classes, size", [("cifar10", 10, 20), ("cifar100", 100, 15)])
-def test_cifar_is_read_from_the_official_archive(name, classes, size, tmp_path, one_process, monkeypatch):
+def test_cifar_is_read_from_the_official_archive(name, classes, size, tmp_path, monkeypatch):
     make_cifar_archive(name, classes, tmp_path, monkeypatch)
-    train, test = load_both(name, tmp_path, one_process)
+    train, test = load_both(name, tmp_path)
     assert train.images.shape[1:] == test.images.shape[1:] == (3, 32, 32)
     assert len(train.classes) == DATASETS[name].count_classes(tmp_path) == classes
     assert int(train.images[3, 1, 2, 4]) == (3 + 1024 + 2 * 32 + 4) % 256  # image 3, green, row 2, column 4
@@ -131,12 +133,12 @@ def make_cifar_archive(name, classes, folder, monkeypatch):
     monkeypatch.setattr(dataset, "tgz_md5", calculate_md5(folder / dataset.filename))
 
 
-def test_an_unreachable_cifar_says_where_to_put_it(tmp_path, one_process, monkeypatch):
+def test_an_unreachable_cifar_says_where_to_put_it(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(UserError, match="could not get CIFAR10 into .* by hand"):
-        DATASETS["cifar10"].load(True, tmp_path, one_process, 0)
+        load_data("cifar10", "train", tmp_path)
 
 
 def spoil(root, fault):
@@ -179,17 +181,17 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_a_folder_are_named(fault, image_folder, one_process):
+def test_faults_of_a_folder_are_named(fault, image_folder):
     root, message = spoil(image_folder, fault)
     with pytest.raises(UserError, match=message):
-        DATASETS["imagefolder"].load(True, root, one_process, 0)
+        load_data("imagefolder", "train", root)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_picture_met_by_a_worker_is_named_in_one_line(workers, tmp_path):
     paths = write_pictures(tmp_path, [(9, 9), (8, 8)])
     paths[1].write_bytes(b"\x89PNG broken")
-    data = FolderImages(paths, [0, 0], ["one"], CPU, workers)
+    data = FolderImages(paths, [0, 0], ["one"], CPU, stretch, DataOptions(num_workers=workers))
     with pytest.raises(UserError) as error:
         list(data.train_batches([np.arange(2)], Augmentation(0, (8, 8), 0.5, False)))
     assert str(error.value).startswith(f"{paths[1]} is not a readable picture")
@@ -205,12 +207,12 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
     assert np.array_equal(read_image(tmp_path / "grey16.png"), np.stack([grey] * 3))
 
 
-def test_hidden_files_and_large_pictures(tmp_path, one_process):
+def test_hidden_files_and_large_pictures(tmp_path):
     write_pictures(tmp_path / "train" / "one", [(300, 300)] * 2)
     write_pictures(tmp_path / "val" / "one", [(8, 8)] * 2)
     (tmp_path / "train" / "one" / "._000.png").write_bytes(b"what macOS leaves")
     (tmp_path / "train" / "__MACOSX").mkdir()
-    train, test = load_both("imagefolder", tmp_path, one_process)
+    train, test = load_both("imagefolder", tmp_path)
     assert isinstance(train, FolderImages)
     assert isinstance(test, TensorImages)
     assert (len(train), train.classes) == (2, ["one"])

@@ -6,7 +6,7 @@ import torch
 
 from models import build_model
 from models.dropout import Dropout, StochasticDepth, dropout_mask
-from utils.data.datasets import dropout_keys
+from utils.data.stream import dropout_keys
 
 
 def keys_at(*positions, seed=0, layer=0):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import evaluate
 import models
 import visualize
-from conftest import call_main, write_pictures
+from helpers import call_main, write_pictures
 from inference import SavedModel
 from models.configs import VITS
 

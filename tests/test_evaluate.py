@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-from conftest import ROOT, call_main, succeed, write_pictures
+from helpers import DIGITS_RUN, ROOT, call_main, fails, load_data, succeed, write_pictures, write_run
 from inference import SavedModel
 from models import build_model
 from synthetic import make_checkpoint
-from test_flags import fails
-from test_inference import DIGITS, write_run
-from utils.data.datasets import DataOptions, load_dataset
 
 NANO = ROOT / "checkpoint" / "ViT-Nano_4-digits.npz"
 
@@ -43,9 +40,9 @@ def report(monkeypatch, capsys):
 
 
 @pytest.fixture
-def digits(one_process):
+def digits():
     """Images float32 (360, 3, 8, 8) in [-1, 1] and labels of scikit-learn's digits."""
-    test_set = load_dataset("digits", "test", DataOptions(), one_process)
+    test_set = load_data("digits", "test")
     return test_set.images / 127.5 - 1, test_set.labels
 
 
@@ -137,7 +134,7 @@ def test_16_bit_weights_give_nearly_the_same_numbers(weights, report, tmp_path):
 def test_a_run_is_evaluated_on_its_own_data_without_unreadable_images(
     image_folder, tmp_path, report, monkeypatch, capsys
 ):
-    flags = {**DIGITS, "img_size": 8, "dataset": "imagefolder", "data_dir": str(image_folder)}
+    flags = {**DIGITS_RUN, "img_size": 8, "dataset": "imagefolder", "data_dir": str(image_folder)}
     _, checkpoint = write_run(tmp_path / "run", flags, ("cat", "dog"))
     (image_folder / "val" / "dog" / "001.png").write_bytes(b"not an image")
     command = ("--checkpoint", checkpoint, "--num_workers", 0)
@@ -150,7 +147,7 @@ def test_a_run_is_evaluated_on_its_own_data_without_unreadable_images(
 
 
 def test_a_class_without_test_images_has_no_accuracy(image_folder, tmp_path, report):
-    flags = {**DIGITS, "img_size": 8, "dataset": "imagefolder", "data_dir": str(image_folder)}
+    flags = {**DIGITS_RUN, "img_size": 8, "dataset": "imagefolder", "data_dir": str(image_folder)}
     _, checkpoint = write_run(tmp_path / "run", flags, ("cat", "dog"))
     shutil.rmtree(image_folder / "val" / "dog")
     found = report("--checkpoint", checkpoint, "--num_workers", 0)

@@ -8,20 +8,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import command_line
 import train
 import train_flops
 import train_resnet
-from conftest import call_main, read_config, succeed
+from helpers import call_main, fails, load_data, random_model, read_config, succeed
 from models import build_model
 from synthetic import make_checkpoint
-from test_flags import fails
-from test_inference import random_model
 from test_scripts import metrics, run_dir
 from utils.data.augmentation import normalise, resized_crops
-from utils.data.datasets import DataOptions, load_dataset
 from utils.evaluation import evaluate
 from utils.parallel.precision import Precision
-from utils.parallel.processes import Processes
+from utils.parallel.processes import Processes, one_process
 
 CPU = torch.device("cpu")
 
@@ -34,9 +32,9 @@ def numbers_of(printed):
 
 
 @torch.no_grad()
-def measured(model, one_process):
+def measured(model):
     """Top-1 and top-5 in percent and the loss on the digits at 8x8, in one batch."""
-    data = load_dataset("digits", "test", DataOptions(), one_process)
+    data = load_data("digits", "test")
     boxes = torch.tensor([[0, 0, 8, 8]]).expand(len(data), -1)
     logits = model.eval()(normalise(resized_crops(data.images, boxes, (8, 8))))
     places = (logits > logits.gather(1, data.labels[:, None])).sum(
@@ -55,7 +53,7 @@ def assert_prints(printed, expected):
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-3)
 
 
-def test_mode_eval_tests_the_best_weights_of_the_run(tiny_flags, monkeypatch, capsys, one_process):
+def test_mode_eval_tests_the_best_weights_of_the_run(tiny_flags, monkeypatch, capsys):
     """With the flags of training; flags that concern training only change nothing."""
     flags = tiny_flags("--learning_rate", 0.1, "--num_steps", 30, "--dropout_rate", 0.1)
     call_main(train, flags, monkeypatch)
@@ -63,7 +61,7 @@ def test_mode_eval_tests_the_best_weights_of_the_run(tiny_flags, monkeypatch, ca
     before = file_contents(folder)
     model = build_model("ViT-Mini_4", img_size=8)
     model.load_state_dict(load_file(folder / "best.safetensors"))
-    expected = measured(model, one_process)
+    expected = measured(model)
     best = max(metrics(flags), key=lambda row: float(row["test_accuracy"]))
     assert expected["top-1"] == pytest.approx(100 * float(best["test_accuracy"]), abs=1e-3)
     assert expected["top-5"] == pytest.approx(100 * float(best["test_top5_accuracy"]), abs=1e-3)
@@ -79,29 +77,29 @@ def test_mode_eval_tests_the_best_weights_of_the_run(tiny_flags, monkeypatch, ca
 
 
 @torch.no_grad()
-def test_processes_share_the_test_images_and_count_each_once(one_process):
+def test_processes_share_the_test_images_and_count_each_once():
     """360 images in batches of 7: the numbers of 3 processes, one after the other, add up to those of one."""
     model = random_model("ViT-Mini_4", 8)
-    test_set = load_dataset("digits", "test", DataOptions(), one_process)
+    test_set = load_data("digits", "test")
 
     def evaluated(processes):
         precision = Precision("O0", torch.float32, CPU)
         return evaluate(model, test_set, (8, 8), 7, precision, processes, per_class=True)
 
     parts = [evaluated(Processes(rank, 3, rank, CPU)) for rank in range(3)]
-    whole = evaluated(one_process)
+    whole = evaluated(one_process())
     assert [part["images"] for part in parts] == [120, 120, 120]
     assert whole["images"] == 360
     for name in ("loss", "accuracy", "top5_accuracy"):
         assert sum(part[name] for part in parts) / 3 == pytest.approx(whole[name], rel=1e-5)
     assert torch.equal(sum(part["confusion"] for part in parts), whole["confusion"])
-    expected = measured(model, one_process)
+    expected = measured(model)
     found = {"top-1": 100 * whole["accuracy"], "top-5": 100 * whole["top5_accuracy"], "loss": whole["loss"]}
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_mode_eval_with_several_processes(tiny_flags, monkeypatch, one_process):
+def test_mode_eval_with_several_processes(tiny_flags, monkeypatch):
     flags = tiny_flags("--num_steps", 6)
     call_main(train, flags, monkeypatch)
     before = file_contents(run_dir(flags))
@@ -109,11 +107,11 @@ def test_mode_eval_with_several_processes(tiny_flags, monkeypatch, one_process):
     model.load_state_dict(load_file(run_dir(flags) / "best.safetensors"))
     printed = succeed("train.py", *flags, "--eval_batch_size", 7, "--mode", "eval", processes=3)
     assert printed.startswith("ViT-Mini_4 on digits: 360 test images, 10 classes, at 8x8, 3 processes on cpu\n")
-    assert_prints(printed, measured(model, one_process))
+    assert_prints(printed, measured(model))
     assert file_contents(run_dir(flags)) == before
 
 
-def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypatch, capsys, one_process, tmp_path):
+def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypatch, capsys, tmp_path):
     weights = {}
     for classes in (10, 21):
         shapes = build_model("ViT-Mini_4", 8, classes).export_npz().items()
@@ -121,7 +119,7 @@ def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypa
         np.savez(weights[classes], **make_checkpoint({key: array.shape for key, array in shapes}))
     model = build_model("ViT-Mini_4", img_size=8)
     model.load_from(np.load(weights[10]), head="keep")
-    expected = measured(model, one_process)
+    expected = measured(model)
     assert 0 < expected["top-1"] < expected["top-5"] < 100
     call_main(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[10]), monkeypatch)
     printed = capsys.readouterr().out
@@ -137,9 +135,9 @@ def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypa
 def test_mode_eval_of_the_scripts_of_the_cnns(module, tiny_flags, monkeypatch, capsys):
     """With a small CNN instead of theirs."""
     monkeypatch.setattr(
-        train_resnet,
+        command_line,
         "build_model",
-        lambda model_type, *arguments, **named: build_model("ResNet-Mini_Flops", 8, **named),
+        lambda model_type, img_size, num_classes: build_model("ResNet-Mini_Flops", img_size, num_classes),
     )
     flags = tiny_flags("--num_steps", 2, "--eval_every", 2)
     at = flags.index("--model_type")

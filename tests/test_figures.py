@@ -1,16 +1,13 @@
-"""Figures of models: colours and frames of clusters, texts with dollar signs, and the folder that figures go to."""
+"""Figures of models: colours and frames of clusters, scales, and texts with dollar signs."""
 
 import numpy as np
-import pytest
 import torch
 
-from utils.errors import UserError
 from utils.figures import (
     blocks_to_draw,
     cluster_colours,
     cluster_frames,
     downscale,
-    make_output_folder,
     plot_attention_rows,
     plot_clusters,
     plot_image_grid,
@@ -82,11 +79,3 @@ def test_blocks_and_captions():
     assert blocks_to_draw(6) == [0, 3]
     logits = torch.tensor([[0.0, np.log(3.0)]])
     assert prediction_caption(logits, ["cat", "dog"]) == "dog 75 %"
-
-
-def test_the_output_folder_is_created_or_the_error_names_its_flag(tmp_path):
-    make_output_folder(tmp_path / "a" / "b", "--output_dir")
-    assert (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file can't be created: .*; see --figures"):
-        make_output_folder(tmp_path / "file", "--figures")

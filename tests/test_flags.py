@@ -10,8 +10,9 @@ import evaluate
 import train
 import train_flops
 import train_resnet
-from conftest import call_main, script
-from utils.arguments import add_model_flags, training_parser
+from helpers import call_main, fails, script
+from utils.arguments import training_parser
+from utils.flag_groups import add_model_flags
 
 WRONG = [
     (["--img_size", 9], "image size 9 is not a multiple of the model's patch size 4"),
@@ -49,17 +50,6 @@ WRONG = [
     (["--amp_backend", "apex"], "NVIDIA has removed apex.amp"),
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
 ]
-
-
-def fails(module, flags, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        call_main(module, flags, monkeypatch)
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith(f"{module.__name__}.py: error: ")
-    assert printed.out == ""
-    return printed.err
 
 
 @pytest.mark.parametrize("flags, message", WRONG, ids=[" ".join(map(str, flags)) for flags, _ in WRONG])

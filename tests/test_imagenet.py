@@ -16,18 +16,17 @@ from torchvision.transforms.v2 import functional as tv
 
 import evaluate as evaluate_script
 import train
-from conftest import call_main, read_config, script, succeed
+from helpers import call_main, load_data, read_config, script, succeed
 from utils.data.augmentation import (
     Augmentation,
-    centre_crop,
-    centre_square,
     denormalise,
     normalise,
-    rand_augment_words,
+    rand_augment_bits,
     rand_augmented,
 )
-from utils.data.datasets import DATASETS, MOST_BROKEN, FolderImages, TensorImages, default_workers, on_device
-from utils.data.images import Picture, read_image
+from utils.data.datasets import DATASETS, DataOptions
+from utils.data.images import ImageFile, centre_crop, centre_square, read_image, stretch
+from utils.data.loading import MAX_UNREADABLE, FolderImages, TensorImages, default_workers, on_device
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.parallel.precision import Precision
@@ -59,34 +58,41 @@ def imagenet_folder(tmp_path):
     return tmp_path / "imagenet"
 
 
-def folder_images(paths, workers=0, **keywords):
-    return FolderImages(paths, list(range(len(paths))), map(str, range(len(paths))), CPU, workers, **keywords)
+def folder_images(paths, workers=0, prepare=stretch, **options):
+    return FolderImages(
+        paths,
+        list(range(len(paths))),
+        map(str, range(len(paths))),
+        CPU,
+        prepare,
+        DataOptions(num_workers=workers, **options),
+    )
 
 
 def cut(path, share=0.6):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
-def test_imagenet_is_read_by_workers_even_where_it_would_fit_into_memory(tmp_path, one_process):
+def test_imagenet_is_read_by_workers_even_where_it_would_fit_into_memory(tmp_path):
     for split in ("train", "val"):
         photograph(20, 20).save(tmp_path / f"{split}.png")
         for wnid in ("n02", "n01"):
             (tmp_path / split / wnid).mkdir(parents=True)
             shutil.copy(tmp_path / f"{split}.png", tmp_path / split / wnid / "1.JPEG")  # ImageNet has such a PNG too
-    data = DATASETS["imagenet"].load(True, tmp_path, one_process, 0)
+    data = load_data("imagenet", "train", tmp_path)
     assert isinstance(data, FolderImages)
     assert (len(data), data.classes, DATASETS["imagenet"].count_classes(tmp_path)) == (2, ["n01", "n02"], 2)
-    assert isinstance(DATASETS["imagefolder"].load(True, tmp_path, one_process, 0), TensorImages)
-    (images, labels), *_ = data.eval_batches((16, 16), 2, one_process)
+    assert isinstance(load_data("imagefolder", "train", tmp_path), TensorImages)
+    (images, labels), *_ = data.eval_batches((16, 16), 2)
     assert labels.tolist() == [0, 1]
     image = torch.from_numpy(np.array(photograph(20, 20))).permute(2, 0, 1)
     assert torch.equal(images[0], normalise(tv.center_crop(tv.resize(image, 18, antialias=True), 16)))
 
 
-def test_files_are_listed_without_being_read(imagenet_folder, one_process):
+def test_files_are_listed_without_being_read(imagenet_folder):
     for path in imagenet_folder.rglob("*.JPEG"):
         path.write_bytes(b"")
-    assert len(DATASETS["imagenet"].load(True, imagenet_folder, one_process, 0)) == 12
+    assert len(load_data("imagenet", "train", imagenet_folder)) == 12
 
 
 def test_the_usual_mistakes_of_the_layout_say_what_to_do(imagenet_folder, tiny_flags, monkeypatch, capsys):
@@ -136,7 +142,7 @@ def odd_jpeg(kind, path):
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "grey", "png", "palette png", "progressive", "turned by EXIF"])
-def test_odd_files_named_jpeg_are_read_as_pillow_does(kind, tmp_path, one_process):
+def test_odd_files_named_jpeg_are_read_as_pillow_does(kind, tmp_path):
     path = tmp_path / "1.JPEG"
     odd_jpeg(kind, path)
     with Image.open(path) as image:
@@ -146,7 +152,7 @@ def test_odd_files_named_jpeg_are_read_as_pillow_does(kind, tmp_path, one_proces
     data = folder_images([path, path])
     images, _ = next(data.train_batches([np.arange(2)], PLAIN))
     assert images.shape == (2, 3, 16, 16)
-    assert len(next(data.eval_batches((16, 16), 2, one_process))[0]) == 2
+    assert len(next(data.eval_batches((16, 16), 2))[0]) == 2
 
 
 def test_a_jpeg_is_decoded_at_reduced_size_where_the_crop_allows(tmp_path):
@@ -162,7 +168,7 @@ def test_a_jpeg_is_decoded_at_reduced_size_where_the_crop_allows(tmp_path):
         ((3, 5, 421, 633), (50, 70), 8),
         ((0, 0, 427, 640), (24, 24), 8),
     ]:
-        picture = Picture(path)
+        picture = ImageFile(path)
         found = picture.resized_crop(box, out_size).float()
         assert picture.image.width == -(-640 // reduction)  # Pillow's; it stays whole where torchvision decodes
         expected = tv.resized_crop(whole, *box, size=list(out_size), antialias=True).float()
@@ -181,7 +187,7 @@ def test_a_reduced_picture_without_detail_is_the_same(tmp_path):
     Image.fromarray(pixels).save(path, quality=95, subsampling=0)
     for n in (2, 4, 8):
         box, out_size = (16, 32, 384, 256), (384 // n, 256 // n)
-        found = Picture(path).resized_crop(box, out_size).float()
+        found = ImageFile(path).resized_crop(box, out_size).float()
         expected = tv.resized_crop(read_image(path), *box, size=list(out_size), antialias=True).float()
         assert (found - expected).abs().max() <= 4
         assert (found - expected).abs().mean() < 0.6
@@ -194,7 +200,7 @@ def test_a_truncated_jpeg_is_broken_however_it_is_decoded(share, out_size, tmp_p
     photograph(120, 160).save(path, quality=95)
     cut(path, share)
     with pytest.raises(UserError, match="1.jpg is not a readable picture"):
-        Picture(path).resized_crop((0, 0, 120, 160), out_size)
+        ImageFile(path).resized_crop((0, 0, 120, 160), out_size)
     with pytest.raises(UserError, match="1.jpg is not a readable picture"):
         read_image(path)
 
@@ -232,7 +238,7 @@ def test_rand_augment_is_torchvisions_after_crop_and_flip_and_leaves_its_generat
     data = folder_images(write_jpegs(tmp_path, 4))
     plain, labels = stream(data, [4], PLAIN)
     found, _ = stream(data, [4], PLAIN._replace(rand_augment=(3, 20)))
-    words = rand_augment_words(5, np.zeros(4, int), labels.numpy(), 4)  # here a label is the sample's index
+    words = rand_augment_bits(5, np.zeros(4, int), labels.numpy(), 4)  # here a label is the sample's index
     for image, word, mine in zip(denormalise(plain), words, found, strict=True):
         torch.manual_seed(int(word))
         assert torch.equal(normalise(v2.RandAugment(3, 20)(image)), mine)
@@ -253,7 +259,7 @@ def test_mean_and_deviation_are_torchvisions():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_gives_its_place_to_the_next_readable_one(workers, tmp_path, capsys, one_process):
+def test_a_broken_picture_gives_its_place_to_the_next_readable_one(workers, tmp_path, capsys):
     paths = write_jpegs(tmp_path, 8)
     whole, order = stream(folder_images(paths), [16], PLAIN)
     for row in (2, 3, 7):
@@ -263,46 +269,45 @@ def test_a_broken_picture_gives_its_place_to_the_next_readable_one(workers, tmp_
     assert labels.tolist() == [{2: 4, 3: 4, 7: 0}.get(label, label) for label in order.tolist()]
     intact = torch.tensor([label not in (2, 3, 7) for label in order])
     assert torch.equal(images[intact], whole[intact])
-    assert data.broken == {str(paths[row]) for row in (2, 3, 7)}
+    assert data.unreadable == {str(paths[row]) for row in (2, 3, 7)}
     errors = capsys.readouterr().err
     assert len(re.findall(r"skipped: .* is not a readable picture: ", errors)) == 3  # of two epochs, each named once
     assert all(f"skipped: {paths[row]} is not" in errors for row in (2, 3, 7))
 
-    batches = list(data.eval_batches((16, 16), 2, one_process))
+    batches = list(data.eval_batches((16, 16), 2))
     assert [labels.tolist() for _, labels in batches] == [[0, 1], [4, 5], [6]]  # the batch of 2 and 3 is none
     assert len(data.examples(8, (16, 16))[1]) == 5
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_without_the_flag_a_broken_picture_ends_the_run_and_names_the_flag(workers, tmp_path, one_process):
+def test_without_the_flag_a_broken_picture_ends_the_run_and_names_the_flag(workers, tmp_path):
     paths = write_jpegs(tmp_path, 3)
     cut(paths[1])
     message = f"{re.escape(str(paths[1]))} is not a readable picture: .*; --skip_broken leaves such pictures out"
     for batches in (
         folder_images(paths, workers).train_batches([np.arange(3)], PLAIN),
-        folder_images(paths, workers).eval_batches((16, 16), 3, one_process),
+        folder_images(paths, workers).eval_batches((16, 16), 3),
     ):
         with pytest.raises(UserError, match=message):
             list(batches)
 
 
-def test_pictures_in_memory_are_read_by_workers_where_one_is_to_be_skipped(tmp_path, one_process):
+def test_pictures_in_memory_are_read_by_workers_where_one_is_to_be_skipped(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)
         for i in range(3):
             photograph(16, 16).save(tmp_path / split / "one" / f"{i}.jpg")
     cut(tmp_path / "train" / "one" / "1.jpg")
-    load = DATASETS["imagefolder"].load
     with pytest.raises(UserError, match="1.jpg is not a readable picture: .*--skip_broken leaves such"):
-        load(True, tmp_path, one_process, 0)
-    data = load(True, tmp_path, one_process, 0, skip_broken=True)
+        load_data("imagefolder", "train", tmp_path)
+    data = load_data("imagefolder", "train", tmp_path, skip_broken=True)
     assert isinstance(data, FolderImages)
     assert len(next(data.train_batches([np.arange(3)], PLAIN))[0]) == 3
-    assert len(data.broken) == 1
+    assert len(data.unreadable) == 1
 
 
-def test_nothing_but_broken_pictures_is_an_error(tmp_path, one_process):
+def test_nothing_but_broken_pictures_is_an_error(tmp_path):
     paths = write_jpegs(tmp_path, 3)
     for path in paths:
         path.write_bytes(b"broken")
@@ -313,11 +318,11 @@ def test_nothing_but_broken_pictures_is_an_error(tmp_path, one_process):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_fails_ends_the_run_instead_of_all_pictures_being_skipped(workers, tmp_path, capsys):
-    paths = write_jpegs(tmp_path, 2) + [tmp_path / f"missing{i:03d}.JPEG" for i in range(MOST_BROKEN + 20)]
+    paths = write_jpegs(tmp_path, 2) + [tmp_path / f"missing{i:03d}.JPEG" for i in range(MAX_UNREADABLE + 20)]
     batches = folder_images(paths, workers, skip_broken=True).train_batches([np.arange(100)], PLAIN)
-    with pytest.raises(UserError, match=f"^{MOST_BROKEN} pictures in a row can't be read, the last one .*JPEG$"):
+    with pytest.raises(UserError, match=f"^{MAX_UNREADABLE} pictures in a row can't be read, the last one .*JPEG$"):
         next(batches)
-    assert capsys.readouterr().err.count("skipped: ") >= MOST_BROKEN
+    assert capsys.readouterr().err.count("skipped: ") >= MAX_UNREADABLE
 
 
 class Guess(torch.nn.Module):

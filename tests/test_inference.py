@@ -1,37 +1,16 @@
 """SavedModel: which model, classes and image size it finds, and how it prepares an image."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torchvision.transforms import v2
 
 import inference
+from helpers import DIGITS_RUN, random_model, write_run
 from inference import SavedModel, readable_names
 from models import build_model
-from synthetic import make_checkpoint
 from utils.errors import UserError
-
-DIGITS = {"model_type": "ViT-Mini_4", "img_size": 16, "dataset": "digits", "norm_type": "LN"}
-
-
-def random_model(*arguments, **keywords):
-    model = build_model(*arguments, **keywords)
-    shapes = {key: array.shape for key, array in model.export_npz().items()}
-    model.load_from(make_checkpoint(shapes), head="keep")
-    return model.eval()
-
-
-def write_run(folder, flags=DIGITS, classes=("cat", "dog"), **keywords):
-    """The files of a run that a SavedModel reads; returns its model and the path of its weights."""
-    folder.mkdir()
-    model = random_model(flags["model_type"], flags["img_size"], len(classes), flags.get("norm_type", "LN"), **keywords)
-    save_file(model.state_dict(), folder / "best.safetensors", metadata={"step": "7"})
-    (folder / "config.json").write_text(json.dumps({"flags": flags, "classes": list(classes)}))
-    return model, folder / "best.safetensors"
 
 
 def write_npz(path, *arguments, **keywords):
@@ -52,7 +31,7 @@ def assert_same_logits(saved, model):
 
 @pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
 def test_a_run_is_loaded_with_the_flags_of_its_model(norm_type, tmp_path):
-    flags = {**DIGITS, "norm_type": norm_type}
+    flags = {**DIGITS_RUN, "norm_type": norm_type}
     model, path = write_run(tmp_path / "cats", flags)
     saved = SavedModel.load(path)
     assert (saved.classes, saved.img_size, saved.flags) == (["cat", "dog"], 16, flags)
@@ -72,7 +51,7 @@ def test_a_run_can_be_loaded_for_another_image_size(tmp_path):
 
 def test_a_run_keeps_its_token_reduction_unless_another_one_is_given(tmp_path):
     reduction = {"token_reduction": "facility", "keep_tokens": 0.5, "reduction_layer": 2}
-    model, path = write_run(tmp_path / "run", {**DIGITS, **reduction}, **reduction)
+    model, path = write_run(tmp_path / "run", {**DIGITS_RUN, **reduction}, **reduction)
     assert_same_logits(SavedModel.load(path), model)
     other = SavedModel.load(path, token_reduction={"token_reduction": "tome", "keep_tokens": 3}).model
     assert other.reduction == ("tome", 3, 2)
@@ -147,7 +126,7 @@ def test_an_image_is_stretched_to_the_size_of_the_model(tmp_path):
 
 def test_an_image_is_cropped_and_normalised_as_in_the_evaluation_of_its_run(tmp_path):
     """ImageNet's rule: the shorter side to 256 / 224 of the size, then the centre; ImageNet's mean and deviation."""
-    _, path = write_run(tmp_path / "run", {**DIGITS, "img_size": 28, "dataset": "imagenet", "mean_std": "imagenet"})
+    _, path = write_run(tmp_path / "run", {**DIGITS_RUN, "img_size": 28, "dataset": "imagenet", "mean_std": "imagenet"})
     image = random_image(64, 90)
     saved = SavedModel.load(path)
     usual = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(28), v2.ToDtype(torch.float32, scale=True)])

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import train
-from conftest import succeed
-from test_flags import fails
+from helpers import fails, succeed
 from test_scripts import metrics
 from test_training import differences, plain_loop, run
 from utils.data.mixing import make_mixing, mix_pairs
@@ -115,11 +114,11 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_shares():
 BOTH = ["--mixup", 0.8, "--cutmix", 1.0, "--label_smoothing", 0.1]
 
 
-def test_the_loop_trains_on_mixed_pictures_and_counts_hits_of_the_larger_share(tiny_flags, monkeypatch, one_process):
+def test_the_loop_trains_on_mixed_pictures_and_counts_hits_of_the_larger_share(tiny_flags, monkeypatch):
     weights, rows = run(tiny_flags(*BOTH, "--learning_rate", 0.1), monkeypatch)
     mixing = make_mixing(0.8, 1.0)
     expected, losses, hits = plain_loop(
-        12, 16, one_process, lambda images, labels, step: mix_pairs(mixing, images, labels, 10, 42, step)
+        12, 16, lambda images, labels, step: mix_pairs(mixing, images, labels, 10, 42, step)
     )
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["train_loss"] for row in rows] == pytest.approx([np.mean(losses[:6]), np.mean(losses[6:])], rel=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import script, succeed
+from helpers import script, succeed
 from models import CheckpointError, build_model
 from models.norms import TOKEN_NORMS, RescaledResidual, TokenBatchNorm, TokenGroupNorm, token_norm
 from synthetic import make_checkpoint, make_images

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from conftest import ROOT, call_main, script, succeed
+from helpers import ROOT, call_main, script, succeed
 from models import build_model
 from utils.parallel.averaging import WeightAverage
 from utils.parallel.processes import StopSignal

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import script, succeed
+from helpers import script, succeed
 from utils.profiling import activation_bytes, count_flops, count_parameters
 
 TINY = ("--img_size", 32, "--batch_size", 2, "--precision", "fp32", "--rounds", 1)

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from utils.data.stream import AUGMENTATION, DROPOUT, epoch_order, random_uniform, random_words, samples_at
+from utils.data.stream import AUGMENTATION, DROPOUT, epoch_order, random_bits, random_uniform, samples_at
 
 
 def test_a_row_depends_on_its_own_counter_only():
-    whole = random_words(1, AUGMENTATION, [5, 6, 7], 4)
-    assert np.array_equal(random_words(1, AUGMENTATION, [7, 5], 4), whole[[2, 0]])
-    assert np.array_equal(random_words(1, AUGMENTATION, [5, 6, 7], 2), whole[:, :2])
+    whole = random_bits(1, AUGMENTATION, [5, 6, 7], 4)
+    assert np.array_equal(random_bits(1, AUGMENTATION, [7, 5], 4), whole[[2, 0]])
+    assert np.array_equal(random_bits(1, AUGMENTATION, [5, 6, 7], 2), whole[:, :2])
 
 
 def test_seeds_purposes_and_counters_give_different_words():
-    words = [random_words(s, p, np.arange(50), 8) for s in range(3) for p in (AUGMENTATION, DROPOUT)]
+    words = [random_bits(s, p, np.arange(50), 8) for s in range(3) for p in (AUGMENTATION, DROPOUT)]
     assert len(np.unique(words)) == 6 * 50 * 8
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.scheduler import learning_rate
+from utils.scheduler import Schedule, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,14 @@ from utils.scheduler import learning_rate
     ],
 )
 def test_closed_form(step, decay_type, expected):
-    assert learning_rate(step, 0.03, 100, 1000, decay_type) == pytest.approx(expected, abs=1e-15)
+    assert learning_rate(step, 0.03, Schedule(1000, 100, decay_type)) == pytest.approx(expected, abs=1e-15)
 
 
 def test_without_warm_up_it_starts_at_the_base():
-    assert learning_rate(0, 0.03, 0, 10, "cosine") == 0.03
+    assert learning_rate(0, 0.03, Schedule(10, 0, "cosine")) == 0.03
 
 
 def test_a_warm_up_longer_than_the_run_is_cut_off():
-    assert [learning_rate(step, 1.0, 10, 4, "cosine") for step in range(4)] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [learning_rate(step, 1.0, Schedule(4, 10, "cosine")) for step in range(4)] == pytest.approx(
+        [0, 0.1, 0.2, 0.3]
+    )

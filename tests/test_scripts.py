@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import ROOT, script, succeed
+from helpers import ROOT, script, succeed
 from models import build_model
 from models.npz import resnet_rows
 from synthetic import make_checkpoint

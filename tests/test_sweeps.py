@@ -15,10 +15,9 @@ import torch
 from PIL import Image
 
 import train
-from conftest import ROOT, TINY, read_config, script, succeed
+from helpers import ROOT, TINY, fails, read_config, script, succeed
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
-from test_flags import fails
 from utils.sweeps import LOG, Run, free_devices, is_finished, work_off
 
 

@@ -12,7 +12,7 @@ import torch._dynamo.testing
 
 import evaluate
 import train
-from conftest import call_main, read_config, script, succeed, write_pictures
+from helpers import call_main, read_config, script, succeed, write_pictures
 from models import build_model
 from models.token_reduction import (
     Clusters,

@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 
 import models
 import train
-from conftest import call_main, read_config, write_pictures
+from helpers import call_main, load_data, read_config, write_pictures
 from models import build_model
 from utils.data.augmentation import normalise, random_crops, resized_crops
-from utils.data.datasets import DATASETS
 from utils.data.stream import samples_at
 from utils.errors import UserError
 from utils.parallel.memory import recompute_activations
 from utils.profiling import activation_bytes
-from utils.records.tracker import read_metrics
-from utils.training import compile_in_place
+from utils.records.run_folder import read_metrics
+from utils.train_state import compile_in_place
 
 
 def run(flags, monkeypatch, name="run"):
@@ -42,7 +41,7 @@ def differences(weights, others):
     return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
 
 
-def plain_loop(steps, batch, one_process, mix=lambda images, labels, step: (images, F.one_hot(labels, 10).float())):
+def plain_loop(steps, batch, mix=lambda images, labels, step: (images, F.one_hot(labels, 10).float())):
     """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine.
 
     Returns (weights, losses of the steps, hits of the steps).
@@ -50,7 +49,7 @@ def plain_loop(steps, batch, one_process, mix=lambda images, labels, step: (imag
     torch.manual_seed(42)
     model = build_model("ViT-Mini_4", img_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    data = DATASETS["digits"].load(True, "data", one_process, 0)
+    data = load_data("digits", "train")
     losses, hits = [], []
     for step in range(steps):
         progress = (step - 3) / (steps - 3)
@@ -70,10 +69,10 @@ def plain_loop(steps, batch, one_process, mix=lambda images, labels, step: (imag
     return model.state_dict(), losses, hits
 
 
-def test_the_loop_does_what_a_plain_loop_does(tiny_flags, monkeypatch, one_process):
+def test_the_loop_does_what_a_plain_loop_does(tiny_flags, monkeypatch):
     flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1)
     weights, rows = run(flags, monkeypatch)
-    expected, losses, hits = plain_loop(12, 16, one_process)
+    expected, losses, hits = plain_loop(12, 16)
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["step"] for row in rows] == [6, 12]
     assert rows[0]["train_loss"] == pytest.approx(np.mean(losses[:6]), rel=1e-5)
@@ -266,7 +265,7 @@ def test_resuming_a_finished_run_says_where_it_lies(tiny_flags, monkeypatch, cap
     assert capsys.readouterr().out.splitlines()[-6:] == before
 
 
-def test_top5_accuracy_of_many_classes(tiny_flags, monkeypatch, tmp_path, capsys, one_process):
+def test_top5_accuracy_of_many_classes(tiny_flags, monkeypatch, tmp_path, capsys):
     """12 classes of pictures; then the run as an earlier version has left it, without that column."""
     for number in range(12):
         for split in ("train", "val"):
@@ -275,7 +274,7 @@ def test_top5_accuracy_of_many_classes(tiny_flags, monkeypatch, tmp_path, capsys
     weights, rows = run(flags, monkeypatch)
     model = build_model("ViT-Mini_4", img_size=8, num_classes=12).eval()
     model.load_state_dict(weights)
-    test_set = DATASETS["imagefolder"].load(False, tmp_path / "pictures", one_process, 0)
+    test_set = load_data("imagefolder", "test", tmp_path / "pictures")
     ranks = model(normalise(test_set.images)).argsort(dim=1, descending=True)
     hits = [label in best for label, best in zip(test_set.labels.tolist(), ranks[:, :5].tolist(), strict=True)]
     assert rows[-1]["test_top5_accuracy"] == pytest.approx(np.mean(hits))

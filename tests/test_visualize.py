@@ -14,10 +14,9 @@ from PIL import Image
 
 import train
 import visualize
-from conftest import ROOT, call_main, succeed, write_pictures
+from helpers import ROOT, call_main, fails, succeed, write_pictures
 from models import build_model
 from synthetic import make_checkpoint
-from test_flags import fails
 from visualize import unique_stems
 
 NOTEBOOK = ROOT / "visualize_attention_map.ipynb"

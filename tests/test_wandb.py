@@ -11,7 +11,7 @@ import types
 import pytest
 
 import train
-from conftest import ROOT, call_main, read_config, script, succeed
+from helpers import ROOT, call_main, read_config, script, succeed
 from test_scripts import metrics, run_dir, start, wait_for_checkpoint
 from utils.records.weights_and_biases import WeightsAndBiases
 

@@ -1,4 +1,4 @@
-"""What a user can put right is one line on stderr, not a traceback."""
+"""Errors that a user can fix are one line on stderr, not a traceback."""
 
 import os
 import signal
@@ -6,13 +6,13 @@ import sys
 
 
 class UserError(Exception):
-    """Wrong flags, files or data; the message names the thing and the way out. Exit status 2."""
+    """Wrong flags, files or data. The message names the cause and how to fix it. Exit status 2."""
 
-    met_at_work = False  # by one process perhaps, not by all of them in their checks of the same flags
+    only_this_process = False  # whether the other processes of the run may not have met the error
 
 
 class RunStoppedError(Exception):
-    """A run that ended early, with its checkpoint kept; the message says where it stands."""
+    """A run that ended early and keeps its checkpoint. The message says how to continue."""
 
     def __init__(self, message, status):
         super().__init__(message)
@@ -20,23 +20,23 @@ class RunStoppedError(Exception):
 
 
 def run_script(main):
-    """Call `main()` and leave with the exit status that fits its end."""
+    """Call `main()` and exit with the status of its outcome."""
     # Python starts with SIGINT ignored in background jobs; Ctrl-C forwarded by a launcher must still arrive.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:
-        leave(f"error: {error}", 2, one_is_enough=not error.met_at_work)
+        leave(f"error: {error}", 2, first_process_only=not error.only_this_process)
     except RunStoppedError as stop:
         leave(str(stop), stop.status)
     except KeyboardInterrupt:
         leave("interrupted", 130)
 
 
-def leave(message, status, one_is_enough=True):
-    """Where all processes of a run fail alike, only the first one says why."""
+def leave(message, status, first_process_only=True):
+    """Print the message and exit; if all processes of a run fail alike, only the first one prints."""
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or not one_is_enough:
+    if rank == 0 or not first_process_only:
         process = f"process {rank}: " if rank else ""
         print(f"{os.path.basename(sys.argv[0])}: {process}{message}", file=sys.stderr)
     sys.exit(status)

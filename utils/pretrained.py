@@ -1,4 +1,4 @@
-"""Google's .npz files: where they are published, how to fetch one, and how to open one without trusting it."""
+"""Google's .npz files: where they are published, downloading one, and opening one without unpickling."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from utils.parallel.processes import first_on_each_machine
 STORAGE = "https://storage.googleapis.com"
 CHUNK = 2**20
 
-# The first pattern that a file's name matches says where it is published.
+# The first pattern that matches a file's name gives the folder where it is published.
 VIT = r"(ViT-(B_16|B_32|L_16|L_32)|R50\+ViT-B_16)"
 PUBLISHED = (
     (re.compile(rf"({VIT}|ViT-H_14)\.npz"), "vit_models/imagenet21k"),
@@ -25,23 +25,23 @@ PUBLISHED = (
     (re.compile(r"(R\d*_)?(Ti|S|B|L)_\d+-i.*\.npz"), "vit_models/augreg"),
     (re.compile(r"BiT-[SM]-R\d+x\d.*\.npz"), "bit_models"),
 )
-FOLDERS = ("imagenet21k", "imagenet21k+imagenet2012", "augreg")  # a folder of this name around the file wins
+PUBLISHED_FOLDERS = ("imagenet21k", "imagenet21k+imagenet2012", "augreg")  # the name of the parent folder decides
 
 
 def published_url(path, storage=STORAGE):
-    """The address of the published file that `path` is named after, or None."""
+    """The URL of the published file of the same name as `path`, or None."""
     path = Path(path)
     name = path.name.replace("R50-ViT", "R50+ViT")
     folder = next((folder for pattern, folder in PUBLISHED if pattern.fullmatch(name)), None)
     if folder is None:
         return None
-    if path.parent.name in FOLDERS and folder != "bit_models":
+    if path.parent.name in PUBLISHED_FOLDERS and folder != "bit_models":
         folder = f"vit_models/{path.parent.name}"
     return f"{storage}/{urllib.parse.quote(folder, safe='/+')}/{urllib.parse.quote(name, safe='+')}"
 
 
 def model_type_of(path, model_types):
-    """The one of `model_types` that a published file is named after, or None."""
+    """The one of `model_types` that the name of a published file contains, or None."""
     name = Path(path).name.replace("+", "-")
     name = re.sub(
         r"^(?:(R\d*)_)?((?:Ti|S|B|L)_\d+-i)", lambda m: f"{m[1] + '-' if m[1] else ''}ViT-{m[2]}", name
@@ -50,7 +50,7 @@ def model_type_of(path, model_types):
 
 
 def download_command(path):
-    """What to type to get the file: one line, or a hint where Google publishes no file of that name."""
+    """How to get the file, in one line, or a hint if Google publishes no file of that name."""
     url = published_url(path)
     if url is None:
         return f"Google publishes no file of that name; see {STORAGE}/vit_models and {STORAGE}/bit_models"
@@ -58,16 +58,16 @@ def download_command(path):
 
 
 def check_exists(path):
-    """Raises UserError with the download command where the file is missing."""
+    """Raise UserError with the download command if the file is missing."""
     if not Path(path).is_file():
         what = "is not a file" if Path(path).exists() else "does not exist"
         raise UserError(f"{path} {what}; {download_command(path)}")
 
 
 def open_npz(path):
-    """The file's arrays as a mapping that reads each one when it is asked for; nothing is ever unpickled.
+    """The file's arrays as a mapping that reads each array on access; nothing is ever unpickled.
 
-    Raises UserError for a file that is missing, cut short or something else.
+    Raises UserError for a file that is missing, truncated or of another format.
     """
     check_exists(path)
     again = f"delete it and {download_command(path)}"
@@ -80,19 +80,19 @@ def open_npz(path):
     try:
         return Arrays(np.load(path, allow_pickle=False), path, again)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}); {again}") from error
+        raise UserError(f"{path} is truncated or damaged ({error}); {again}") from error
 
 
 def load_pretrained(model, path, model_type, head="zero"):
-    """`model.load_from` the file; returns what that does. Raises UserError where the file does not fit."""
+    """Call `model.load_from` on the file and return its result. Raises UserError if the file does not fit."""
     try:
         return model.load_from(open_npz(path), head=head)
     except ValueError as error:
         raise UserError(f"{path} does not fit {model_type}: {error}") from error
 
 
-def take_pretrained(model, args, processes, head="zero"):
-    """Load --pretrained_dir, downloaded before where --download is given. Raises UserError where it does not fit."""
+def load_pretrained_flag(model, args, processes, head="zero"):
+    """Load --pretrained_dir, after its download if --download is given. Raises UserError if it does not fit."""
     with first_on_each_machine(processes):
         if args.download and not os.path.exists(args.pretrained_dir):
             download(args.pretrained_dir)
@@ -102,7 +102,7 @@ def take_pretrained(model, args, processes, head="zero"):
 
 
 class Arrays:
-    """A mapping over an open .npz whose errors name the file."""
+    """A mapping over an open .npz file whose errors name the file."""
 
     def __init__(self, npz, path, way_out):
         self.npz, self.path, self.way_out = npz, path, way_out
@@ -126,9 +126,9 @@ class Arrays:
 
 
 def download(path, url=None):
-    """Fetch the published file into `path`, with a progress bar; an earlier attempt is continued.
+    """Download the published file to `path`, with a progress bar; an interrupted download is continued.
 
-    The bytes go to `<path>.part`, which takes the name once it is complete. Raises UserError.
+    The bytes go to `<path>.part`, which is renamed once it is complete. Raises UserError.
     """
     path = Path(path)
     url = url or published_url(path)
@@ -139,15 +139,17 @@ def download(path, url=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         fetch(url, part)
     except (OSError, urllib.error.URLError) as error:
-        raise UserError(f"{url} could not be fetched: {error}; the same command continues where it stopped") from error
+        raise UserError(
+            f"{url} could not be downloaded: {error}; the same command continues where it stopped"
+        ) from error
     if not zipfile.is_zipfile(part):
         part.unlink()
-        raise UserError(f"{url} did not send an .npz file; nothing was kept")
+        raise UserError(f"{url} did not send an .npz file; nothing is kept")
     os.replace(part, path)
 
 
 def fetch(url, part):
-    """Append what is missing of `url` to the file `part`, or begin anew where the server can't continue."""
+    """Append the missing bytes of `url` to the file `part`, or start again if the server can't continue."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -161,7 +163,7 @@ def fetch(url, part):
     with response:
         continues = response.status == 206
         have = have if continues else 0
-        length = response.headers["Content-Length"]  # None where the server does not know
+        length = response.headers["Content-Length"]  # None if the server does not know
         total = length and have + int(length)
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem)
         with open(part, "ab" if continues else "wb") as file, bar:

@@ -1,6 +1,6 @@
-"""Random resized crops, flips and RandAugment: for a batch on the training device, or for one image in a worker.
+"""Random resized crops, flips and RandAugment, for a batch on the training device or for one image in a worker.
 
-What a sample gets is a function of (seed, epoch, sample index) alone.
+The augmentation of a sample is a function of (seed, epoch, sample index) alone.
 """
 
 import functools
@@ -10,30 +10,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.data.stream import AUGMENTATION, RAND_AUGMENT, random_uniform, random_words
+from utils.data.images import transforms
+from utils.data.stream import AUGMENTATION, RAND_AUGMENT, random_bits, random_uniform
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-MAX_MAGNITUDE = 30  # of RandAugment, by the paper's scale
-MEAN_STD = {  # of the three channels, as shares of 255
+MAX_MAGNITUDE = 30  # of RandAugment, on the paper's scale
+MEAN_STD = {  # of the three channels, as fractions of 255
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # what Google's checkpoints were trained with
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's own, as in torchvision
 }
-VALIDATION_RESIZE = 256 / 224  # of the shorter side, before the centre crop of ImageNet's validation
 
 
 class Augmentation(NamedTuple):
-    """How training images are made: crop, flip and RandAugment, in this order."""
+    """How training images are augmented: crop, flip and RandAugment, in this order."""
 
     seed: int
     img_size: tuple  # (height, width) in pixels
-    min_crop_scale: float  # smallest crop, as a share of the image's area
+    min_crop_scale: float  # smallest crop, as a fraction of the image's area
     flip: bool  # whether half of the images are mirrored
-    rand_augment: tuple | None = None  # (operations an image, their magnitude from 0 to 30)
+    rand_augment: tuple | None = None  # (operations per image, their magnitude from 0 to 30)
 
 
 def random_crops(seed, epochs, indices, num_samples, heights, widths, min_scale, max_scale=1.0):
-    """Boxes int64 (B, 4) of (top, left, height, width), and flips bool (B,) of probability one half.
+    """Boxes int64 (B, 4) of (top, left, height, width), and flips bool (B,) with probability 1/2.
 
     The rule is torchvision's RandomResizedCrop: area uniform in [min_scale, max_scale] of the image's, aspect
     ratio log-uniform in [3/4, 4/3], ten attempts, then the largest centred crop of an admissible ratio.
@@ -56,6 +56,7 @@ def random_crops(seed, epochs, indices, num_samples, heights, widths, min_scale,
 
 
 def largest_centred_crops(heights, widths):
+    """Boxes (B, 4) of the largest centred crops whose aspect ratio is admissible."""
     w = np.minimum(widths, np.rint(heights * ASPECT_RATIOS[1]))
     h = np.minimum(heights, np.rint(widths / ASPECT_RATIOS[0]))
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
@@ -64,8 +65,8 @@ def largest_centred_crops(heights, widths):
 def resized_crops(images, boxes, out_size, flips=None):
     """uint8 images (B, C, h, w), boxes (B, 4) -> float32 (B, C, *out_size) in [0, 255].
 
-    Bilinear with antialiasing, the same weights as torchvision's `resized_crop`, but every image has a box of
-    its own. Both axes are matrix products, since resizing is linear and separable.
+    Bilinear with antialiasing, with the weights of torchvision's `resized_crop`, but each image has its own box. Both
+    axes are matrix products, since resizing is linear and separable.
     """
     top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
     rows = resize_weights(top, height, images.shape[2], out_size[0])  # (B, H, h)
@@ -75,7 +76,7 @@ def resized_crops(images, boxes, out_size, flips=None):
 
 
 def resize_weights(start, length, in_size, out_size, flips=None):
-    """Row i holds what each input pixel of [start, start + length) gives to output pixel i: (B, out_size, in_size)."""
+    """The weight of each input pixel of [start, start + length) in each output pixel: (B, out_size, in_size)."""
     device = start.device
     scale = (length.float() / out_size)[:, None, None]
     pixels = torch.arange(out_size, device=device).expand(len(start), -1)
@@ -89,52 +90,30 @@ def resize_weights(start, length, in_size, out_size, flips=None):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def transforms():
-    """torchvision.transforms.v2: a slow import that images in memory need not pay."""
-    from torchvision.transforms import v2
-
-    return v2
-
-
-def rand_augmented(image, word, operations, magnitude):
-    """torchvision's RandAugment of an image, uint8 (3, H, W), drawn from the random word alone."""
-    with torch.random.fork_rng(devices=[]):  # it draws on the CPU, wherever the image is
-        torch.default_generator.manual_seed(int(word))
+def rand_augmented(image, bits, operations, magnitude):
+    """torchvision's RandAugment of an image, uint8 (3, H, W), seeded by the random bits."""
+    with torch.random.fork_rng(devices=[]):  # it draws on the CPU also for an image on a GPU
+        torch.default_generator.manual_seed(int(bits))
         return rand_augment(operations, magnitude)(image)
 
 
 @functools.cache
 def rand_augment(operations, magnitude):
+    """torchvision's transform."""
     return transforms().RandAugment(operations, magnitude, num_magnitude_bins=MAX_MAGNITUDE + 1)
 
 
-def rand_augment_words(seed, epochs, indices, num_samples):
-    """uint64 (B,): what each sample's RandAugment is drawn from."""
-    return random_words(seed, RAND_AUGMENT, epochs * num_samples + indices, 1)[:, 0]
-
-
-def stretch(image, img_size):
-    """A whole image, uint8 (3, H, W), in the size asked for, whatever that does to its aspect ratio."""
-    return transforms().functional.resize(image, list(img_size), antialias=True)
-
-
-def centre_crop(image, img_size):
-    """ImageNet's usual validation: the shorter side of uint8 (3, H, W) to 256/224 of `img_size`, then its centre."""
-    image = transforms().functional.resize(image, [round(max(img_size) * VALIDATION_RESIZE)], antialias=True)
-    return transforms().functional.center_crop(image, list(img_size))
-
-
-def centre_square(image):
-    """The part of an image, (3, H, W), that `centre_crop` shows."""
-    return transforms().functional.center_crop(image, [round(min(image.shape[1:]) / VALIDATION_RESIZE)])
+def rand_augment_bits(seed, epochs, indices, num_samples):
+    """The seed of each sample's RandAugment, uint64 (B,)."""
+    return random_bits(seed, RAND_AUGMENT, epochs * num_samples + indices, 1)[:, 0]
 
 
 def normalise(images, mean_std="half"):
-    """Bytes or floats in [0, 255] -> float32 less the mean, by the standard deviation; half: in [-1, 1].
+    """(images - mean) / std of images (..., 3, H, W) in [0, 255], as float32; with "half" the result is in [-1, 1].
 
-    `images` are (..., 3, H, W), `mean_std` is a name in MEAN_STD.
+    `mean_std` is a name in MEAN_STD.
     """
-    result = images.to(torch.float32, copy=True)  # worked on in place: further memory would cost more than the sums
+    result = images.to(torch.float32, copy=True)  # computed in place: allocating memory would take longer
     if mean_std == "half":
         return result.mul_(2 / 255).sub_(1)
     mean, std = channels(mean_std, images.device)
@@ -142,14 +121,14 @@ def normalise(images, mean_std="half"):
 
 
 def denormalise(images, mean_std="half"):
-    """The bytes, uint8, that `normalise` made these images of."""
+    """The inverse of `normalise`, as uint8."""
     if mean_std == "half":
         return ((images + 1) * (255 / 2)).round().clamp(0, 255).to(torch.uint8)
     mean, std = channels(mean_std, images.device)
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-@functools.cache  # a copy to a GPU a run, not a step
+@functools.cache  # one copy to a GPU per run, not per step
 def channels(mean_std, device):
     """(mean, standard deviation), each (3, 1, 1)."""
     return tuple(torch.tensor(values, device=device)[:, None, None] for values in MEAN_STD[mean_std])

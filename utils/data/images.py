@@ -1,4 +1,4 @@
-"""Picture files: which they are, and how one is read, whole or a crop of it."""
+"""Image files: which files are images, how one is read, whole or a crop of it, and how evaluation resizes it."""
 
 import contextlib
 import io
@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from utils.data.augmentation import stretch, transforms
 from utils.errors import UserError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-REDUCTIONS = (8, 4, 2)  # at which a JPEG is decoded straight from its frequencies
+REDUCTIONS = (8, 4, 2)  # factors by which a JPEG can be decoded at a smaller size
+VALIDATION_RESIZE = 256 / 224  # size of the shorter side relative to the centre crop of ImageNet's validation
 
 
-def pictures_below(folder):
-    """Sorted paths of the pictures in `folder` and its folders. Raises UserError where there is none."""
+def images_below(folder):
+    """Sorted paths of the images in `folder` and its subfolders. Raises UserError if there is none."""
 
     def unreadable(error):
         raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
@@ -25,81 +25,104 @@ def pictures_below(folder):
         os.path.join(place, file)
         for place, _, files in os.walk(folder, onerror=unreadable)
         for file in files
-        if is_picture(file)
+        if is_image(file)
     )
     if not paths:
-        raise UserError(f"{folder} has no pictures (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{folder} has no images (supported: {', '.join(sorted(IMAGE_SUFFIXES))})")
     return paths
 
 
-def is_picture(file):
-    """Whether a file of this name is taken for a picture."""
+def is_image(file):
+    """Whether a file of this name is read as an image."""
     return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
 
 
 @contextlib.contextmanager
-def named(path):
-    """Whatever goes wrong inside is a UserError that names the picture."""
+def errors_name(path):
+    """Turn every error inside into a UserError that names the image."""
     try:
         yield
-    except Exception as error:  # Pillow raises nearly every type for one or the other broken file
+    except Exception as error:  # Pillow raises nearly every type for one damaged file or another
         why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise UserError(f"{path} is not a readable picture: {why}") from error
+        raise UserError(f"{path} is not a readable image: {why}") from error
 
 
 def read_image(path):
-    """uint8 (3, H, W). Raises UserError."""
-    return Picture(path).decode()
+    """The image as uint8 (3, H, W). Raises UserError."""
+    return ImageFile(path).decode()
 
 
 def check_image(path):
-    """Raises UserError where the file is no picture, without decoding all of it."""
-    with named(path), Image.open(path) as image:
+    """Raise UserError if the file is not an image, without decoding all of it."""
+    with errors_name(path), Image.open(path) as image:
         image.verify()
 
 
-class Picture:
-    """The bytes of a picture file, read once, and what its header says. All methods raise UserError.
+class ImageFile:
+    """The bytes of an image file, read once, and its header. All methods raise UserError.
 
-    A JPEG in colour is decoded by torchvision: the same pixels as Pillow's, as a tensor without a further copy. Pillow
-    converts whatever else there is, in ImageNet too: grey, CMYK, PNG under another name.
+    A colour JPEG is decoded by torchvision: the pixels are Pillow's, without a further copy. Pillow converts everything
+    else, such as the grey, CMYK and misnamed PNG files of ImageNet.
     """
 
     def __init__(self, path):
         self.path = path
-        with named(path):
+        with errors_name(path):
             self.data = np.fromfile(path, dtype=np.uint8)
             self.image = Image.open(io.BytesIO(self.data))
         self.size = self.image.height, self.image.width
         self.is_colour_jpeg = self.image.format == "JPEG" and self.image.mode == "RGB"
 
     def decode(self):
-        """The whole picture, uint8 (3, H, W)."""
+        """The whole image, uint8 (3, H, W)."""
         if self.is_colour_jpeg:
-            # After an error Pillow tries, which knows more kinds and tells better what is wrong. ImportError, since
-            # torchvision 0.29 announces that decoding goes to torchcodec.
+            # After an error Pillow tries, which supports more variants and has clearer messages. ImportError, because
+            # torchvision 0.29 announces that decoding moves to torchcodec.
             with contextlib.suppress(RuntimeError, ImportError):
                 from torchvision.io import decode_jpeg  # as slow an import as its transforms
 
                 return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
-        with named(self.path):
+        with errors_name(self.path):
             if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 return torch.from_numpy((np.array(self.image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
             return torch.from_numpy(np.array(self.image.convert("RGB"))).permute(2, 0, 1)
 
     def resized_crop(self, box, out_size):
-        """The box (top, left, height, width) in the size asked for: uint8 (3, *out_size).
+        """The box (top, left, height, width), resized: uint8 (3, *out_size).
 
-        A colour JPEG is decoded at 1/8, 1/4 or 1/2 of its size where the box still has `out_size` pixels then: the
-        fewer are made, the faster. The box then ends at whole pixels of the reduced picture.
+        A colour JPEG is decoded at 1/8, 1/4 or 1/2 of its size if the box still has `out_size` pixels then, which is
+        faster. The box then ends at whole pixels of the reduced image.
         """
         top, left, height, width = box
         fits = (n for n in REDUCTIONS if height >= n * out_size[0] and width >= n * out_size[1])
         n = next(fits, None) if self.is_colour_jpeg else None
         if n is None:
             return transforms().functional.resized_crop(self.decode(), *box, size=list(out_size), antialias=True)
-        with named(self.path):
+        with errors_name(self.path):
             self.image.draft("RGB", (self.image.width // n, self.image.height // n))
-            part = self.image.crop([round(edge / n) for edge in (left, top, left + width, top + height)])
-            part = torch.from_numpy(np.array(part)).permute(2, 0, 1)
-        return stretch(part, out_size)
+            crop = self.image.crop([round(edge / n) for edge in (left, top, left + width, top + height)])
+            crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+        return stretch(crop, out_size)
+
+
+def transforms():
+    """torchvision.transforms.v2, a slow import that images in memory do not need."""
+    from torchvision.transforms import v2
+
+    return v2
+
+
+def stretch(image, img_size):
+    """Resize a whole image, uint8 (3, H, W), to (3, *img_size); the aspect ratio may change."""
+    return transforms().functional.resize(image, list(img_size), antialias=True)
+
+
+def centre_crop(image, img_size):
+    """ImageNet's usual validation: resize the shorter side of uint8 (3, H, W) to 256/224 of `img_size`, then crop."""
+    image = transforms().functional.resize(image, [round(max(img_size) * VALIDATION_RESIZE)], antialias=True)
+    return transforms().functional.center_crop(image, list(img_size))
+
+
+def centre_square(image):
+    """The part of an image, (3, H, W), that `centre_crop` keeps."""
+    return transforms().functional.center_crop(image, [round(min(image.shape[1:]) / VALIDATION_RESIZE)])

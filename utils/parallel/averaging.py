@@ -1,4 +1,4 @@
-"""A moving average of the weights, to be evaluated and kept in their place."""
+"""An exponential moving average of the weights, which is evaluated and saved instead of them."""
 
 import contextlib
 
@@ -12,8 +12,8 @@ from utils.parallel.processes import local_parts
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weight after each step (Polyak and Juditsky, 1992).
 
-    In the first steps the decay is (1 + step) / (10 + step) at most, as in TensorFlow, so that the weights at the start
-    are soon forgotten.
+    In the first steps the decay is at most (1 + step) / (10 + step), as in TensorFlow, so that the initial weights
+    lose their influence quickly.
     """
 
     def __init__(self, weights, decay):
@@ -22,14 +22,14 @@ class WeightAverage:
         self.weights = {name: weight.detach().float().clone() for name, weight in weights.items()}
 
     def update(self, weights, step):
-        """Take in the weights that step number `step`, counted from 1, has led to."""
+        """Add the weights after step number `step`, counted from 1."""
         average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         with torch.no_grad():
             average(local_parts(self.weights.values()), [w.float() for w in local_parts(weights.values())], None)
 
     @contextlib.contextmanager
     def in_place(self, model):
-        """Inside, the model computes with the average."""
+        """Inside, the model has the averaged weights."""
         reshard(model)
         weights = local_parts(model.parameters())
         with torch.no_grad():
@@ -41,6 +41,6 @@ class WeightAverage:
 
 
 def reshard(model):
-    """Let an FSDP model forget what it has gathered outside of its blocks: it would not see that its shards change."""
+    """Make an FSDP model free what it has gathered outside its blocks, since it does not notice that shards change."""
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -1,4 +1,4 @@
-"""Memory for time: activations that are computed again instead of kept, and freed memory that is kept."""
+"""Activation checkpointing, and keeping freed memory for reuse."""
 
 import contextlib
 import ctypes
@@ -11,26 +11,27 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_activations(model, compiled=False):
-    """Let each block of the model (a module with `is_block`) keep no more than its inputs for the backward pass.
+    """Make each block of the model (a module with `is_block`) keep only its inputs for the backward pass.
 
-    The rest is computed once more there (Chen et al., 2016), to the same bits. `compiled` compiles the blocks, which
-    model.compile() does not reach any more.
+    The backward pass computes the rest again (Chen et al., 2016), to the same bits. `compiled` compiles the blocks,
+    because model.compile() no longer reaches them.
     """
     for block in model.modules():
         if getattr(block, "is_block", False):
             norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm1d)]
-            contexts = {"context_fn": functools.partial(contexts_of, norms)} if norms else {}
+            contexts = {"context_fn": functools.partial(checkpoint_contexts, norms)} if norms else {}
             forward = torch.compile(block.forward) if compiled else block.forward
             block.forward = functools.partial(checkpoint, forward, use_reentrant=False, **contexts)
 
 
-def contexts_of(batch_norms):
-    """Around a block's forward pass, and around its repetition, which must not count into the running statistics."""
-    return contextlib.nullcontext(), unmoved(batch_norms)
+def checkpoint_contexts(batch_norms):
+    """Contexts for a block's forward pass and for its recomputation, which must not update running statistics."""
+    return contextlib.nullcontext(), frozen_statistics(batch_norms)
 
 
 @contextlib.contextmanager
-def unmoved(batch_norms):
+def frozen_statistics(batch_norms):
+    """Inside, the norms do not update their running statistics."""
     momenta = [norm.momentum for norm in batch_norms]
     try:
         for norm in batch_norms:
@@ -42,12 +43,12 @@ def unmoved(batch_norms):
 
 
 def keep_freed_memory():
-    """Have this process keep the memory that it frees, for its next tensors; without glibc nothing changes.
+    """Make this process keep the memory that it frees, for its next tensors. Without glibc nothing changes.
 
-    glibc gives blocks above 32 MiB back to the kernel, which then clears them anew, page by page, for each large
-    activation (benchmarks/NOTES.md).
+    By default glibc returns blocks above 32 MiB to the kernel, which then clears them again, page by page, for each
+    large activation (benchmarks/NOTES.md).
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         for option in (-1, -3) if mallopt else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(option, -1)  # the largest there is
+            mallopt(option, -1)  # the largest value

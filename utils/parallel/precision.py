@@ -1,11 +1,11 @@
-"""Mixed precision: the apex levels O0 to O3, done by torch.amp, or by an old build of apex where there is one.
+"""Mixed precision: the apex levels O0 to O3 by torch.amp, or by an old build of apex if one is installed.
 
 O0  float32
 O1  float32 weights, autocast, dynamic loss scaling
 O2  16-bit weights with float32 master weights, norms in float32, dynamic loss scaling
 O3  16-bit throughout
 
-16-bit is float16 on a GPU unless bfloat16 is asked for, and bfloat16 on a CPU. Loss scaling is for float16.
+16-bit is float16 on a GPU unless --bf16 is given, and bfloat16 on a CPU. Loss scaling is for float16.
 """
 
 import contextlib
@@ -13,16 +13,17 @@ import importlib
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from utils.errors import UserError
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)
+FLOAT32_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)  # unless a module has its own `stays_float32`
 AMP_BACKENDS = ("torch", "apex")
 
 
 def make_precision(args, device, amp_backend="torch", loss_scale=0.0, sharded=False):
-    """The precision that the flags --fp16, --bf16 and --fp16_opt_level ask for; `sharded` as in Precision."""
+    """The precision of the flags --fp16, --bf16 and --fp16_opt_level; `sharded` as in Precision."""
     level = args.fp16_opt_level if args.fp16 or args.bf16 else "O0"
     if amp_backend == "apex" and level != "O0":
         return ApexPrecision(level, loss_scale)
@@ -31,13 +32,13 @@ def make_precision(args, device, amp_backend="torch", loss_scale=0.0, sharded=Fa
 
 
 class Precision:
-    """The float types of a model's weights and activations, its loss scale, and the update that fits them."""
+    """The data types of a model's weights and activations, its loss scale, and the matching update."""
 
     def __init__(self, level, dtype, device, loss_scale=0.0, sharded=False):
-        """`loss_scale` 0 is dynamic at O1 and O2 in float16, and 1 otherwise.
+        """A `loss_scale` of 0 means dynamic scaling at O1 and O2 in float16, and 1 otherwise.
 
-        Of a `sharded` model the shards are the masters of O2: the weights are cast, norms too, where a block gathers
-        them.
+        The shards of a `sharded` model are the masters of O2; a block casts the weights, norms included, when it
+        gathers them.
         """
         self.level = level
         self.sharded = sharded
@@ -48,15 +49,16 @@ class Precision:
         self.static_scale = loss_scale or 1.0 if level != "O0" else 1.0
 
     def cast(self, model):
-        """Give the float32 `model` the level's types in place."""
+        """Cast the float32 `model` in place to the data types of the level."""
         for module in model.modules():
-            if self.level == "O3" or (self.level == "O2" and not self.sharded and not isinstance(module, NORMS)):
+            if self.level == "O3" or (self.level == "O2" and not self.sharded and not stays_float32(module)):
                 for p in module.parameters(recurse=False):
                     p.data = p.data.to(self.dtype)
 
     def prepare(self, model, make_optimizer):
-        """Cast `model` for training; returns `make_optimizer([(name, parameter), ...])` over its master weights,
-        which `named` holds by their names.
+        """Cast `model` for training; return `make_optimizer([(name, parameter), ...])` over its master weights.
+
+        `self.named` then holds the master weights by name.
         """
         float32 = {name: p.detach() for name, p in model.named_parameters()}
         self.cast(model)
@@ -76,14 +78,17 @@ class Precision:
         return contextlib.nullcontext()
 
     def inputs(self, images):
-        """Images in the type of the model's first layer."""
+        """The images in the data type of the model's first layer."""
         return images.to(self.dtype) if self.level in ("O2", "O3") else images
 
     def backward(self, loss):
         self.scaler.scale(loss * self.static_scale).backward()
 
     def step(self, optimizer, max_grad_norm):
-        """Clip the gradients by their global norm (0: not at all), update the weights, forget the gradients."""
+        """Clip the gradients by their global norm (0: never), update the weights, free the gradients.
+
+        Returns the norm before clipping, a 0-dim tensor: NaN for a step that dynamic loss scaling skips.
+        """
         model_weights = [p for name, p in self.model.named_parameters() if name in self.masters]
         masters = list(self.masters.values())
         with torch.no_grad():
@@ -92,16 +97,16 @@ class Precision:
             self.scaler.unscale_(optimizer)  # does nothing where scaling is not dynamic
             if self.static_scale != 1.0:
                 torch._foreach_mul_([p.grad for p in self.parameters], 1 / self.static_scale)
-            if max_grad_norm:
-                nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+            norm = clip_gradients(self.parameters, max_grad_norm)
             self.scaler.step(optimizer)
             self.scaler.update()
             if masters:
                 torch._foreach_copy_(model_weights, masters)
         self.model.zero_grad(set_to_none=True)
+        return norm.where(norm.isfinite(), torch.nan) if self.scaler.is_enabled() else norm
 
     def weights(self):
-        """The model's state dict with the float32 masters in it."""
+        """The model's state dict with the float32 masters in place of the 16-bit weights."""
         return {**self.model.state_dict(), **self.masters}
 
     def state_dict(self):
@@ -112,7 +117,7 @@ class Precision:
 
 
 class ApexPrecision:
-    """The same by `apex.amp`, which NVIDIA has removed from apex: only for those who keep an old build."""
+    """The same by `apex.amp`, for old builds of apex: NVIDIA has removed it."""
 
     def __init__(self, level, loss_scale):
         self.amp = import_apex_amp()
@@ -137,10 +142,10 @@ class ApexPrecision:
             scaled_loss.backward()
 
     def step(self, optimizer, max_grad_norm):
-        if max_grad_norm:
-            nn.utils.clip_grad_norm_(self.amp.master_params(optimizer), max_grad_norm)
+        norm = clip_gradients(list(self.amp.master_params(optimizer)), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        return norm
 
     def weights(self):
         return self.model.state_dict()
@@ -152,9 +157,23 @@ class ApexPrecision:
         self.amp.load_state_dict(state["apex"])
 
 
+def stays_float32(module):
+    """Whether the module's own parameters stay float32 at level O2."""
+    return getattr(module, "stays_float32", isinstance(module, FLOAT32_NORMS))
+
+
+def clip_gradients(parameters, max_norm):
+    """Scale the gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before."""
+    if max_norm:
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def import_apex_amp():
-    """apex.amp with its `initialize`. Raises UserError that says why there is none."""
-    why = "NVIDIA has removed apex.amp; leave --amp_backend away and torch.amp does the same"
+    """The module apex.amp with its `initialize`. Raises UserError if it is missing."""
+    why = "NVIDIA has removed apex.amp; omit --amp_backend and torch.amp does the same"
     try:
         amp = importlib.import_module("apex.amp")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as `torchrun` or `torch.distributed.launch` started."""
+"""The processes of a run: a single one, or those that `torchrun` or `torch.distributed.launch` started."""
 
 import contextlib
 import gc
@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,36 +25,57 @@ PARALLEL = ("ddp", "fsdp")
 
 
 class Processes(NamedTuple):
-    """This process among all: its number, how many there are, its number on this machine, and its device."""
+    """This process among all: its rank, their number, its rank on this machine, and its device."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
 
+    @property
+    def is_first(self):
+        """Whether this process prints and writes the records."""
+        return self.rank == 0
+
     def __str__(self):
         return f"{self.size} processes on {self.device.type}" if self.size > 1 else str(self.device)
 
 
+def one_process(device=None):
+    """The Processes of a program that runs alone."""
+    return Processes(0, 1, 0, device or torch.device("cpu"))
+
+
 def choose_device(local_rank=0):
-    """The GPU of this number, or the CPU where there is none; settles how this process computes on it."""
+    """The GPU of this rank, or the CPU if there is none; also sets how this process computes on it."""
     if not torch.cuda.is_available():
         keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
-    # cuDNN would round the inputs of float32 convolutions to 10 bits (TF32); PyTorch's matrix products don't.
+    # By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32); matrix products are exact.
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True  # a run's images are of one size, so the search for a kernel pays
+    torch.backends.cudnn.benchmark = True  # all images of a run have one size, so the search pays off
     return torch.device("cuda", local_rank)
 
 
+def device_name():
+    """The GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def restarted():
-    """Whether torchrun has started the processes anew because one of them died (--max-restarts)."""
+    """Whether torchrun has restarted the processes because one of them died (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def launcher():
-    """What tells the torchrun that started this process from others, and stays when it starts it anew; or None."""
+    """An identifier of the torchrun that started this process, the same after a restart; None without torchrun."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
     return f"{platform.node()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
@@ -63,32 +85,32 @@ def launcher():
 def join_processes(local_rank=None):
     """Join the process group that the launcher's environment describes, if any, and leave it at the end.
 
-    `local_rank` is what an old launcher gives as a flag; the environment's wins.
+    `local_rank` is the flag of an old launcher; the environment variable takes precedence.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     device = choose_device(local_rank)
     if "RANK" not in os.environ:
-        yield Processes(0, 1, 0, device)
+        yield one_process(device)
         return
     if device.type == "cuda":
-        # Gloo carries the few words that the hosts exchange without waiting for the GPUs.
+        # Gloo carries the few numbers that the hosts exchange without waiting for the GPUs.
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    whole = False
+    complete = False
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
-        whole = True
+        complete = True
     except UserError as error:
-        error.met_at_work = True
+        error.only_this_process = True
         raise
     except RuntimeError as error:
         if "gloo/transport" not in str(error):
             raise
         raise RunStoppedError("another process of the run has ended or does not answer; see its message", 1) from error
     finally:
-        gc.collect()  # gloo may abort at exit where a DDP wrapper or an FSDP model outlives the process group
-        if whole or device.type == "cpu":  # NCCL would wait here for processes that go on without this one
+        gc.collect()  # gloo may abort at exit if a DDP wrapper or an FSDP model outlives the process group
+        if complete or device.type == "cpu":  # NCCL would wait here for processes that continue without this one
             dist.destroy_process_group()
 
 
@@ -115,13 +137,13 @@ def barrier():
 
 
 def shard_weights(model, processes, dtype=None):
-    """Leave each process its part of every weight, gradient and momentum (FSDP2; ZeRO, Rajbhandari et al., 2020).
+    """Keep in each process its shard of every weight, gradient and momentum (FSDP2; ZeRO, Rajbhandari et al., 2020).
 
-    Each block of the model (a module with `is_block`) gathers its weights before it computes and gives them back after
-    it; what is outside the blocks stays together from the forward to the backward pass. With a 16-bit `dtype` weights
-    and activations are cast to it, while gradients are summed and kept in float32, as the shards are.
+    Each block of the model (a module with `is_block`) gathers its weights before it computes and frees them afterwards.
+    Weights outside the blocks stay gathered from the forward to the backward pass. With a 16-bit `dtype` weights and
+    activations are cast to it; gradients are summed and kept in float32, as the shards are.
     """
-    # The keys that a block hands to a token reduction are a view, into which nobody writes.
+    # The keys that a block passes to a token reduction are a view, which nothing writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
     mesh = init_device_mesh(processes.device.type, (processes.size,))
@@ -131,13 +153,13 @@ def shard_weights(model, processes, dtype=None):
 
 
 def local_parts(tensors):
-    """What this process holds of each tensor: all of it, or its shard."""
+    """The part of each tensor that this process holds: all of it, or its shard."""
     return [tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
 
 
 @contextlib.contextmanager
 def gradients_summed(network, last):
-    """Gradients are summed over the processes once a step, with its `last` accumulation part."""
+    """Gradients are summed over the processes once per step, with its `last` micro-batch."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
         yield
@@ -150,20 +172,20 @@ def gradients_summed(network, last):
 
 @contextlib.contextmanager
 def first_on_each_machine(processes):
-    """The body runs in one process of each machine before it runs in the others: for what is written once."""
+    """The body runs in one process of each machine before it runs in the others, for files that are written once."""
     if processes.local_rank != 0:
         barrier()
     try:
         yield
-    finally:  # after an error too: the others then meet it themselves instead of waiting for ever
+    finally:  # after an error too: the others then raise it themselves instead of waiting forever
         if processes.local_rank == 0:
             barrier()
 
 
 class StopSignal:
-    """Tells all processes, at the same step, that one of them was asked to stop.
+    """Reports to all processes, at the same step, that one of them received a stop signal.
 
-    The answer to a step's question is read a step later, so that nobody waits for it.
+    The answer to the question of one step is read in the next, so that no process waits for it.
     """
 
     def __init__(self):
@@ -174,27 +196,27 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self):
-        """SIGTERM and Ctrl-C are noted inside; a second one, two seconds later, interrupts at once."""
+        """Inside, SIGTERM and Ctrl-C are recorded; a second one, at least two seconds later, interrupts at once."""
         previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield
+            yield self
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def receive(self, number, frame):
-        if os.getpid() != self.process:  # a worker that reads pictures: its training process ends it
+        if os.getpid() != self.process:  # a worker that reads images; its training process ends it
             return
-        # A launcher forwards what the terminal has sent already; a second Ctrl-C of the user comes later.
+        # A launcher forwards a signal that the terminal has already sent; a second Ctrl-C of the user comes later.
         if self.number and time.monotonic() - self.received > 2:
             raise KeyboardInterrupt
         if not self.number and not (dist.is_initialized() and dist.get_rank()):
             name = signal.Signals(number).name
-            print(f"\n{name}: stopping at the end of this step; once more to lose what is not saved", file=sys.stderr)
+            print(f"\n{name}: stopping at the end of this step; repeat it to stop at once, unsaved", file=sys.stderr)
         self.number, self.received = number, time.monotonic()
 
     def agreed(self):
-        """The signal's number, or 0. To be called once a step by every process."""
+        """The signal's number, or 0. Every process must call it once per step."""
         if not dist.is_initialized():
             return self.number
         answer = 0

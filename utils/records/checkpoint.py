@@ -1,9 +1,9 @@
-"""A run's own checkpoints: `last.safetensors`, `best.safetensors` and, beside them, what resuming needs.
+"""A run's own checkpoints: `last.safetensors`, `best.safetensors` and the state that resuming needs.
 
-`last.safetensors` names its step; the optimizer's state of that step is in the folder `state-<step>/`, to which every
-process writes its part (torch.distributed.checkpoint). The state is written first and older ones are deleted last, so
-at any moment weights and state of one step are both there. Neither says how many processes wrote it or what each of
-them held, so a run goes on with any number of them, with whole weights or with shards.
+`last.safetensors` records its step. The optimizer's state of that step is in the folder `state-<step>/`, to which every
+process writes its part (torch.distributed.checkpoint). The state is written first and older states are deleted last, so
+at any moment there are weights and a state of the same step. Neither depends on the number of processes that wrote it
+or on what each of them held, so a run resumes with any number of processes, with whole weights or with shards.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ STATE = "state.json"
 LAST, BEST = "last.safetensors", "best.safetensors"
 
 
-def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, first):
-    """Write the weights and the state of `step`; a crash at any point leaves the older pair or the new one.
+def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_first):
+    """Write the weights and the state of `step`. A crash at any point leaves the older pair or the new one.
 
-    All processes call it together; those that are not `first` write their part of `tensors`, {name: tensor}, and help
-    to put the weights together. `best_weights` is None where this step is not the best; `state` is JSON's. Raises
-    RunStoppedError where it can't be written.
+    All processes call it together. Those without `is_first` write their part of `tensors`, {name: tensor}, and take
+    part in gathering the weights. `best_weights` is None if this step is not the best; `state` must suit JSON. Raises
+    RunStoppedError if it can't be written.
     """
     try:
-        write_checkpoint(run_dir, step, weights, best_weights, tensors, state, first)
+        write_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_first)
     except (OSError, SafetensorError) as error:
         path = Path(run_dir) / LAST
         kept = f"{path} of step {saved_step(path)} is whole" if path.exists() else "there is no earlier one"
@@ -44,27 +44,27 @@ def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, first)
         raise RunStoppedError(f"{what}; {kept}", status=1) from error
 
 
-def write_checkpoint(run_dir, step, weights, best_weights, tensors, state, first):
-    """What `save_checkpoint` does, with the errors as they come."""
+def write_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_first):
+    """`save_checkpoint` with the original errors."""
     folder = state_folder(run_dir, step)
-    if first and folder.exists():  # of a sitting that was killed while it wrote
+    if is_first and folder.exists():  # from a process that was killed while it wrote
         shutil.rmtree(folder)
     barrier()
     with distributed_checkpoint() as dcp:
         dcp.save(tensors, checkpoint_id=folder)
     if best_weights is not None:
-        save_weights(Path(run_dir) / BEST, best_weights, step, first)
-    if first:
+        save_weights(Path(run_dir) / BEST, best_weights, step, is_first)
+    if is_first:
         replace_file(folder / STATE, lambda path: path.write_text(json.dumps(state)))
-    save_weights(Path(run_dir) / LAST, weights, step, first)
-    if first:
+    save_weights(Path(run_dir) / LAST, weights, step, is_first)
+    if is_first:
         for path in Path(run_dir).glob("state-*"):
             if path != folder:
-                shutil.rmtree(path, ignore_errors=True)  # what is left does no harm, and goes next time
+                shutil.rmtree(path, ignore_errors=True)  # a remaining file does no harm and is deleted next time
 
 
 def load_checkpoint(run_dir):
-    """(weights, state) of the run's last checkpoint; `load_tensors` takes the rest of it. Raises UserError."""
+    """(weights, state) of the run's last checkpoint; `load_tensors` reads the rest of it. Raises UserError."""
     path = Path(run_dir) / LAST
     weights, step = load_weights(path)
     with readable_state(run_dir, step):
@@ -72,7 +72,7 @@ def load_checkpoint(run_dir):
 
 
 def load_tensors(run_dir, step, like):
-    """The tensors of `save_checkpoint`, as `like(name, shape, dtype)` makes place for them. Raises UserError."""
+    """The tensors of `save_checkpoint`, read into those that `like(name, shape, dtype)` returns. Raises UserError."""
     with readable_state(run_dir, step), distributed_checkpoint() as dcp:
         reader = dcp.FileSystemReader(state_folder(run_dir, step))
         stored = reader.read_metadata().state_dict_metadata
@@ -87,39 +87,39 @@ def state_folder(run_dir, step):
 
 @contextlib.contextmanager
 def readable_state(run_dir, step):
-    """Raises UserError for whatever goes wrong inside."""
+    """Turn every error inside into a UserError."""
     try:
         yield
     except Exception as error:  # damaged files raise nearly every type
         folder, path = state_folder(run_dir, step), Path(run_dir) / LAST
         what = "can't be read" if folder.exists() else "is missing"
-        raise UserError(f"{folder} {what}, so {path} can't be resumed; start anew with --overwrite") from error
+        raise UserError(f"{folder} {what}, so {path} can't be resumed; start again with --overwrite") from error
 
 
 @contextlib.contextmanager
 def distributed_checkpoint():
-    """PyTorch's module for it. Raises OSError in all processes where one of them can't read or write its part."""
-    import torch.distributed.checkpoint as dcp  # a slow import that evaluation need not pay
+    """PyTorch's module. Raises OSError in all processes if one of them can't read or write its part."""
+    import torch.distributed.checkpoint as dcp  # a slow import that evaluation does not need
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a single process is warned that it is one
+        warnings.simplefilter("ignore")  # it warns that there is a single process only
         try:
             yield dcp
-        except dcp.api.CheckpointException as error:  # which is no Exception
+        except dcp.api.CheckpointException as error:  # not a subclass of Exception
             reasons = {str(reason) for reason, _ in error.failures.values()}
             raise OSError("; ".join(sorted(reasons))) from error
 
 
-def save_weights(path, weights, step, first=True):
-    """Write {name: tensor}, whole or sharded, as one file by the first process; all of them call it."""
+def save_weights(path, weights, step, is_first=True):
+    """Write {name: tensor}, whole or sharded, as one file by the first process; all processes call it."""
     tensors = {}
     for name, tensor in weights.items():
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-        if first:
+        if is_first:
             tensors[name] = tensor.cpu().contiguous()
-    if first:
+    if is_first:
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"step": str(step)}))
 
 
@@ -130,14 +130,14 @@ def load_weights(path):
 
 
 def saved_step(path):
-    """The step that a .safetensors file is of, without reading its weights. Raises UserError."""
+    """The step at which a .safetensors file was saved, without reading its weights. Raises UserError."""
     with opened_weights(path) as (_, step):
         return step
 
 
 @contextlib.contextmanager
 def opened_weights(path):
-    """(file, step) of a .safetensors file. Raises UserError, also for what is found while it is read."""
+    """(file, step) of a .safetensors file. Raises UserError, also for errors while it is read."""
     if not Path(path).is_file():
         raise UserError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}")
     try:
@@ -148,7 +148,7 @@ def opened_weights(path):
 
 
 def load_into(model, weights, path):
-    """Fill the model with a run's weights. Raises UserError that names the first weight which does not fit."""
+    """Load a run's weights into the model. Raises UserError that names the first weight that does not fit."""
     expected = model.state_dict()
     for name in sorted(set(expected) | set(weights)):
         found = tuple(weights[name].shape) if name in weights else "nothing"
@@ -159,14 +159,14 @@ def load_into(model, weights, path):
 
 
 def replace_file(path, write):
-    """Let `write` fill a temporary file, sync it to the disk and give it its name: whole or not at all."""
+    """Write a file atomically: `write` fills a temporary file, which is synced to the disk and renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     if os.name == "posix":
         os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors lets nobody else read its files
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes its files readable by their owner only
     os.replace(temporary, path)
     if os.name == "posix":  # the new name is durable once its folder is
         folder = os.open(path.parent, os.O_RDONLY)

@@ -1,189 +1,26 @@
-"""The records of a run: config.json, metrics.csv, TensorBoard, W&B, curves.png, and what the terminal shows."""
+"""The records of a run while it trains: metrics.csv, TensorBoard, W&B, curves.png and the terminal."""
 
 import csv
-import importlib.metadata
-import json
 import math
-import os
-import platform
-import shutil
 import sys
 import time
-from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from utils.errors import UserError
-from utils.parallel.processes import launcher, restarted, union_over_processes
 from utils.records.checkpoint import BEST, LAST, replace_file
-from utils.records.weights_and_biases import RECORDS, RUN_ID
+from utils.records.run_folder import CURVES, METRICS, read_config, read_metrics, read_rows
 
-CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "curves.png"
-# Flags that make no other run of it: its folder may have been moved, its weights downloaded meanwhile.
-WITHOUT_EFFECT = {
-    *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
-    *("local_rank", "parallel", "save_every", "num_workers", "skip_broken", "eval_batch_size"),
-}
-COLUMNS = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "test_top5_accuracy",
-    "lr",
-    "images_per_second",
-    "seconds",
-)
-NETWORK_DISK = 60  # seconds that it may take to show on one machine what another one has written
-NEWER_COLUMNS = ("test_top5_accuracy",)  # those that earlier runs have not measured: not a number there
-FEW_CLASSES = 10  # up to here the terminal does not show the top-5 accuracy
-
-
-def open_run_folder(args):
-    """`<output_dir>/<name>/`, made and checked for writing.
-
-    Raises UserError where the folder can't be written, or holds a run and neither --resume nor --overwrite is given.
-    """
-    run_dir = Path(args.output_dir) / args.name
-    if int(os.environ.get("RANK", 0)):
-        return run_dir  # the first process looks after it
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"the output folder {run_dir} can't be written: {error.strerror}") from error
-    if any((run_dir / file).exists() for file in (CONFIG, LAST)) and not (args.resume or args.overwrite):
-        raise UserError(f"{run_dir} holds a run already; give --resume, --overwrite or another --name")
-    return run_dir
-
-
-def continues(args):
-    """Whether torchrun has started the processes anew after they had begun the run in this folder."""
-    config = read_config(Path(args.output_dir) / args.name) if restarted() else None
-    return bool(config) and config.get("launcher") == launcher()
-
-
-def resumes(args):
-    """Whether there is a checkpoint that --resume continues; without one it starts the run."""
-    return args.resume and (Path(args.output_dir) / args.name / LAST).exists()
-
-
-def best_weights(args):
-    """Where the run of these flags keeps its best weights, whether there are any or not."""
-    return Path(args.output_dir) / args.name / BEST
-
-
-def prepare_run_folder(run_dir, args, classes, num_steps):
-    """Write config.json; before that, delete what an earlier run has written where it is not resumed."""
-    if not resumes(args):
-        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "events.out.tfevents.*", ".*.tmp"):
-            for path in run_dir.glob(pattern):
-                path.unlink()
-        for state in run_dir.glob("state-*"):  # a file in runs of earlier versions
-            shutil.rmtree(state) if state.is_dir() else state.unlink()
-        if not args.resume:  # a run that broke off before its first checkpoint goes on at W&B
-            (run_dir / RUN_ID).unlink(missing_ok=True)
-            shutil.rmtree(run_dir / RECORDS, ignore_errors=True)
-    config = {
-        "flags": vars(args),
-        "classes": classes,
-        "num_steps": num_steps,
-        "command": sys.argv,
-        "launcher": launcher(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": importlib.metadata.version("torchvision"),
-            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-            "device": device_name(),
-            "platform": platform.platform(),
-        },
-    }
-    replace_file(run_dir / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-
-
-def check_shared(run_dir):
-    """Raises UserError in all processes where one of them does not see what the first one has prepared."""
-    deadline = time.monotonic() + NETWORK_DISK
-    while not (run_dir / CONFIG).exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if False in union_over_processes({(run_dir / CONFIG).exists()}):
-        raise not_shared(run_dir)
-
-
-def not_shared(run_dir):
-    return UserError(
-        f"the processes do not see the same {run_dir}; --output_dir must be on a disk that all machines share"
-    )
-
-
-def report_changed_flags(config, args):
-    """Say with which flags a run is resumed that it was not started with."""
-    before = config["flags"] if config else vars(args)
-    for flag, value in vars(args).items():
-        if flag not in WITHOUT_EFFECT and before.get(flag, value) != value:
-            print(f"warning: resuming with --{flag} {value}; the run was started with {before[flag]}")
-
-
-def read_config(run_dir):
-    """The config.json of a run, or None. Raises UserError for one that is no JSON."""
-    path = Path(run_dir) / CONFIG
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON: {error}") from error
-
-
-def read_metrics(run_dir):
-    """The rows of a run's metrics.csv as {column: list of floats}; empty before its first evaluation."""
-    path = Path(run_dir) / METRICS
-    if not path.exists():
-        return {}
-    try:
-        rows = read_rows(path)
-        return {name: [float(row[name]) for row in rows] for name in (COLUMNS if rows else ())}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: it needs numbers in the columns {', '.join(COLUMNS)}") from error
-
-
-def read_rows(path):
-    """The rows of a metrics.csv as {column: text}."""
-    with open(path, newline="") as file:
-        return [{**dict.fromkeys(NEWER_COLUMNS, "nan"), **row} for row in csv.DictReader(file)]
-
-
-def read_run(run_dir):
-    """(flags, metrics) of a run that has been evaluated. Raises UserError for a folder without one."""
-    config, metrics = read_config(run_dir), read_metrics(run_dir)
-    if not isinstance(config, dict) or "flags" not in config:
-        raise UserError(f"{run_dir} is no folder of a run: it has no {CONFIG} with a run's flags")
-    if not metrics:
-        raise UserError(f"{run_dir} has no evaluation in its {METRICS} yet")
-    return config["flags"], metrics
-
-
-def device_name():
-    """The GPU's name, or the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+FEW_CLASSES = 10  # up to this number of classes the terminal omits the top-5 accuracy
 
 
 class Tracker:
-    """Writes the records, in the first process only; elsewhere its methods do nothing."""
+    """Writes the records, in the first process only; in the others its methods do nothing. A context manager.
+
+    No training metric is named here: those of `log_steps` and the columns of `log_evaluation` are the caller's.
+    """
 
     def __init__(self, run_dir, first_step, num_steps, seconds, num_classes, enabled, wandb=None):
-        """`seconds` is what the run has taken before it was resumed at `first_step`; `wandb` a WeightsAndBiases."""
+        """`seconds` is the duration of the run before it resumes at `first_step`; `wandb` is a WeightsAndBiases."""
         self.run_dir = run_dir
         self.num_classes = num_classes
         self.enabled = enabled
@@ -191,11 +28,12 @@ class Tracker:
         self.started = time.monotonic() - seconds
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a slow import that other processes need not pay
+        from torch.utils.tensorboard import SummaryWriter  # a slow import that other processes do not need
 
         self.tensorboard = SummaryWriter(run_dir, purge_step=first_step + 1 if first_step else None)
-        self.rows = kept_rows(run_dir / METRICS, first_step)
-        self.write_metrics()
+        self.rows = rows_until(run_dir / METRICS, first_step)
+        if (run_dir / METRICS).exists():
+            self.write_metrics()
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -205,31 +43,39 @@ class Tracker:
             disable=not sys.stderr.isatty(),
         )
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
     def say(self, message):
-        """A line in the terminal, above the progress bar."""
+        """Print a line above the progress bar."""
         if self.enabled:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
-    def log_steps(self, first_step, losses, lr, images_per_second):
-        """The losses of the steps from `first_step` on, just read back from the device."""
+    def log_steps(self, first_step, metrics, lr, images_per_second):
+        """Record {metric: its values in the steps from `first_step` on}."""
         if not self.enabled:
             return
-        last_step = first_step + len(losses) - 1
-        for step, loss in enumerate(losses, start=first_step):
-            self.add_scalars({"train/loss": loss}, step)
+        steps = [dict(zip(metrics, values, strict=True)) for values in zip(*metrics.values(), strict=True)]
+        for step, values in enumerate(steps, start=first_step):
+            self.add_scalars({f"train/{name}": value for name, value in values.items()}, step)
+        last_step = first_step + len(steps) - 1
         self.add_scalars({"train/lr": lr, "train/images_per_second": images_per_second}, last_step)
-        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr:.2e}, {images_per_second:.1f} img/s", refresh=False)
-        self.bar.update(len(losses))
+        newest = ", ".join(f"{name} {value:.4g}" for name, value in steps[-1].items())
+        self.bar.set_postfix_str(f"{newest}, lr {lr:.2e}, {images_per_second:.1f} img/s", refresh=False)
+        self.bar.update(len(steps))
 
     def log_evaluation(self, row, best_accuracy, best_step):
-        """A row of metrics.csv (see COLUMNS), the same in TensorBoard and as a line in the terminal."""
+        """Record a row of metrics.csv, {column: number}, also in TensorBoard and as a line in the terminal."""
         if not self.enabled:
             return
-        self.rows.append({name: format(row[name], ".8g") for name in COLUMNS})
+        self.rows.append({name: format(value, ".8g") for name, value in row.items()})
         self.write_metrics()
-        tests = ("loss", "accuracy", "top5_accuracy")
-        self.add_scalars({f"test/{name}": row[f"test_{name}"] for name in tests}, row["step"])
+        tests = {name: value for name, value in row.items() if name.startswith("test_")}
+        self.add_scalars({name.replace("_", "/", 1): value for name, value in tests.items()}, row["step"])
         self.tensorboard.flush()
         if self.wandb:
             self.wandb.summarise({"best_accuracy": best_accuracy, "best_step": best_step})
@@ -243,40 +89,44 @@ class Tracker:
         )
 
     def add_scalars(self, values, step):
-        """{name: number} in TensorBoard and at W&B."""
+        """Record {name: number} in TensorBoard and at W&B."""
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step)
 
     def log_figure(self, name, figure, step):
-        """A matplotlib figure in TensorBoard and at W&B."""
+        """Record a matplotlib figure in TensorBoard and at W&B."""
         if self.enabled:
             self.tensorboard.add_figure(name, figure, step)
             if self.wandb:
                 self.wandb.log_figure(name, figure, step)
 
     def write_metrics(self):
+        """Write all rows; the columns are those of the newest row, and NaN where an earlier row lacks one."""
+        columns = dict.fromkeys(name for row in reversed(self.rows) for name in row)
+
         def write(path):
             with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
+                writer = csv.DictWriter(file, columns, restval="nan")
                 writer.writeheader()
                 writer.writerows(self.rows)
 
         replace_file(self.run_dir / METRICS, write)
 
     def seconds(self):
-        """Since the run began, the time of earlier sittings included."""
+        """The duration of the run, including the time before it was resumed."""
         return time.monotonic() - self.started
 
     def close(self):
-        """Draw the curves, however the run has ended."""
+        """Draw the curves, also after an error."""
         if not self.enabled:
             return
         self.bar.close()
         self.tensorboard.close()
         if self.rows:
-            from utils.visualize import plot_curves, save
+            from utils.curves import plot_curves
+            from utils.figures import save
 
             flags = read_config(self.run_dir)["flags"]
             title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
@@ -285,12 +135,14 @@ class Tracker:
             self.wandb.finish()
 
     def summarise(self, best_accuracy, best_step):
-        """Say how well the run has ended and where everything lies."""
+        """Print the results of the run and the paths of its files."""
         if not self.enabled:
             return
         last = ""
         if self.rows:
-            top1, top5 = (100 * float(self.rows[-1][name]) for name in ("test_accuracy", "test_top5_accuracy"))
+            top1, top5 = (
+                100 * float(self.rows[-1].get(f"test_{name}", "nan")) for name in ("accuracy", "top5_accuracy")
+            )
             shows_top5 = self.num_classes > FEW_CLASSES and not math.isnan(top5)
             last = f"test accuracy {top1:.2f} %, {f'top-5 {top5:.2f} %, ' if shows_top5 else ''}"
         self.bar.close()
@@ -304,8 +156,8 @@ class Tracker:
         )
 
 
-def kept_rows(path, first_step):
-    """The rows of an earlier sitting that the checkpoint at `first_step` still stands for."""
-    if not first_step or not path.exists():
+def rows_until(path, step):
+    """The rows of an existing metrics.csv up to the checkpoint at `step` from which the run resumes."""
+    if not step or not path.exists():
         return []
-    return [row for row in read_rows(path) if int(row["step"]) <= first_step]
+    return [row for row in read_rows(path) if int(row["step"]) <= step]

@@ -1,0 +1,139 @@
+"""Checks of flags that depend on each other or on files, before any work. All of them raise UserError."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from utils.data.augmentation import MAX_MAGNITUDE
+from utils.data.datasets import DATASETS
+from utils.data.folders import class_folders, image_folders
+from utils.errors import UserError
+from utils.optimizers import make_optimizer
+from utils.parallel.precision import import_apex_amp
+from utils.pretrained import check_exists, published_url
+from utils.records.run_folder import best_weights, resumes
+from utils.records.weights_and_biases import check_project, import_wandb
+
+
+def check_training_flags(args, make_model):
+    """All checks of a training script; `make_model(num_classes)` is tried without weights."""
+    check_flags_together(args, make_model)
+    check_files(args)
+
+
+def check_flags_together(args, make_model):
+    """The checks that do not need any file."""
+    if args.name in ("", ".", "..") or Path(args.name).name != args.name:
+        raise UserError(f"--name {args.name!r} is not a plain folder name")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if args.mode == "train":
+        check_division(args)
+        check_restarts(args)
+    if args.epochs:
+        args.num_steps = None
+    if args.decay_steps and args.decay_type != "step":
+        raise UserError(f"--decay_steps is for --decay_type step, not {args.decay_type}")
+    if args.amp_backend == "apex":
+        import_apex_amp()
+        if args.bf16:
+            raise UserError("--amp_backend apex supports float16 only; use --fp16, or omit --amp_backend for --bf16")
+    if args.parallel == "fsdp":
+        check_sharding(args)
+    if args.wandb and args.mode == "train":
+        check_project(args.wandb_project)
+        import_wandb()
+    if args.download and not args.pretrained_dir:
+        raise UserError("--download needs --pretrained_dir, the path to download to")
+    if args.rand_augment and not (args.rand_augment[0] and args.rand_augment[1] <= MAX_MAGNITUDE):
+        given = " ".join(map(str, args.rand_augment))
+        raise UserError(f"--rand_augment {given}: give at least 1 operation and a magnitude of at most {MAX_MAGNITUDE}")
+    check_model(args, make_model)
+
+
+def check_model(args, make_model):
+    """Whether the model and its optimizer can be made, by making them without memory."""
+    try:
+        with torch.device("meta"):
+            model = make_model(num_classes=1)
+        make_optimizer(args, list(model.named_parameters()))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if args.log_attention_every and not hasattr(model, "forward_with_attention"):
+        raise UserError(f"--log_attention_every: {args.model_type} has no attention")
+
+
+def check_restarts(args):
+    """Whether processes that torchrun restarts would agree on where the run stands."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    several_machines = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) < processes
+    # A process is informed of the restarts on its own machine only.
+    if several_machines and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.resume:
+        raise UserError(
+            "torchrun --max-restarts on several machines needs --resume, to continue from the last checkpoint"
+        )
+
+
+def check_sharding(args):
+    """Whether the flags suit shards of the weights."""
+    if args.fp16 and not args.bf16 and torch.cuda.is_available():
+        raise UserError("--parallel fsdp does not support loss scaling for float16; use --bf16")
+    if (args.fp16 or args.bf16) and args.fp16_opt_level == "O3":
+        raise UserError("--parallel fsdp does not support level O3; use O2, whose float32 masters are sharded too")
+    if args.optimizer == "muon":
+        raise UserError("--parallel fsdp does not support --optimizer muon, which needs whole matrices; use adamw")
+    if args.log_attention_every:
+        raise UserError("--log_attention_every needs the whole model in one process; omit --parallel fsdp")
+
+
+def check_division(args):
+    """Whether the batch can be divided over the processes and accumulation steps."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parts = processes * args.gradient_accumulation_steps
+    if args.train_batch_size % parts:
+        raise UserError(
+            f"--train_batch_size {args.train_batch_size} is not divisible by {processes} processes x "
+            f"{args.gradient_accumulation_steps} accumulation steps; "
+            f"{args.train_batch_size // parts * parts or parts} would be"
+        )
+    if (args.mixup or args.cutmix) and args.train_batch_size // parts % 2:
+        flag = "--mixup" if args.mixup else "--cutmix"
+        each = f"{processes} processes x {args.gradient_accumulation_steps} accumulation steps"
+        must = f"give an even number to each of {each}" if parts > 1 else "be even"
+        raise UserError(
+            f"{flag} mixes pairs, so --train_batch_size {args.train_batch_size} must {must}; "
+            f"{args.train_batch_size + parts} would"
+        )
+
+
+def check_files(args):
+    """Whether the data and the weights exist, as far as possible without reading them."""
+    if DATASETS[args.dataset].in_folders:
+        for folder in image_folders(args.data_dir):
+            class_folders(folder)
+    has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
+    if args.mode == "eval" and not has_weights and not args.pretrained_dir:
+        raise UserError(
+            f"--mode eval: {best_weights(args)} does not exist and no --pretrained_dir is given; train first, or check "
+            "--output_dir and --name"
+        )
+    if args.pretrained_dir and not has_weights and not (args.download and published_url(args.pretrained_dir)):
+        check_exists(args.pretrained_dir)
+
+
+def check_figure_path(path, flag):
+    """Whether a figure can be written to `path`, before it takes hours to compute."""
+    path = Path(path)
+    if path.suffix != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path} can't be written; give a .png file in a folder that exists")
+
+
+def make_output_folder(folder, flag):
+    """Create the folder that `flag` names, and check that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be created: {error.strerror}; see {flag}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} can't be written; see {flag}")

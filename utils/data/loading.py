@@ -1,0 +1,280 @@
+"""Images and labels as batches, from one uint8 tensor on the training device or from image files by worker processes.
+
+Both kinds have the same methods: `train_batches`, the endless shuffled stream from a given step on; `eval_batches`,
+each image once; and `examples`, a few images.
+"""
+
+import os
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from utils.data.augmentation import (
+    normalise,
+    rand_augment_bits,
+    rand_augmented,
+    random_crops,
+    resized_crops,
+)
+from utils.data.images import ImageFile, read_image, transforms
+from utils.data.stream import samples_at
+from utils.errors import UserError
+
+IN_MEMORY_BYTES = 2 * 2**30
+IN_MEMORY_SIDE = 256  # pixels; a batch of larger images would be large itself before it is cropped
+MAX_UNREADABLE = 100  # images in a row that may be skipped; if more can't be read, the disk is at fault
+MAX_WORKERS = 16  # enough to decode for the fastest GPU; each worker holds two batches ready
+
+
+def read_images_of_one_size(paths, quiet, skip_broken):
+    """The images as uint8 (n, 3, h, w), or None if they differ in size, do not fit into memory, or one must be skipped.
+
+    Raises UserError for an unreadable image unless `skip_broken`.
+    """
+    try:
+        first = read_image(paths[0])
+        if first.numel() * len(paths) > IN_MEMORY_BYTES or max(first.shape) > IN_MEMORY_SIDE:
+            return None
+        images = first.new_empty(len(paths), *first.shape)
+        hidden = quiet or not sys.stderr.isatty()
+        bar = tqdm(paths, desc="reading images", unit="img", delay=2, leave=False, disable=hidden)
+        for i, path in enumerate(bar):
+            image = read_image(path)
+            if image.shape != first.shape:
+                return None
+            images[i] = image
+        return images
+    except UserError as error:
+        if skip_broken:
+            return None
+        raise unreadable_image(error) from error
+
+
+def unreadable_image(error):
+    """The UserError that ends a run at an unreadable image."""
+    return UserError(f"{error}; --skip_broken skips such images")
+
+
+class TensorImages:
+    """Images of one size in memory, uint8 (n, 3, h, w) on the training device, augmented there as a batch."""
+
+    unreadable = frozenset()  # paths of the images that were skipped, as in FolderImages
+
+    def __init__(self, images, labels, classes, device, mean_std="half"):
+        self.images = torch.as_tensor(images).to(device)
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64)).to(device)
+        self.classes = list(classes)
+        self.mean_std = mean_std
+
+    def __len__(self):
+        return len(self.images)
+
+    def train_batches(self, batches, augmentation):
+        """For each array of stream positions: images float32 (B, 3, *img_size), normalised, and labels int64 (B,)."""
+        seed, img_size, min_crop_scale, flip, rand_augment = augmentation
+        for positions in batches:
+            epochs, indices = samples_at(seed, positions, len(self))
+            height, width = self.images.shape[2:]
+            boxes, flips = random_crops(seed, epochs, indices, len(self), height, width, min_crop_scale)
+            rows = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+            images = resized_crops(self.images[rows], boxes, img_size, flips if flip else None)
+            if rand_augment:
+                bits = rand_augment_bits(seed, epochs, indices, len(self))
+                pairs = zip(images.round().to(torch.uint8), bits, strict=True)
+                images = torch.stack([rand_augmented(image, own_bits, *rand_augment) for image, own_bits in pairs])
+            yield normalise(images, self.mean_std), self.labels[rows]
+
+    def eval_batches(self, img_size, batch_size, processes):
+        """This process's share of the images, resized: images float32 (B, 3, *img_size), labels int64 (B,)."""
+        images, labels = self.images[processes.rank :: processes.size], self.labels[processes.rank :: processes.size]
+        for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            yield self.resized(batch, img_size), batch_labels
+
+    def examples(self, count, img_size):
+        """Up to `count` images, evenly spread over the set, and their labels, as a batch of `eval_batches`."""
+        rows = spread_indices(len(self), count)
+        return self.resized(self.images[rows], img_size), self.labels[rows]
+
+    def resized(self, images, img_size):
+        """A batch of whole images, uint8 (B, 3, h, w) -> float32 (B, 3, *img_size), normalised."""
+        boxes = torch.tensor([[0, 0, *images.shape[2:]]]).expand(len(images), -1)
+        return normalise(resized_crops(images, boxes, img_size), self.mean_std)
+
+
+class FolderImages:
+    """Image files, decoded, cropped and resized by worker processes.
+
+    `prepare` is that of the DataSource, `options` are DataOptions. `unreadable` holds the paths of the images that this
+    process has skipped because of `skip_broken`.
+    """
+
+    def __init__(self, paths, labels, classes, device, prepare, options):
+        transforms()  # imported once here instead of in each worker
+
+        # Arrays, because workers would copy a list of a million strings: counting references writes to its memory.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.array(labels, dtype=np.int64)
+        self.classes = list(classes)
+        self.device = device
+        self.num_workers = default_workers() if options.num_workers is None else options.num_workers
+        self.prepare, self.mean_std = prepare, options.mean_std
+        self.skip_broken, self.unreadable = options.skip_broken, set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def train_batches(self, batches, augmentation):
+        """As TensorImages.train_batches; the next readable image takes the place of one that is skipped."""
+        return self.load(TrainCrops(self.paths, self.labels, augmentation, self.skip_broken), batches)
+
+    def eval_batches(self, img_size, batch_size, processes):
+        """As TensorImages.eval_batches, without the images that are skipped."""
+        share = range(processes.rank, len(self), processes.size)
+        batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
+        return self.load(PreparedImages(self.paths, self.labels, self.prepare, img_size), batches)
+
+    def examples(self, count, img_size):
+        """As TensorImages.examples."""
+        dataset = PreparedImages(self.paths, self.labels, self.prepare, img_size)
+        images, labels, errors = collate(dataset.__getitems__(spread_indices(len(self), count)))
+        self.report(errors)
+        return normalise(images.to(self.device), self.mean_std), labels.to(self.device)
+
+    def load(self, dataset, batches):
+        """The batches of a Dataset with the `__getitems__` of TrainCrops, by workers that start now.
+
+        Training calls it once, for its endless stream. Each worker holds PyTorch's default of two batches ready.
+        """
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in on_device(self.readable(loader), self.device):
+            yield normalise(images, self.mean_std), labels
+
+    def readable(self, loader):
+        """The readable images of each batch; a batch without any is omitted."""
+        for images, labels, errors in loader:
+            self.report(errors)
+            if len(labels):
+                yield images, labels
+
+    def report(self, errors):
+        """Print each unreadable image once, or raise UserError for the first."""
+        for path, error in errors:
+            if not self.skip_broken:
+                raise unreadable_image(error)
+            if path and path not in self.unreadable:
+                self.unreadable.add(path)
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if len(self.unreadable) == len(self):
+            raise UserError(f"none of the {len(self)} images can be read")
+        if errors and errors[-1][0] is None:
+            raise UserError(errors[-1][1])
+
+
+def default_workers():
+    """This process's share of the cores of its machine, at most MAX_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def on_device(batches, device):
+    """Batches of CPU tensors as tensors on `device`; a GPU copies the next batch while it computes on this one."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    ready = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = [tensor.to(device, non_blocking=True) for tensor in batch]  # from pinned memory
+        if ready is not None:
+            yield ready
+        computation = torch.cuda.current_stream(device)
+        computation.wait_stream(copies)  # kernels launched from now on may use the copy
+        for tensor in coming:
+            tensor.record_stream(computation)  # its memory is not reused by a later copy before they are done
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def collate(batch):
+    """(samples, errors) of one batch -> images uint8 (B, 3, H, W), labels int64 (B,), errors."""
+    samples, errors = batch
+    if not samples:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), errors
+    return *default_collate(samples), errors
+
+
+class TrainCrops(Dataset):
+    """The samples at given positions of the shuffled stream, augmented, by `__getitems__`.
+
+    It returns [(image uint8 (3, H, W), label), ...] and [(path, why it can't be read), ...]. With `skip_broken` the
+    next readable sample in the order of the files replaces an unreadable one, so every batch is complete. If none of
+    the next MAX_UNREADABLE can be read, the path of the last error is None.
+    """
+
+    def __init__(self, paths, labels, augmentation, skip_broken):
+        self.paths, self.labels, self.augmentation = paths, labels, augmentation
+        self.attempts = min(len(paths), MAX_UNREADABLE) if skip_broken else 1
+
+    def __getitems__(self, positions):
+        epochs, indices = samples_at(self.augmentation.seed, positions, len(self.paths))
+        samples, errors = [], []
+        for i, index in enumerate(indices):
+            for attempt in range(self.attempts):
+                row = (index + attempt) % len(self.paths)
+                path = os.fsdecode(self.paths[row])
+                try:
+                    samples.append((self.crop(path, epochs[i : i + 1], indices[i : i + 1]), self.labels[row]))
+                    break
+                except UserError as error:
+                    errors.append((path, str(error)))
+            else:
+                if self.attempts > 1:
+                    errors.append((None, f"{self.attempts} images in a row can't be read, the last one {path}"))
+                break
+        return samples, errors
+
+    def crop(self, path, epoch, index):
+        """The image, augmented as the sample of this index (1,) in this epoch (1,)."""
+        seed, img_size, min_crop_scale, flip, rand_augment = self.augmentation
+        sample = (seed, epoch, index)
+        file = ImageFile(path)
+        boxes, flips = random_crops(*sample, len(self.paths), *file.size, min_scale=min_crop_scale)
+        image = file.resized_crop(boxes[0].tolist(), img_size)
+        if flip and flips[0]:
+            image = image.flip(2)
+        if rand_augment:
+            image = rand_augmented(image, rand_augment_bits(*sample, len(self.paths))[0], *rand_augment)
+        return image
+
+
+class PreparedImages(Dataset):
+    """The images of given indices, resized for evaluation; `__getitems__` returns the same as that of TrainCrops."""
+
+    def __init__(self, paths, labels, prepare, img_size):
+        self.paths, self.labels, self.prepare, self.img_size = paths, labels, prepare, img_size
+
+    def __getitems__(self, indices):
+        samples, errors = [], []
+        for index in indices:
+            path = os.fsdecode(self.paths[index])
+            try:
+                samples.append((self.prepare(read_image(path), self.img_size), self.labels[index]))
+            except UserError as error:
+                errors.append((path, str(error)))
+        return samples, errors
+
+
+def spread_indices(size, count):
+    """`count` indices of a data set, or all, evenly spread, so that sorted classes are all represented."""
+    return np.unique(np.linspace(0, size - 1, count).round().astype(np.int64))

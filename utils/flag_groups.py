@@ -1,0 +1,156 @@
+"""Groups of flags that several scripts share: data, checkpoint, precision, model and token reduction."""
+
+from utils.data.datasets import DATASETS
+from utils.data.loading import MAX_WORKERS
+from utils.flag_types import argument, count_or_share, fraction, natural, one_of, positive
+from utils.parallel.precision import OPT_LEVELS
+
+TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
+
+
+def add_data_flags(group, default):
+    """The data set, which is `default` if the flag is omitted, and how its files are read."""
+    group.add_argument(
+        "--dataset",
+        type=one_of("dataset", DATASETS),
+        default=default,
+        metavar="NAME",
+        help=f"The data set: {', '.join(DATASETS)}.",
+    )
+    group.add_argument(
+        "--data_dir",
+        default=default and "data",
+        metavar="DIR",
+        help="The folder that CIFAR is downloaded to; for imagefolder and imagenet the folder with train/ and val/ or "
+        "test/, which have one folder per class.",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=natural,
+        metavar="N",
+        help="Number of processes that read image files, for each training process; default: its share of the cores, "
+        f"at most {MAX_WORKERS}.",
+    )
+    group.add_argument(
+        "--skip_broken",
+        action="store_true",
+        help="Print the paths of unreadable images and skip them: training takes the next image, tests omit them.",
+    )
+
+
+def add_checkpoint_flags(group, canonical, required=False):
+    """Which saved model to load; `canonical` finds a model's name or raises ValueError."""
+    group.add_argument(
+        "--checkpoint",
+        required=required,
+        metavar="FILE",
+        help="The best.safetensors or last.safetensors of a run, or an .npz file.",
+    )
+    group.add_argument(
+        "--model_type",
+        type=argument(canonical),
+        metavar="NAME",
+        help="The architecture; default: that of the run, or the one in the name of the .npz file.",
+    )
+    group.add_argument(
+        "--img_size",
+        type=positive,
+        metavar="PIXELS",
+        help="Side of the square input images in pixels; default: that of the training.",
+    )
+    group.add_argument("--download", action="store_true", help="Download Google's .npz file if it does not exist.")
+
+
+def add_precision_flags(group):
+    """16-bit computation and its opt level."""
+    group.add_argument("--fp16", action="store_true", help="Compute in 16 bits: float16 on a GPU, bfloat16 on a CPU.")
+    group.add_argument("--bf16", action="store_true", help="Compute in 16 bits: bfloat16 on every device.")
+    group.add_argument(
+        "--fp16_opt_level",
+        type=one_of("opt level", OPT_LEVELS),
+        default="O2",
+        metavar="LEVEL",
+        help="The level used with --fp16 or --bf16. O0: float32; O1: autocast; O2: 16-bit weights with float32 "
+        "masters; O3: 16 bits everywhere.",
+    )
+
+
+def add_model_flags(parser, model_types, norm_types, token_reductions, canonical):
+    """The model of train.py; `canonical` finds a name in `model_types` or raises ValueError."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_type",
+        type=argument(canonical),
+        default="ViT-B_16",
+        metavar="NAME",
+        help=f"The architecture: {', '.join(model_types)}.",
+    )
+    group.add_argument(
+        "--norm_type",
+        default="LN",
+        metavar="NORM",
+        help=f"The normalisation of a ViT's tokens: {', '.join(norm_types)} (Rescale has none). BN computes its "
+        "statistics over the images that all processes compute at once: the batch, or with gradient accumulation a "
+        "micro-batch.",
+    )
+    group.add_argument(
+        "--dropout_rate",
+        type=fraction,
+        metavar="RATE",
+        help="The dropout rate of a ViT; default: that of the published model.",
+    )
+    group.add_argument(
+        "--drop_path_rate",
+        type=fraction,
+        metavar="RATE",
+        help="Stochastic depth of a ViT: the rate rises from 0 in the first block to RATE in the last; default: 0.",
+    )
+    add_token_reduction_flags(group, token_reductions, default="none; for a Conformer facility")
+
+
+def add_token_reduction_flags(group, names, default):
+    """The flags of one token reduction; `default` describes the effect of omitting them."""
+    group.add_argument(
+        "--token_reduction",
+        metavar="NAME",
+        help=f"The token reduction of a ViT or Conformer: {', '.join(names)}. It merges all patches into those that "
+        f"facility location selects, or by ToMe's bipartite soft matching; default: {default}.",
+    )
+    group.add_argument(
+        "--keep_tokens",
+        type=count_or_share,
+        metavar="N",
+        help="The patches that remain: a number such as 49, or a fraction of them such as 0.25.",
+    )
+    group.add_argument(
+        "--reduction_layer", type=positive, metavar="N", help="Number of blocks before the token reduction, at least 1."
+    )
+
+
+def add_token_reduction_grid_flags(group, reduction_layer):
+    """The flags of a comparison of several token reductions after one block, by default `reduction_layer`."""
+    group.add_argument(
+        "--keep_tokens",
+        type=count_or_share,
+        nargs="+",
+        default=[0.75, 0.5, 0.25],
+        metavar="N",
+        help="The patches that remain in each reduction: numbers or fractions.",
+    )
+    group.add_argument(
+        "--reduction_layer",
+        type=positive,
+        default=reduction_layer,
+        metavar="N",
+        help="Number of blocks before the token reduction.",
+    )
+
+
+def token_reduction_of(flags, given=None):
+    """The keywords of `build_model` for a run with these flags, {name: value}; values in `given` replace them.
+
+    A given `token_reduction` of "none" removes the run's other two.
+    """
+    given = {name: given[name] for name in TOKEN_REDUCTION_FLAGS if (given or {}).get(name) is not None}
+    found = {name: flags[name] for name in TOKEN_REDUCTION_FLAGS if flags.get(name) is not None}
+    return given if given.get("token_reduction") == "none" else {**found, **given}

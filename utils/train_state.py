@@ -1,0 +1,219 @@
+"""The state of a training run: what its next step needs, what a step changes, and saving and restoring it."""
+
+import contextlib
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.data.augmentation import denormalise
+from utils.data.mixing import make_mixing, mix_pairs
+from utils.data.stream import dropout_keys
+from utils.errors import RunStoppedError
+from utils.evaluation import evaluate
+from utils.optimizers import empty_state, make_optimizer, restore_state, state_tensors
+from utils.parallel.averaging import WeightAverage
+from utils.parallel.memory import recompute_activations
+from utils.parallel.precision import make_precision
+from utils.parallel.processes import local_parts, shard_weights, sum_over_processes
+from utils.records.checkpoint import LAST, load_tensors, save_checkpoint
+from utils.records.meter import Meter
+from utils.scheduler import Schedule, learning_rate
+
+AVERAGE = "average"  # the name of a weight's moving average in a checkpoint
+ATTENTION_IMAGES = 8  # test images that --log_attention_every draws
+
+
+@dataclass
+class Progress:
+    """The best evaluation of a run so far, and the duration of the run."""
+
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    total_seconds: float = 0.0
+
+
+class TrainState:
+    """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
+
+    def __init__(self, model, args, processes, num_steps, num_classes, run_dir=None):
+        """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
+
+        `run_dir` is the folder to save in, which timing a step does not need.
+        """
+        self.model, self.args, self.processes, self.num_classes = model, args, processes, num_classes
+        self.run_dir = run_dir
+        self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
+        sharded = is_sharded(args, processes)
+        self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
+        model.train()
+        if args.grad_checkpointing:
+            recompute_activations(model, args.compile)
+        if args.compile:
+            compile_in_place(model)
+        if sharded:  # block by block, so that a model that is too large for one device gets there
+            shard_weights(model, processes, dtype=self.precision.dtype if self.precision.level == "O2" else None)
+        model.to(processes.device)
+        self.optimizer = self.precision.prepare(model, lambda named: make_optimizer(args, named))
+        self.average = WeightAverage(self.precision.named, args.ema_decay) if args.ema_decay else None
+        self.network = model
+        if processes.size > 1 and not sharded:
+            # All steps have the same graph, which DDP need not search again; unsynchronised micro-batches differ.
+            is_static = args.gradient_accumulation_steps == 1
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=is_static)
+        self.mixing = make_mixing(args.mixup, args.cutmix)
+        self.random_layers = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
+        self.step = 0
+        self.progress = Progress()
+        self.meter = Meter(processes)
+
+    def learning_rate(self, step=None):
+        """--learning_rate as scheduled for the update after this step, by default after the present one."""
+        return learning_rate(self.step if step is None else step, self.args.learning_rate, self.schedule)
+
+    def set_learning_rate(self):
+        """Schedule the learning rate of each group, in proportion to its own initial one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, group["initial_lr"], self.schedule)
+
+    def prepare(self, batch):
+        """(images, targets, labels) of a MicroBatch, mixed where asked for; seeds the layers that draw random numbers.
+
+        Targets are the labels, or probabilities (B, classes) of mixed images, whose label is that of the larger share.
+        """
+        if self.random_layers:
+            keys = dropout_keys(self.args.seed, batch.positions, len(self.random_layers), self.processes.device)
+            for layer, layer_keys in zip(self.random_layers, keys, strict=True):
+                layer.seed_samples(layer_keys)
+        if not self.mixing:
+            return batch.images, batch.labels, batch.labels
+        seed = (self.args.seed, self.step)
+        images, targets = mix_pairs(self.mixing, batch.images, batch.labels, self.num_classes, *seed)
+        return images, targets, targets.argmax(dim=1)
+
+    def read_metrics(self, tracker):
+        """Read the metrics of the latest steps, which waits for the device. Raises RunStoppedError for a bad loss."""
+        metrics = self.meter.read()
+        if not metrics:
+            return
+        first_step = self.step - len(metrics["loss"]) + 1
+        for step, loss in enumerate(metrics["loss"], start=first_step):
+            if not math.isfinite(loss):
+                raise not_finite(f"the loss is {loss} at step {step}", self.learning_rate(step - 1), self.run_dir)
+        tracker.log_steps(first_step, metrics, self.learning_rate(), self.images_per_second())
+
+    def images_per_second(self):
+        """The training speed since the last evaluation."""
+        return self.meter.steps_per_second() * self.args.train_batch_size
+
+    def evaluate(self, test_set):
+        """Evaluate the moving average of the weights, if there is one, or the weights; see utils/evaluation.py."""
+        self.check_weights()
+        size = (self.args.img_size, self.args.img_size)
+        with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
+            return evaluate(self.model, test_set, size, self.args.eval_batch_size, self.precision, self.processes)
+
+    def check_weights(self):
+        """Raise RunStoppedError if a weight is not finite, as may follow a finite loss."""
+        weights = local_parts(self.precision.weights().values())
+        if sum_over_processes(1.0 - torch.stack([weight.isfinite().all() for weight in weights]).all().float()):
+            message = f"the weights are not finite after step {self.step}"
+            raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)
+
+    def record(self, result, tracker):
+        """Add an evaluation and the mean metrics of the steps before it to the records."""
+        if result["accuracy"] > self.progress.best_accuracy:
+            self.progress.best_accuracy, self.progress.best_step = result["accuracy"], self.step
+        # A training metric that evaluation measures too is told apart by its prefix.
+        training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
+        row = {"step": self.step, **training}
+        row |= {f"test_{name}": result[name] for name in ("loss", "accuracy", "top5_accuracy")}
+        row |= {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": tracker.seconds()}
+        tracker.log_evaluation(row, self.progress.best_accuracy, self.progress.best_step)
+        self.meter.reset()
+
+    def log_attention(self, test_set, tracker):
+        """Draw the attention rollout of a ViT on a few test images into TensorBoard."""
+        self.read_metrics(tracker)
+        if self.processes.is_first:
+            images, labels = test_set.examples(ATTENTION_IMAGES, (self.args.img_size, self.args.img_size))
+            figure = self.attention_figure(images, labels, test_set.classes)
+            tracker.log_figure("attention rollout", figure, self.step)
+        self.meter.start_clock()
+
+    @torch.no_grad()
+    def attention_figure(self, images, labels, classes):
+        """The attention rollout on images (B, 3, H, W), with their classes and predictions."""
+        from utils.attention import attention_of, class_token_mask, rollout
+        from utils.figures import plot_image_grid
+
+        self.model.eval()
+        with self.precision.autocast():
+            logits, attention, _ = attention_of(self.model, self.precision.inputs(images))
+        self.model.train()
+        masks = class_token_mask(rollout(attention), self.model.patch_embed.grid_size)
+        pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
+        captions = [f"{classes[label]}\npredicted: {classes[best]}" for label, best in pairs]
+        originals = denormalise(images, self.args.mean_std).cpu()
+        return plot_image_grid(originals, masks, captions, f"step {self.step}", columns=4)
+
+    def save(self, seconds):
+        """Write a checkpoint; `seconds` is the duration of the run. Raises RunStoppedError."""
+        self.check_weights()
+        self.progress.total_seconds = seconds
+        weights, tensors = self.precision.weights(), state_tensors(self.optimizer)
+        evaluated = weights
+        if self.average:
+            evaluated = {**weights, **self.average.weights}
+            tensors |= {f"{name}/{AVERAGE}": tensor for name, tensor in self.average.weights.items()}
+        best = evaluated if self.progress.best_step == self.step else None
+        state = {
+            "optimizer": self.args.optimizer,
+            "precision": self.precision.state_dict(),
+            "progress": {"step": self.step, **asdict(self.progress), "metrics": self.meter.state_dict()},
+        }
+        save_checkpoint(self.run_dir, self.step, weights, best, tensors, state, self.processes.is_first)
+        self.meter.start_clock()
+
+    def restore(self, saved):
+        """Continue from the state of the checkpoint whose weights the model holds. Raises UserError."""
+        progress = dict(saved["progress"])
+        self.step = progress.pop("step")
+        self.meter.load_state_dict(progress.pop("metrics", None) or metrics_of_earlier_version(progress, self.args))
+        self.progress = Progress(**progress)
+        named = self.precision.named
+        tensors = load_tensors(self.run_dir, self.step, empty_state(named))
+        averages = {name: tensors.pop(f"{name}/{AVERAGE}") for name in named if f"{name}/{AVERAGE}" in tensors}
+        if self.average:
+            self.average.weights.update(averages)
+        restore_state(self.optimizer, tensors)
+        self.precision.load_state_dict(saved["precision"])
+
+
+def is_sharded(args, processes):
+    """Whether each process holds a shard of the weights."""
+    return args.parallel == "fsdp" and processes.size > 1
+
+
+def compile_in_place(model):
+    """Compile by torch.compile; training, evaluation, merged tokens and odd batches each compile a block's code."""
+    torch._dynamo.config.recompile_limit = 64  # per function; beyond it PyTorch would continue without compiling
+    torch._dynamo.config.optimize_ddp = False  # it would split a block's graph at DDP's buckets, to send parts earlier
+    model.compile()
+
+
+def metrics_of_earlier_version(progress, args):
+    """`Meter.state_dict` from the sums over images that earlier versions saved; removes them from `progress`."""
+    loss, correct, images = (progress.pop(name) for name in ("loss", "correct", "images"))
+    steps = images // args.train_batch_size
+    totals = {"loss": loss / args.train_batch_size, "accuracy": correct / args.train_batch_size}
+    totals = {name: [total, steps] for name, total in totals.items()}
+    return {"totals": totals, "steps": steps, "seconds": progress.pop("training_seconds")}
+
+
+def not_finite(what, lr, run_dir):
+    """The RunStoppedError of a run that diverges."""
+    kept = f"last good checkpoint: {run_dir / LAST}" if (run_dir / LAST).exists() else "there is no checkpoint yet"
+    advice = "try a lower --learning_rate or a longer --warmup_steps"
+    return RunStoppedError(f"{what} (learning rate {lr:.3g}); {kept}; {advice}", status=1)
