@@ -108,7 +108,7 @@ def make_parser():
     group.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="The folder for the figures; default: pictures/ in the folder of the checkpoint or, without one, here.",
+        help="The folder for the figures; default: pictures/ next to the checkpoint, or in the current folder.",
     )
     return parser
 
