@@ -1,272 +1,263 @@
-"""What a checkpoint looks at in pictures, and the curves of runs over each other, as PNG files.
+"""Draw the attention of a saved model, and the loss and accuracy of runs, as PNG files.
 
-Without --rollout, --blocks, --heads, --distance, --clusters, --positions and --filters all of them are drawn. A CNN,
-which has no attention, gets Grad-CAM of the class that it predicts.
+Without --rollout, --blocks, --heads, --distance, --clusters, --positions and --filters all of these figures are drawn.
+A CNN has no attention; for each image it gets the Grad-CAM of the class that it predicts.
 """
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from evaluate import checkpoint_title, load_model, mean_std_of, prepare_image, readable
+from inference import SavedModel
 from models import TOKEN_REDUCTIONS, canonical_model_type
-from utils.data.augmentation import normalise
-from utils.data.datasets import DATASETS
-from utils.data.images import centre_crop, centre_square, check_image, images_below, read_image
-from utils.errors import UserError, run_script
-from utils.flag_groups import add_checkpoint_flags, add_token_reduction_flags, token_reduction_of
-from utils.flag_types import Parser, natural
-from utils.parallel.processes import choose_device
-from utils.records.run_folder import read_run
-from utils.visualize import (
-    UNIFORM,
+from utils.attention import (
     attention_distance,
     attention_of,
     class_token_mask,
+    cluster_grid,
+    first_convolution,
     grad_cam,
+    position_similarity,
+    principal_filters,
+    rollout,
+)
+from utils.checks import make_output_folder
+from utils.curves import plot_runs
+from utils.data.images import check_image, images_below, read_image
+from utils.errors import UserError, run_script
+from utils.figures import (
+    UNIFORM,
+    blocks_to_draw,
+    downscale,
     plot_attention,
     plot_attention_distance,
     plot_clusters,
     plot_filters,
     plot_heads,
-    plot_pictures,
+    plot_image_grid,
     plot_position_similarity,
-    plot_runs,
-    position_similarity,
-    principal_filters,
-    rollout,
+    prediction_caption,
     save,
-    shrunk,
 )
+from utils.flag_groups import add_checkpoint_flags, add_token_reduction_flags, token_reduction_of
+from utils.flag_types import Parser, natural
+from utils.parallel.processes import choose_device
+from utils.records.run_folder import read_run
 
-GRID = 24  # pictures at most
+MAX_GRID = 24  # images in the figures of several images
 KINDS = ("rollout", "blocks", "heads", "distance", "clusters", "positions", "filters")
-OF_IMAGES = {"rollout", "blocks", "heads", "distance", "clusters"}
+KINDS_OF_IMAGES = {"rollout", "blocks", "heads", "distance", "clusters"}
 
 
 def main():
     args = parse_flags()
-    check_output(args.output_dir)
+    make_output_folder(args.output_dir, "--output_dir")
     if args.curves:
-        write(plot_runs(runs_of(args.curves)), args, "curves")
+        write(plot_runs(read_curves(args.curves)), args, "curves")
     if args.checkpoint:
-        model, classes, img_size, flags = load_model(
-            args.checkpoint, args.model_type, args.img_size, args.download, token_reduction_of({}, vars(args))
-        )
-        model.to(choose_device()).eval()
-        name = checkpoint_title(args.checkpoint)
-        draw = draw_attention if hasattr(model, "forward_with_attention") else draw_grad_cam
-        draw(model, readable(classes), img_size, name, args, flags)
+        reduction = token_reduction_of({}, vars(args))
+        saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download, reduction)
+        draw = draw_attention if hasattr(saved.model, "forward_with_attention") else draw_grad_cams
+        draw(saved.to(choose_device()), args)
 
 
 def parse_flags():
-    parser = Parser(__doc__)
-    group = parser.add_argument_group("model")
-    add_checkpoint_flags(group, canonical_model_type)
-    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--image", nargs="+", default=[], metavar="PATH", help="picture files, or folders of them")
-    pictures.add_argument("--rollout", action="store_true", help="attention of all blocks multiplied through")
-    pictures.add_argument(
-        "--blocks", type=natural, nargs="+", metavar="N", help="single blocks, counted from 0; default: 0 3 6 9"
-    )
-    pictures.add_argument("--heads", action="store_true", help="every head of the --blocks")
-    pictures.add_argument(
-        "--distance", action="store_true", help="mean attention distance of each head, over all images"
-    )
-    pictures.add_argument(
-        "--clusters", action="store_true", help="which patches a token reduction merged, and a dot on those it kept"
-    )
-    pictures.add_argument("--positions", action="store_true", help="similarity of the position embeddings")
-    pictures.add_argument("--filters", action="store_true", help="principal components of the first filters")
-    pictures.add_argument("--curves", nargs="+", metavar="DIR", help="folders of runs: their loss and accuracy")
-    pictures.add_argument(
-        "--output_dir",
-        metavar="DIR",
-        help="where to write; default: the folder pictures/ beside the checkpoint, or in the current folder",
-    )
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     if not args.checkpoint and not args.curves:
-        raise UserError("there is nothing to draw; give a --checkpoint, or runs by --curves")
-    beside = Path(args.checkpoint).parent if args.checkpoint else Path()
-    args.output_dir = Path(args.output_dir or beside / "pictures")
+        raise UserError("there is nothing to draw; give a --checkpoint, or runs with --curves")
+    folder = Path(args.checkpoint).parent if args.checkpoint else Path()
+    args.output_dir = Path(args.output_dir or folder / "pictures")
     kinds = [kind for kind in KINDS if getattr(args, kind)]
     if not args.checkpoint and (kinds or args.image):
         raise UserError(f"--{kinds[0] if kinds else 'image'} needs --checkpoint")
-    if not args.image and OF_IMAGES.intersection(kinds):
-        raise UserError(f"--{next(kind for kind in kinds if kind in OF_IMAGES)} needs --image")
+    if not args.image and KINDS_OF_IMAGES.intersection(kinds):
+        raise UserError(f"--{next(kind for kind in kinds if kind in KINDS_OF_IMAGES)} needs --image")
     args.image = [path for given in args.image for path in (images_below(given) if os.path.isdir(given) else [given])]
     for path in args.image:
         check_image(path)
     return args
 
 
-def check_output(folder, flag="--output_dir"):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} can't be made: {error.strerror}; see {flag}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} can't be written; see {flag}")
+def make_parser():
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("model")
+    add_checkpoint_flags(group, canonical_model_type)
+    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "--image", nargs="+", default=[], metavar="PATH", help="Image files, or folders of them; default: none."
+    )
+    group.add_argument("--rollout", action="store_true", help="Draw the attention rollout over all blocks.")
+    group.add_argument(
+        "--blocks", type=natural, nargs="+", metavar="N", help="Draw single blocks, counted from 0; default: 0 3 6 9."
+    )
+    group.add_argument("--heads", action="store_true", help="Draw every head of the --blocks.")
+    group.add_argument(
+        "--distance", action="store_true", help="Draw the mean attention distance of each head, over all images."
+    )
+    group.add_argument(
+        "--clusters", action="store_true", help="Draw which patches a token reduction merged, and mark those it kept."
+    )
+    group.add_argument("--positions", action="store_true", help="Draw the similarity of the position embeddings.")
+    group.add_argument("--filters", action="store_true", help="Draw the principal components of the first filters.")
+    group.add_argument(
+        "--curves", nargs="+", metavar="DIR", help="Draw the loss and accuracy of the runs in these folders."
+    )
+    group.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="The folder for the figures; default: pictures/ next to the checkpoint, or in the current folder.",
+    )
+    return parser
 
 
-def draw_attention(model, classes, img_size, name, args, flags):
-    """All pictures of a ViT's attention that the flags ask for."""
+def draw_attention(saved, args):
+    """Draw the figures of a ViT that the flags ask for."""
+    model = saved.model
+    kinds = kinds_to_draw(model, args)
     depth = len(model.blocks)
-    wanted = {kind for kind in KINDS if getattr(args, kind)}
-    if args.heads:
-        wanted.discard("blocks")  # --blocks then says which blocks' heads
-    if not wanted:
-        wanted = set(KINDS) if args.image else set(KINDS) - OF_IMAGES
-    if args.clusters and not model.reduction:
-        if args.token_reduction in (None, "none"):
-            raise UserError(f"--clusters: {args.checkpoint} merges no tokens; give --token_reduction")
-        raise UserError(f"--clusters: --keep_tokens {args.keep_tokens} keeps all patches; give a smaller number")
-    if not model.reduction:
-        wanted.discard("clusters")
-    beyond = [block for block in args.blocks or () if block >= depth]
-    if beyond:
-        raise UserError(f"--blocks {beyond[0]}: the model has the blocks 0 to {depth - 1}")
-    blocks = args.blocks or blocks_to_draw(depth)
-    if "positions" in wanted:
+    for block in args.blocks or ():
+        if block >= depth:
+            raise UserError(f"--blocks {block}: the model has the blocks 0 to {depth - 1}")
+    if "positions" in kinds:
         similarity = position_similarity(model.pos_embed, model.patch_embed.grid_size)
-        write(plot_position_similarity(similarity, name), args, "positions")
-    if "filters" in wanted:
-        filters = principal_filters(first_layer(model).weight)
-        write(plot_filters(filters, f"{name}: principal components of the first filters"), args, "filters")
-    if not wanted & OF_IMAGES:
-        return
-    grid_size = model.patch_embed.grid_size
-    grid, merged, distances = [], [], 0
-    for path, label in zip(args.image, labels_of(args.image), strict=True):
-        image = read_image(path)
-        logits, attention, clusters = look_at_clusters(model, image, img_size, flags)
-        image, best = shrunk(seen(image, flags)), caption(logits, classes)
-        title = f"{Path(path).name}: {best}\n{name}"
-        if "rollout" in wanted:
-            mask = class_token_mask(rollout(attention)[0], grid_size).cpu()
-            write(plot_attention(image, {"attention rollout": mask}, title), args, f"{label}-rollout")
-            if len(grid) < GRID:
-                grid.append((image, mask, f"{Path(path).name}\n{best}"))
-        if "clusters" in wanted:
-            merged.append((image, patches_of(clusters, grid_size), f"{Path(path).name}\n{best}"))
-            write(plot_clusters(*([part] for part in merged[-1]), merging(model, name)), args, f"{label}-clusters")
-            merged = merged[:GRID]
-        if "distance" in wanted:
-            distances = distances + attention_distance(attention, grid_size, model.patch_embed.img_size)
-        single = torch.stack([class_token_mask(attention[block][0], grid_size) for block in blocks]).cpu()
-        if "blocks" in wanted:
-            means = {f"block {block}": mask for block, mask in zip(blocks, single.mean(dim=1), strict=True)}
-            write(plot_attention(image, means, title), args, f"{label}-blocks")
-        if "heads" in wanted:
-            write(plot_heads(image, single, blocks, title), args, f"{label}-heads")
-    write_grid(grid, args, f"{name}: attention rollout")
-    if len(merged) > 1:
-        title = f"{merging(model, name)}{the_first(merged, args)}"
-        write(plot_clusters(*zip(*merged, strict=True), title), args, "clusters")
-    if "distance" in wanted:
-        title = f"{name}\n{len(args.image)} images at {img_size}x{img_size}"
-        write(plot_attention_distance(distances / len(args.image), title), args, "distance")
+        write(plot_position_similarity(similarity, saved.title), args, "positions")
+    if "filters" in kinds:
+        filters = principal_filters(first_convolution(model).weight)
+        write(plot_filters(filters, f"{saved.title}: principal components of the first filters"), args, "filters")
+    if kinds & KINDS_OF_IMAGES:
+        draw_attention_of_images(saved, kinds, args.blocks or blocks_to_draw(depth), args)
 
 
-def blocks_to_draw(depth):
-    """0, 3, 6 and 9, as far as a model of `depth` blocks has them."""
-    return [block for block in (0, 3, 6, 9) if block < depth]
+def kinds_to_draw(model, args):
+    """The kinds of figures that the flags ask for, by default all that are possible. Raises UserError."""
+    kinds = {kind for kind in KINDS if getattr(args, kind)}
+    if args.heads:
+        kinds.discard("blocks")  # --blocks then selects the blocks whose heads are drawn
+    if not kinds:
+        kinds = set(KINDS) if args.image else set(KINDS) - KINDS_OF_IMAGES
+    if model.reduction:
+        return kinds
+    if args.clusters and args.token_reduction in (None, "none"):
+        raise UserError(f"--clusters: {args.checkpoint} merges no tokens; give --token_reduction")
+    if args.clusters:
+        raise UserError(f"--clusters: --keep_tokens {args.keep_tokens} keeps all patches; give a smaller number")
+    return kinds - {"clusters"}
 
 
-def draw_grad_cam(model, classes, img_size, name, args, flags):
-    """Grad-CAM of a CNN for each picture's predicted class."""
-    for kind in KINDS:
-        if getattr(args, kind):
-            raise UserError(f"{args.checkpoint} is a CNN without attention; leave --{kind} away and it gets Grad-CAM")
-    if not args.image:
-        raise UserError("Grad-CAM needs --image")
-    device = next(model.parameters()).device
-    unit = "relative to the mean over the image"
-    grid = []
-    for path, label in zip(args.image, labels_of(args.image), strict=True):
-        image = read_image(path)
-        batch = batch_of(image, img_size, flags, device)
-        with torch.no_grad():
-            logits = model(batch)
-        mask = grad_cam(model, model.stages[-1].blocks, batch, logits.argmax(dim=1))[0].cpu()
-        image, best = shrunk(seen(image, flags)), caption(logits, classes)
-        if len(grid) < GRID:
-            grid.append((image, mask, f"{Path(path).name}\n{best}"))
-        title = f"{Path(path).name}: {best}\n{name}"
-        write(plot_attention(image, {"Grad-CAM": mask}, title, unit), args, f"{label}-grad_cam")
-    write_grid(grid, args, f"{name}: Grad-CAM", unit)
+class Prediction(NamedTuple):
+    """One image and what a model predicts for it."""
+
+    image: torch.Tensor  # the part that the model gets, uint8 (3, H, W), reduced for drawing
+    stem: str  # start of the file names of its figures
+    caption: str  # of a figure of several images
+    title: str  # of a figure of its own
 
 
-def write_grid(grid, args, title, unit=UNIFORM):
-    """Several pictures side by side, [(picture, mask, caption), ...]; a single one needs no grid."""
-    if len(grid) > 1:
-        write(plot_pictures(*zip(*grid, strict=True), f"{title}{the_first(grid, args)}", unit), args, "grid")
-
-
-def the_first(grid, args):
-    return f", the first {len(grid)} of {len(args.image)} pictures" if len(grid) < len(args.image) else ""
-
-
-def merging(model, name):
-    """What `plot_clusters` shows."""
-    method, keep, layer = model.reduction
-    patches = model.patch_embed.grid_size[0] * model.patch_embed.grid_size[1]
-    return f"{name}: {patches} patches merged into {keep} after block {layer} ({method})"
-
-
-def patches_of(clusters, grid_size):
-    """(numbers of the clusters (rows, columns), [(row, column), ...] of the kept patches) of the first image."""
-    numbers = (clusters.assignment[0, 1:] - 1).unflatten(0, grid_size).cpu()
-    return numbers, [divmod(patch - 1, grid_size[1]) for patch in clusters.kept[0, 1:].tolist()]
-
-
-def first_layer(model):
-    """The convolution that sees the image: a ViT's patch embedding, the root of a hybrid's stem."""
-    return model.patch_embed.stem.conv_root if model.patch_embed.stem else model.patch_embed.proj
-
-
-def look(model, image, img_size, flags=None):
-    """(logits, attention) of one picture, uint8 (3, H, W), for the model of a run with these flags, if of one."""
-    return look_at_clusters(model, image, img_size, flags)[:2]
+def describe_prediction(saved, path, stem, image, logits):
+    predicted, name = prediction_caption(logits, saved.classes), Path(path).name
+    image = downscale(saved.visible_part(image))
+    return Prediction(image, stem, f"{name}\n{predicted}", f"{name}: {predicted}\n{saved.title}")
 
 
 @torch.no_grad()
-def look_at_clusters(model, image, img_size, flags=None):
-    """The same and the Clusters of the token reduction, or None."""
-    return attention_of(model, batch_of(image, img_size, flags, model.pos_embed.device))
+def draw_attention_of_images(saved, kinds, blocks, args):
+    """The figures of each image, then those of all images together."""
+    patch_embed = saved.model.patch_embed
+    rollouts, merged, distances = [], [], []
+    for path, stem in zip(args.image, unique_stems(args.image), strict=True):
+        image = read_image(path)
+        logits, attention, clusters = attention_of(saved.model, saved.prepare(image))
+        prediction = describe_prediction(saved, path, stem, image, logits)
+        if "rollout" in kinds:
+            mask = class_token_mask(rollout(attention)[0], patch_embed.grid_size).cpu()
+            draw_mask(prediction, {"attention rollout": mask}, args, "rollout")
+            rollouts = [*rollouts, (prediction.image, mask, prediction.caption)][:MAX_GRID]
+        if "clusters" in kinds:
+            part = (prediction.image, cluster_grid(clusters, patch_embed.grid_size), prediction.caption)
+            draw_clusters([part], clusters_title(saved), args, f"{stem}-clusters")
+            merged = [*merged, part][:MAX_GRID]
+        if "distance" in kinds:
+            distances.append(attention_distance(attention, patch_embed.grid_size, patch_embed.img_size))
+        masks = torch.stack([class_token_mask(attention[block][0], patch_embed.grid_size) for block in blocks]).cpu()
+        if "blocks" in kinds:
+            means = zip(blocks, masks.mean(dim=1), strict=True)
+            draw_mask(prediction, {f"block {block}": mask for block, mask in means}, args, "blocks")
+        if "heads" in kinds:
+            write(plot_heads(prediction.image, masks, blocks, prediction.title), args, f"{stem}-heads")
+    draw_grid(rollouts, f"{saved.title}: attention rollout", args)
+    if len(merged) > 1:
+        draw_clusters(merged, f"{clusters_title(saved)}{first_images(merged, args)}", args, "clusters")
+    if "distance" in kinds:
+        title = f"{saved.title}\n{len(args.image)} images at {saved.img_size}x{saved.img_size}"
+        write(plot_attention_distance(sum(distances) / len(distances), title), args, "distance")
 
 
-def batch_of(image, img_size, flags, device):
-    """The model's input (1, 3, img_size, img_size), as in the evaluation of the run with these flags."""
-    return normalise(prepare_image(image, img_size, flags)[None].to(device), mean_std_of(flags or {}))
+def draw_grad_cams(saved, args):
+    """Grad-CAM of a CNN for the predicted class of each image."""
+    model = saved.model
+    for kind in KINDS:
+        if getattr(args, kind):
+            raise UserError(f"{args.checkpoint} is a CNN without attention; omit --{kind} to draw its Grad-CAM")
+    if not args.image:
+        raise UserError("Grad-CAM needs --image")
+    unit = "relative to the mean over the image"
+    masks = []
+    for path, stem in zip(args.image, unique_stems(args.image), strict=True):
+        image = read_image(path)
+        images = saved.prepare(image)
+        with torch.no_grad():
+            logits = model(images)
+        mask = grad_cam(model, model.stages[-1].blocks, images, logits.argmax(dim=1))[0].cpu()
+        prediction = describe_prediction(saved, path, stem, image, logits)
+        draw_mask(prediction, {"Grad-CAM": mask}, args, "grad_cam", unit)
+        masks = [*masks, (prediction.image, mask, prediction.caption)][:MAX_GRID]
+    draw_grid(masks, f"{saved.title}: Grad-CAM", args, unit)
 
 
-def seen(image, flags):
-    """The part of a picture, (3, H, W), that the model gets to see: less than all after a run on centre crops."""
-    cropped = flags and DATASETS[flags["dataset"]].prepare is centre_crop
-    return centre_square(image) if cropped else image
+def draw_mask(prediction, masks, args, kind, unit=UNIFORM):
+    """The figure of one image with its masks, {name: (rows, columns)}."""
+    write(plot_attention(prediction.image, masks, prediction.title, unit), args, f"{prediction.stem}-{kind}")
 
 
-def caption(logits, classes):
-    probability, best = logits.float().softmax(dim=1)[0].max(dim=0)
-    return f"{classes[best]} {100 * probability:.0f} %"
+def draw_grid(parts, title, args, unit=UNIFORM):
+    """The figure of several images and their masks, [(image, mask, caption), ...]; a single image needs none."""
+    if len(parts) > 1:
+        title = f"{title}{first_images(parts, args)}"
+        write(plot_image_grid(*zip(*parts, strict=True), title, unit), args, "grid")
 
 
-def labels_of(paths):
-    """The pictures' parts of file names, each another: folder and name, since classes are folders, and a number."""
-    labels = []
+def draw_clusters(parts, title, args, name):
+    """The figure of one or several images and their clusters, [(image, cluster grid, caption), ...]."""
+    write(plot_clusters(*zip(*parts, strict=True), title), args, name)
+
+
+def clusters_title(saved):
+    method, keep, layer = saved.model.reduction
+    rows, columns = saved.model.patch_embed.grid_size
+    return f"{saved.title}: {rows * columns} patches merged into {keep} after block {layer} ({method})"
+
+
+def first_images(parts, args):
+    """An addition to a title where a figure does not show all images."""
+    return f", the first {len(parts)} of {len(args.image)} images" if len(parts) < len(args.image) else ""
+
+
+def unique_stems(paths):
+    """A different start of file names for each path: its folder, which is often the class, its name, and a number."""
+    stems = []
     for path in map(Path, paths):
         folder = path.resolve().parent.name
-        label = f"{folder}-{path.stem}" if folder else path.stem
-        number = sum(other == label or other.startswith(f"{label}~") for other in labels)
-        labels.append(f"{label}~{number + 1}" if number else label)
-    return labels
+        stem = f"{folder}-{path.stem}" if folder else path.stem
+        number = sum(other == stem or other.startswith(f"{stem}~") for other in stems)
+        stems.append(f"{stem}~{number + 1}" if number else stem)
+    return stems
 
 
-def runs_of(folders):
-    """{label: [metrics]} of runs for `plot_runs`."""
+def read_curves(folders):
+    """{label: [metrics]} of the runs in these folders, as `plot_runs` takes them."""
     runs = {}
     for folder in folders:
         flags, metrics = read_run(folder)

@@ -145,7 +145,8 @@ class TrainState:
     @torch.no_grad()
     def attention_figure(self, images, labels, classes):
         """The attention rollout on images (B, 3, H, W), with their classes and predictions."""
-        from utils.visualize import attention_of, class_token_mask, plot_pictures, rollout
+        from utils.attention import attention_of, class_token_mask, rollout
+        from utils.figures import plot_image_grid
 
         self.model.eval()
         with self.precision.autocast():
@@ -155,7 +156,7 @@ class TrainState:
         pairs = zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True)
         captions = [f"{classes[label]}\npredicted: {classes[best]}" for label, best in pairs]
         originals = denormalise(images, self.args.mean_std).cpu()
-        return plot_pictures(originals, masks, captions, f"step {self.step}", columns=4)
+        return plot_image_grid(originals, masks, captions, f"step {self.step}", columns=4)
 
     def save(self, seconds):
         """Write a checkpoint; `seconds` is the duration of the run. Raises RunStoppedError."""

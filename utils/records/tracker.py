@@ -125,7 +125,8 @@ class Tracker:
         self.bar.close()
         self.tensorboard.close()
         if self.rows:
-            from utils.visualize import plot_curves, save
+            from utils.curves import plot_curves
+            from utils.figures import save
 
             flags = read_config(self.run_dir)["flags"]
             title = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"

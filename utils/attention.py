@@ -1,0 +1,121 @@
+"""Numbers computed from a model's attention weights, position embeddings, filters and gradients.
+
+N is the number of tokens: the class token and one token per patch. utils/figures.py draws these numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention_of(model, images):
+    """(logits, attention, clusters) of a ViT for images (B, 3, H, W).
+
+    `attention` is a list with one tensor (B, heads, N, N) per block, first block first. After a token reduction the
+    weights among clusters are expanded to all tokens. `clusters` are the Clusters of the token reduction, or None.
+    """
+    logits, attention, clusters = model.forward_with_clusters(images)
+    if clusters is not None:
+        attention = expand_attention(attention, clusters.assignment)
+    return logits, attention, clusters
+
+
+def expand_attention(attention, assignment):
+    """Expand a list of attention weights among N tokens or K clusters of them to weights (B, heads, N, N).
+
+    `assignment` (B, N) is the number of each token's cluster. A token has the attention of its cluster, and receives
+    an equal share of what its cluster receives. So rows still sum to 1, and the rollout of the class token is the same
+    as among clusters.
+    """
+    members = F.one_hot(assignment).float()  # (B, N, K)
+    shares = members / members.sum(dim=1, keepdim=True)
+    expanded = members[:, None], shares[:, None].transpose(-2, -1)
+    return [
+        weights if weights.shape[-1] == assignment.shape[1] else expanded[0] @ weights.float() @ expanded[1]
+        for weights in attention
+    ]
+
+
+def rollout(attention):
+    """Attention rollout (Abnar and Zuidema, 2020): how much each output token depends on each input token.
+
+    `attention` is a list of (B, heads, N, N), first block first. Returns (B, N, N); rows sum to 1. The heads of each
+    block are averaged, the identity is added for the residual connection, and the rows are normalised again.
+    """
+    joint = None
+    for weights in attention:
+        mixed = weights.float().mean(dim=1)
+        mixed = mixed + torch.eye(mixed.shape[-1], device=mixed.device)
+        mixed = mixed / mixed.sum(dim=-1, keepdim=True)
+        joint = mixed if joint is None else mixed @ joint
+    return joint
+
+
+def class_token_mask(weights, grid_size):
+    """Attention of the class token to each patch, relative to uniform: (..., N, N) -> (..., rows, columns), mean 1."""
+    row = weights[..., 0, 1:].float()
+    row = row / row.mean(dim=-1, keepdim=True).clamp(min=1e-12)
+    return row.unflatten(-1, grid_size)
+
+
+def upsample(mask, size):
+    """Resize a mask (rows, columns) to (height, width), linear between the centres of the patches."""
+    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
+
+
+def attention_distance(attention, grid_size, img_size):
+    """Mean attention distance in pixels (figure 7 of the ViT paper): (blocks, heads).
+
+    For a patch this is the mean distance to all patches, weighted by its attention to them, without the class token;
+    it is averaged over patches and images. `img_size` is (height, width) of the input in pixels.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid_size), indexing="ij")
+    patch_size = torch.tensor(img_size) / torch.tensor(grid_size)
+    places = torch.stack([rows.flatten(), columns.flatten()], dim=1) * patch_size
+    distances = torch.cdist(places, places).to(attention[0].device)  # (patches, patches)
+    means = []
+    for weights in attention:
+        among_patches = weights[:, :, 1:, 1:].float()
+        among_patches = among_patches / among_patches.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        means.append((among_patches * distances).sum(dim=-1).mean(dim=(0, 2)))
+    return torch.stack(means).cpu()
+
+
+def cluster_grid(clusters, grid_size):
+    """The first image's Clusters on the grid of patches, without the class token.
+
+    Returns each patch's cluster number (rows, columns) and the [(row, column), ...] of the patches that were kept.
+    """
+    numbers = (clusters.assignment[0, 1:] - 1).unflatten(0, grid_size).cpu()
+    return numbers, [divmod(patch - 1, grid_size[1]) for patch in clusters.kept[0, 1:].tolist()]
+
+
+def position_similarity(pos_embed, grid_size):
+    """Cosine similarity between the position embeddings of all patches: (rows, columns, rows, columns)."""
+    patches = F.normalize(pos_embed[0, 1:].detach().float(), dim=1)
+    return (patches @ patches.T).view(*grid_size, *grid_size).cpu()
+
+
+def first_convolution(model):
+    """A ViT's patch embedding, or the root convolution of a hybrid's stem."""
+    return model.patch_embed.stem.conv_root if model.patch_embed.stem else model.patch_embed.proj
+
+
+def principal_filters(kernels, count=28):
+    """The first principal components of kernels (filters, 3, h, w), as RGB images (count, h, w, 3) in [0, 1]."""
+    flat = kernels.detach().float().cpu().flatten(1)
+    _, _, components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
+    count = min(count, len(flat) - 1)  # n filters minus their mean span n - 1 directions
+    images = components[:count].view(-1, *kernels.shape[1:]).permute(0, 2, 3, 1)
+    return 0.5 + 0.5 * images / images.abs().amax(dim=(1, 2, 3), keepdim=True)
+
+
+def grad_cam(model, layer, images, classes):
+    """Grad-CAM (Selvaraju et al., 2017) of a CNN for `classes` (B,), relative to its mean: (B, rows, columns).
+
+    `layer` is the module whose output is weighted by its gradients. Computed by captum, PyTorch's own library.
+    """
+    from captum.attr import LayerGradCam
+
+    with torch.enable_grad():
+        maps = LayerGradCam(model, layer).attribute(images, classes, relu_attributions=True)[:, 0].detach()
+    return maps / maps.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
