@@ -35,26 +35,26 @@ def main():
         else:
             report = evaluate_on_dataset(saved, args, processes)
             text = evaluation_text(report)
-        if processes.rank == 0:
+        if processes.is_first:
             print(json.dumps(report, indent=2) if args.json else text)
 
 
 def parse_flags():
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files to classify, instead of a data set")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files to classify, instead of a data set.")
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group, canonical_model_type, required=True)
-    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
+    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
-    data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="images per batch")
+    data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="Images per batch.")
     add_precision_flags(parser.add_argument_group("precision"))
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print the results as JSON, for scripts")
+    output.add_argument("--json", action="store_true", help="Print the results as JSON, for scripts.")
     output.add_argument(
         "--confusion_matrix",
         metavar="PNG",
-        help="file of the confusion matrix; default: confusion_matrix.png in the folder of the checkpoint",
+        help="The file for the confusion matrix; default: confusion_matrix.png in the folder of the checkpoint.",
     )
     return parser.parse_args()
 
@@ -64,10 +64,9 @@ def evaluate_on_dataset(saved, args, processes):
     path = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
     check_figure_path(path, "--confusion_matrix")
     dataset, test_set = load_test_set(saved, args, processes)
-    size = (saved.img_size, saved.img_size)
-    result = evaluate_model(saved.model, test_set, size, args, processes, per_class=True)
+    result = evaluate_model(saved.model, test_set, saved.img_size, args, processes, per_class=True)
     names = readable_names(test_set.classes)
-    if processes.rank == 0:
+    if processes.is_first:
         draw_confusion_matrix(result["confusion"], names, f"{saved.title} on {dataset}", path)
     counts = result["confusion"].sum(dim=1)
     accuracies = result["confusion"].diagonal() / counts
@@ -94,7 +93,7 @@ def load_test_set(saved, args, processes):
     dataset, data_dir = dataset or "cifar10", data_dir or "data"
     count = DATASETS[dataset].count_classes(data_dir)
     if count != len(saved.classes):
-        raise UserError(f"{args.checkpoint} was trained on {len(saved.classes)} classes, {dataset} has {count}")
+        raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
     options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken)
     test_set = load_dataset(dataset, "test", options, processes)
     if saved.flags:  # an .npz file has no names of its own classes

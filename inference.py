@@ -134,7 +134,7 @@ def class_names(num_classes):
 
 
 def readable_names(classes):
-    """ImageNet's 1000 class ids with their names, such as "tench (n01440764)"; other classes as they are."""
+    """ImageNet's 1000 class ids with their names, such as "tench (n01440764)"; other classes are returned unchanged."""
     if hashlib.sha256(" ".join(classes).encode()).hexdigest() != IMAGENET_WNIDS_SHA256:
         return classes
     return [f"{name} ({wnid})" for name, wnid in zip(class_names(1000), classes, strict=True)]

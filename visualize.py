@@ -23,6 +23,7 @@ from utils.attention import (
     principal_filters,
     rollout,
 )
+from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.images import check_image, images_below, read_image
 from utils.errors import UserError, run_script
@@ -30,7 +31,6 @@ from utils.figures import (
     UNIFORM,
     blocks_to_draw,
     downscale,
-    make_output_folder,
     plot_attention,
     plot_attention_distance,
     plot_clusters,
@@ -84,31 +84,31 @@ def make_parser():
     parser = Parser(__doc__)
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group, canonical_model_type)
-    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="the run's own")
+    add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
     group = parser.add_argument_group("figures")
     group.add_argument(
-        "--image", nargs="+", default=[], metavar="PATH", help="image files, or folders of them; default: none"
+        "--image", nargs="+", default=[], metavar="PATH", help="Image files, or folders of them; default: none."
     )
-    group.add_argument("--rollout", action="store_true", help="draw the attention rollout over all blocks")
+    group.add_argument("--rollout", action="store_true", help="Draw the attention rollout over all blocks.")
     group.add_argument(
-        "--blocks", type=natural, nargs="+", metavar="N", help="draw single blocks, counted from 0; default: 0 3 6 9"
+        "--blocks", type=natural, nargs="+", metavar="N", help="Draw single blocks, counted from 0; default: 0 3 6 9."
     )
-    group.add_argument("--heads", action="store_true", help="draw every head of the --blocks")
+    group.add_argument("--heads", action="store_true", help="Draw every head of the --blocks.")
     group.add_argument(
-        "--distance", action="store_true", help="draw the mean attention distance of each head, over all images"
+        "--distance", action="store_true", help="Draw the mean attention distance of each head, over all images."
     )
     group.add_argument(
-        "--clusters", action="store_true", help="draw which patches a token reduction merged, and mark those it kept"
+        "--clusters", action="store_true", help="Draw which patches a token reduction merged, and mark those it kept."
     )
-    group.add_argument("--positions", action="store_true", help="draw the similarity of the position embeddings")
-    group.add_argument("--filters", action="store_true", help="draw the principal components of the first filters")
+    group.add_argument("--positions", action="store_true", help="Draw the similarity of the position embeddings.")
+    group.add_argument("--filters", action="store_true", help="Draw the principal components of the first filters.")
     group.add_argument(
-        "--curves", nargs="+", metavar="DIR", help="draw the loss and accuracy of the runs in these folders"
+        "--curves", nargs="+", metavar="DIR", help="Draw the loss and accuracy of the runs in these folders."
     )
     group.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="folder of the figures; default: pictures/ in the folder of the checkpoint, or in the current folder",
+        help="The folder for the figures; default: pictures/ next to the checkpoint, or in the current folder.",
     )
     return parser
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
+from models import build_model
+from synthetic import make_checkpoint
 from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import run_script
 from utils.parallel.processes import one_process
@@ -27,6 +30,8 @@ TINY = {
     "--warmup_steps": "3",
     "--name": "run",
 }
+# The flags of a run that a SavedModel needs.
+DIGITS_RUN = {"model_type": "ViT-Mini_4", "img_size": 16, "dataset": "digits", "norm_type": "LN"}
 
 
 def script(*command, processes=1, **keywords):
@@ -89,3 +94,20 @@ def fails(module, flags, monkeypatch, capsys):
     assert printed.err.startswith(f"{module.__name__}.py: error: ")
     assert printed.out == ""
     return printed.err
+
+
+def random_model(*arguments, **keywords):
+    """`build_model` with random weights everywhere, in evaluation mode."""
+    model = build_model(*arguments, **keywords)
+    shapes = {key: array.shape for key, array in model.export_npz().items()}
+    model.load_from(make_checkpoint(shapes), head="keep")
+    return model.eval()
+
+
+def write_run(folder, flags=DIGITS_RUN, classes=("cat", "dog"), **keywords):
+    """The files of a run that a SavedModel reads; returns its model and the path of its weights."""
+    folder.mkdir()
+    model = random_model(flags["model_type"], flags["img_size"], len(classes), flags.get("norm_type", "LN"), **keywords)
+    save_file(model.state_dict(), folder / "best.safetensors", metadata={"step": "7"})
+    (folder / "config.json").write_text(json.dumps({"flags": flags, "classes": list(classes)}))
+    return model, folder / "best.safetensors"

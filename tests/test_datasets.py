@@ -17,13 +17,13 @@ from utils.data.images import read_image, stretch
 from utils.data.loading import FolderImages, TensorImages
 from utils.data.stream import stream_positions
 from utils.errors import UserError
-from utils.parallel.processes import Processes
+from utils.parallel.processes import Processes, one_process
 
 CPU = torch.device("cpu")
 
 
-def load_both(name, data_dir, processes):
-    return [load_data(name, split, data_dir, processes) for split in ("train", "test")]
+def load_both(name, data_dir):
+    return [load_data(name, split, data_dir) for split in ("train", "test")]
 
 
 def test_digits_are_split_once_and_for_all():
@@ -90,11 +90,11 @@ def test_files_in_memory_and_from_workers_give_the_same_batches(tmp_path):
     in_memory = TensorImages(images, labels, map(str, labels), CPU)
     batches = [np.arange(0, 6), np.arange(6, 12)]
     expected = list(in_memory.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
-    expected_eval = list(in_memory.eval_batches((16, 16), 4))
+    expected_eval = list(in_memory.eval_batches((16, 16), 4, one_process()))
     for workers in (0, 1, 2):
         on_disk = FolderImages(paths, labels, map(str, labels), CPU, stretch, DataOptions(num_workers=workers))
         found = list(on_disk.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
-        found += list(on_disk.eval_batches((16, 16), 4))
+        found += list(on_disk.eval_batches((16, 16), 4, one_process()))
         for (mine, my_labels), (theirs, their_labels) in zip(found, expected + expected_eval, strict=True):
             assert torch.equal(my_labels, their_labels)
             torch.testing.assert_close(mine, theirs, rtol=0, atol=2.02 / 255)  # a level of 8-bit rounding
@@ -137,7 +137,7 @@ def test_an_unreachable_cifar_says_where_to_put_it(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(UserError, match="could not get CIFAR10 into .* by hand"):
+    with pytest.raises(UserError, match="could not get CIFAR10 into .* --data_dir"):
         load_data("cifar10", "train", tmp_path)
 
 
@@ -156,7 +156,7 @@ def spoil(root, fault):
         return root, "train has no folders"
     if fault == "empty class":
         (root / "train" / "emu").mkdir()
-        return root, "emu has no pictures"
+        return root, "emu has no images"
     if fault == "unknown class":
         write_pictures(root / "val" / "fox", [(8, 8)])
         return root, "val/fox is a class that .*train does not have"
@@ -165,7 +165,7 @@ def spoil(root, fault):
         path.write_bytes(path.read_bytes()[:200])
     if fault == "no picture":
         path.write_text("hello")
-    return root, "train/cat/000.png is not a readable picture"
+    return root, "train/cat/000.png is not a readable image"
 
 
 FAULTS = [
@@ -194,7 +194,7 @@ def test_a_broken_picture_met_by_a_worker_is_named_in_one_line(workers, tmp_path
     data = FolderImages(paths, [0, 0], ["one"], CPU, stretch, DataOptions(num_workers=workers))
     with pytest.raises(UserError) as error:
         list(data.train_batches([np.arange(2)], Augmentation(0, (8, 8), 0.5, False)))
-    assert str(error.value).startswith(f"{paths[1]} is not a readable picture")
+    assert str(error.value).startswith(f"{paths[1]} is not a readable image")
     assert "\n" not in str(error.value)
 
 

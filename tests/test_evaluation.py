@@ -1,4 +1,4 @@
-"""--mode eval of the training scripts: the right weights, the right numbers, and nothing written."""
+"""Evaluation by --mode eval of the training scripts: the right weights, the right numbers, and nothing written."""
 
 import re
 
@@ -8,18 +8,24 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import command_line
 import train
 import train_flops
 import train_resnet
-from helpers import call_main, fails, load_data, read_config, succeed
+from helpers import call_main, fails, load_data, random_model, read_config, succeed
 from models import build_model
 from synthetic import make_checkpoint
 from test_scripts import metrics, run_dir
 from utils.data.augmentation import normalise, resized_crops
+from utils.evaluation import evaluate
+from utils.parallel.precision import Precision
+from utils.parallel.processes import Processes, one_process
+
+CPU = torch.device("cpu")
 
 
-def figures(printed):
-    """What the block says: {"weights": text, "top-1": number, ...}."""
+def numbers_of(printed):
+    """The lines of the printed block: {"weights": text, "top-1": number, ...}."""
     found = dict(re.findall(r"^  ([a-z\d-]+) +(.*)$", printed, flags=re.MULTILINE))
     assert list(found) == ["weights", "top-1", "top-5", "loss", "speed"]
     return {name: text if name == "weights" else float(text.split()[0]) for name, text in found.items()}
@@ -31,25 +37,28 @@ def measured(model):
     data = load_data("digits", "test")
     boxes = torch.tensor([[0, 0, 8, 8]]).expand(len(data), -1)
     logits = model.eval()(normalise(resized_crops(data.images, boxes, (8, 8))))
-    places = (logits > logits.gather(1, data.labels[:, None])).sum(dim=1)  # how many classes are ahead of the true one
+    places = (logits > logits.gather(1, data.labels[:, None])).sum(
+        dim=1
+    )  # how many classes have a higher logit than the true one
     top1, top5 = (100 * (places < count).float().mean().item() for count in (1, 5))
     return {"top-1": top1, "top-5": top5, "loss": F.cross_entropy(logits, data.labels).item()}
 
 
-def contents(folder):
+def file_contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_fits(printed, expected):
-    found = figures(printed)
+def assert_prints(printed, expected):
+    found = numbers_of(printed)
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-3)
 
 
-def test_the_flags_of_training_test_its_best_weights(tiny_flags, monkeypatch, capsys):
+def test_mode_eval_tests_the_best_weights_of_the_run(tiny_flags, monkeypatch, capsys):
+    """With the flags of training; flags that concern training only change nothing."""
     flags = tiny_flags("--learning_rate", 0.1, "--num_steps", 30, "--dropout_rate", 0.1)
     call_main(train, flags, monkeypatch)
     folder = run_dir(flags)
-    before = contents(folder)
+    before = file_contents(folder)
     model = build_model("ViT-Mini_4", img_size=8)
     model.load_state_dict(load_file(folder / "best.safetensors"))
     expected = measured(model)
@@ -62,17 +71,47 @@ def test_the_flags_of_training_test_its_best_weights(tiny_flags, monkeypatch, ca
         call_main(train, [*flags, *further, "--mode", "eval"], monkeypatch)
         printed = capsys.readouterr().out
         assert printed.startswith("ViT-Mini_4 on digits: 360 test images, 10 classes, at 8x8, cpu\n")
-        assert figures(printed)["weights"] == f"{folder / 'best.safetensors'}, of step {best['step']}"
-        assert_fits(printed, expected)
-    assert contents(folder) == before
+        assert numbers_of(printed)["weights"] == f"{folder / 'best.safetensors'}, of step {best['step']}"
+        assert_prints(printed, expected)
+    assert file_contents(folder) == before
 
+
+@torch.no_grad()
+def test_processes_share_the_test_images_and_count_each_once():
+    """360 images in batches of 7: the numbers of 3 processes, one after the other, add up to those of one."""
+    model = random_model("ViT-Mini_4", 8)
+    test_set = load_data("digits", "test")
+
+    def evaluated(processes):
+        precision = Precision("O0", torch.float32, CPU)
+        return evaluate(model, test_set, (8, 8), 7, precision, processes, per_class=True)
+
+    parts = [evaluated(Processes(rank, 3, rank, CPU)) for rank in range(3)]
+    whole = evaluated(one_process())
+    assert [part["images"] for part in parts] == [120, 120, 120]
+    assert whole["images"] == 360
+    for name in ("loss", "accuracy", "top5_accuracy"):
+        assert sum(part[name] for part in parts) / 3 == pytest.approx(whole[name], rel=1e-5)
+    assert torch.equal(sum(part["confusion"] for part in parts), whole["confusion"])
+    expected = measured(model)
+    found = {"top-1": 100 * whole["accuracy"], "top-5": 100 * whole["top5_accuracy"], "loss": whole["loss"]}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_mode_eval_with_several_processes(tiny_flags, monkeypatch):
+    flags = tiny_flags("--num_steps", 6)
+    call_main(train, flags, monkeypatch)
+    before = file_contents(run_dir(flags))
+    model = build_model("ViT-Mini_4", img_size=8)
+    model.load_state_dict(load_file(run_dir(flags) / "best.safetensors"))
     printed = succeed("train.py", *flags, "--eval_batch_size", 7, "--mode", "eval", processes=3)
     assert printed.startswith("ViT-Mini_4 on digits: 360 test images, 10 classes, at 8x8, 3 processes on cpu\n")
-    assert_fits(printed, expected)
-    assert contents(folder) == before
+    assert_prints(printed, measured(model))
+    assert file_contents(run_dir(flags)) == before
 
 
-def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, capsys, tmp_path):
+def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypatch, capsys, tmp_path):
     weights = {}
     for classes in (10, 21):
         shapes = build_model("ViT-Mini_4", 8, classes).export_npz().items()
@@ -84,8 +123,8 @@ def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, 
     assert 0 < expected["top-1"] < expected["top-5"] < 100
     call_main(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[10]), monkeypatch)
     printed = capsys.readouterr().out
-    assert figures(printed)["weights"] == str(weights[10])
-    assert_fits(printed, expected)
+    assert numbers_of(printed)["weights"] == str(weights[10])
+    assert_prints(printed, expected)
     message = fails(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[21]), monkeypatch, capsys)
     assert "21.npz does not fit ViT-Mini_4: head/" in message
     assert "the checkpoint has 21 classes, the model 10" in message
@@ -93,12 +132,12 @@ def test_pretrained_weights_are_tested_with_their_head(tiny_flags, monkeypatch, 
 
 
 @pytest.mark.parametrize("module", [train_resnet, train_flops])
-def test_the_cnns_are_tested_by_their_scripts(module, tiny_flags, monkeypatch, capsys):
-    """Of the small size, in place of theirs."""
+def test_mode_eval_of_the_scripts_of_the_cnns(module, tiny_flags, monkeypatch, capsys):
+    """With a small CNN instead of theirs."""
     monkeypatch.setattr(
-        train_resnet,
+        command_line,
         "build_model",
-        lambda model_type, *arguments, **named: build_model("ResNet-Mini_Flops", 8, **named),
+        lambda model_type, img_size, num_classes: build_model("ResNet-Mini_Flops", img_size, num_classes),
     )
     flags = tiny_flags("--num_steps", 2, "--eval_every", 2)
     at = flags.index("--model_type")
@@ -109,10 +148,10 @@ def test_the_cnns_are_tested_by_their_scripts(module, tiny_flags, monkeypatch, c
     call_main(module, [*flags, "--mode", "eval"], monkeypatch)
     row = metrics(flags)[-1]
     expected = {"top-1": 100 * float(row["test_accuracy"]), "loss": float(row["test_loss"])}
-    assert_fits(capsys.readouterr().out, expected)
+    assert_prints(capsys.readouterr().out, expected)
 
 
-def test_what_can_not_be_tested(tiny_flags, monkeypatch, capsys, tmp_path):
+def test_mode_eval_names_what_is_missing_or_does_not_fit(tiny_flags, monkeypatch, capsys, tmp_path):
     flags = tiny_flags("--mode", "eval")
     message = fails(train, flags, monkeypatch, capsys)
     assert f"--mode eval: {run_dir(flags) / 'best.safetensors'} does not exist and no --pretrained_dir" in message
@@ -131,4 +170,4 @@ def test_what_can_not_be_tested(tiny_flags, monkeypatch, capsys, tmp_path):
     assert read_config(run_dir(flags))["classes"][3] == "3"
     path.write_text(path.read_text().replace('"3",', '"drei",'))
     message = fails(train, flags, monkeypatch, capsys)
-    assert "best.safetensors was trained on other classes: 'drei' stands where digits has '3'" in message
+    assert "best.safetensors was trained on other classes: it has 'drei' where digits has '3'" in message

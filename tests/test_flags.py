@@ -34,7 +34,7 @@ WRONG = [
     (["--mixup", 0.001], "0.001 is not 0 or a number of at least 0.01"),
     (["--cutmix", -1], "-1 is not 0 or a number of at least 0.01"),
     (["--mixup", 0.2, "--train_batch_size", 15], "--train_batch_size 15 must be even; 16 would"),
-    (["--min_crop_scale", 0], "0 is not a number above 0, 1 at most"),
+    (["--min_crop_scale", 0], "0 is not a number above 0 and at most 1"),
     (["--dropout_rate", 1.5], "1.5 is not a number from 0 to below 1"),
     (["--train_batch_size", 0], "0 is not a whole number above 0"),
     (["--train_batch_size", 16, "--gradient_accumulation_steps", 3], "not divisible by 1 processes x 3 accumulation"),

@@ -30,7 +30,7 @@ from utils.data.loading import MAX_UNREADABLE, FolderImages, TensorImages, defau
 from utils.errors import UserError
 from utils.evaluation import evaluate
 from utils.parallel.precision import Precision
-from utils.parallel.processes import Processes
+from utils.parallel.processes import Processes, one_process
 
 CPU = torch.device("cpu")
 PLAIN = Augmentation(5, (16, 16), 0.3, True)
@@ -83,7 +83,7 @@ def test_imagenet_is_read_by_workers_even_where_it_would_fit_into_memory(tmp_pat
     assert isinstance(data, FolderImages)
     assert (len(data), data.classes, DATASETS["imagenet"].count_classes(tmp_path)) == (2, ["n01", "n02"], 2)
     assert isinstance(load_data("imagefolder", "train", tmp_path), TensorImages)
-    (images, labels), *_ = data.eval_batches((16, 16), 2)
+    (images, labels), *_ = data.eval_batches((16, 16), 2, one_process())
     assert labels.tolist() == [0, 1]
     image = torch.from_numpy(np.array(photograph(20, 20))).permute(2, 0, 1)
     assert torch.equal(images[0], normalise(tv.center_crop(tv.resize(image, 18, antialias=True), 16)))
@@ -102,7 +102,9 @@ def test_the_usual_mistakes_of_the_layout_say_what_to_do(imagenet_folder, tiny_f
     with pytest.raises(SystemExit):
         call_main(train, flags, monkeypatch)
     message = capsys.readouterr().err
-    assert "val has no folders; it needs one folder a class, but its 2 files lie side by side; valprep.sh" in message
+    assert (
+        "val has no folders; it needs one folder per class, but its 2 files are not in folders; valprep.sh" in message
+    )
     shutil.rmtree(imagenet_folder / "train")
     (imagenet_folder / "train").mkdir()
     (imagenet_folder / "train" / "n01440764.tar").write_bytes(b"")
@@ -152,7 +154,7 @@ def test_odd_files_named_jpeg_are_read_as_pillow_does(kind, tmp_path):
     data = folder_images([path, path])
     images, _ = next(data.train_batches([np.arange(2)], PLAIN))
     assert images.shape == (2, 3, 16, 16)
-    assert len(next(data.eval_batches((16, 16), 2))[0]) == 2
+    assert len(next(data.eval_batches((16, 16), 2, one_process()))[0]) == 2
 
 
 def test_a_jpeg_is_decoded_at_reduced_size_where_the_crop_allows(tmp_path):
@@ -199,9 +201,9 @@ def test_a_truncated_jpeg_is_broken_however_it_is_decoded(share, out_size, tmp_p
     path = tmp_path / "1.jpg"
     photograph(120, 160).save(path, quality=95)
     cut(path, share)
-    with pytest.raises(UserError, match="1.jpg is not a readable picture"):
+    with pytest.raises(UserError, match="1.jpg is not a readable image"):
         ImageFile(path).resized_crop((0, 0, 120, 160), out_size)
-    with pytest.raises(UserError, match="1.jpg is not a readable picture"):
+    with pytest.raises(UserError, match="1.jpg is not a readable image"):
         read_image(path)
 
 
@@ -271,10 +273,10 @@ def test_a_broken_picture_gives_its_place_to_the_next_readable_one(workers, tmp_
     assert torch.equal(images[intact], whole[intact])
     assert data.unreadable == {str(paths[row]) for row in (2, 3, 7)}
     errors = capsys.readouterr().err
-    assert len(re.findall(r"skipped: .* is not a readable picture: ", errors)) == 3  # of two epochs, each named once
+    assert len(re.findall(r"skipped: .* is not a readable image: ", errors)) == 3  # of two epochs, each named once
     assert all(f"skipped: {paths[row]} is not" in errors for row in (2, 3, 7))
 
-    batches = list(data.eval_batches((16, 16), 2))
+    batches = list(data.eval_batches((16, 16), 2, one_process()))
     assert [labels.tolist() for _, labels in batches] == [[0, 1], [4, 5], [6]]  # the batch of 2 and 3 is none
     assert len(data.examples(8, (16, 16))[1]) == 5
     assert capsys.readouterr().err == ""
@@ -284,10 +286,10 @@ def test_a_broken_picture_gives_its_place_to_the_next_readable_one(workers, tmp_
 def test_without_the_flag_a_broken_picture_ends_the_run_and_names_the_flag(workers, tmp_path):
     paths = write_jpegs(tmp_path, 3)
     cut(paths[1])
-    message = f"{re.escape(str(paths[1]))} is not a readable picture: .*; --skip_broken leaves such pictures out"
+    message = f"{re.escape(str(paths[1]))} is not a readable image: .*; --skip_broken skips such images"
     for batches in (
         folder_images(paths, workers).train_batches([np.arange(3)], PLAIN),
-        folder_images(paths, workers).eval_batches((16, 16), 3),
+        folder_images(paths, workers).eval_batches((16, 16), 3, one_process()),
     ):
         with pytest.raises(UserError, match=message):
             list(batches)
@@ -299,7 +301,7 @@ def test_pictures_in_memory_are_read_by_workers_where_one_is_to_be_skipped(tmp_p
         for i in range(3):
             photograph(16, 16).save(tmp_path / split / "one" / f"{i}.jpg")
     cut(tmp_path / "train" / "one" / "1.jpg")
-    with pytest.raises(UserError, match="1.jpg is not a readable picture: .*--skip_broken leaves such"):
+    with pytest.raises(UserError, match="1.jpg is not a readable image: .*--skip_broken skips such"):
         load_data("imagefolder", "train", tmp_path)
     data = load_data("imagefolder", "train", tmp_path, skip_broken=True)
     assert isinstance(data, FolderImages)
@@ -312,7 +314,7 @@ def test_nothing_but_broken_pictures_is_an_error(tmp_path):
     for path in paths:
         path.write_bytes(b"broken")
     data = folder_images(paths, skip_broken=True)
-    with pytest.raises(UserError, match="none of the 3 pictures can be read"):
+    with pytest.raises(UserError, match="none of the 3 images can be read"):
         next(data.train_batches([np.arange(3)], PLAIN))
 
 
@@ -320,7 +322,7 @@ def test_nothing_but_broken_pictures_is_an_error(tmp_path):
 def test_a_disk_that_fails_ends_the_run_instead_of_all_pictures_being_skipped(workers, tmp_path, capsys):
     paths = write_jpegs(tmp_path, 2) + [tmp_path / f"missing{i:03d}.JPEG" for i in range(MAX_UNREADABLE + 20)]
     batches = folder_images(paths, workers, skip_broken=True).train_batches([np.arange(100)], PLAIN)
-    with pytest.raises(UserError, match=f"^{MAX_UNREADABLE} pictures in a row can't be read, the last one .*JPEG$"):
+    with pytest.raises(UserError, match=f"^{MAX_UNREADABLE} images in a row can't be read, the last one .*JPEG$"):
         next(batches)
     assert capsys.readouterr().err.count("skipped: ") >= MAX_UNREADABLE
 
@@ -384,8 +386,8 @@ def test_imagenets_classes_get_their_names():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--rand_augment", 0, 9], "--rand_augment 0 9: give 1 or more operations and a magnitude of 30 at most"),
-        (["--rand_augment", 2, 31], "--rand_augment 2 31: give 1 or more"),
+        (["--rand_augment", 0, 9], "--rand_augment 0 9: give at least 1 operation and a magnitude of at most 30"),
+        (["--rand_augment", 2, 31], "--rand_augment 2 31: give at least 1"),
         (["--mean_std", "imagenett"], "unknown mean and standard deviation 'imagenett'; did you mean imagenet?"),
     ],
 )
@@ -419,7 +421,7 @@ def test_the_whole_path_on_a_small_folder_like_imagenet(tmp_path, tiny_flags):
     data += ["--horizontal_flip", "--num_workers", 1, "--num_steps", 3, "--eval_every", 3, "--train_batch_size", 12]
     failed = script("train.py", *tiny_flags(*data))
     assert failed.returncode == 2
-    assert re.search(r"emu_\d.JPEG is not a readable picture: .*; --skip_broken leaves", failed.stderr)
+    assert re.search(r"emu_\d.JPEG is not a readable image: .*; --skip_broken leaves", failed.stderr)
     done = script("train.py", *tiny_flags(*data, "--skip_broken", "--overwrite"))
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"skipped: .*(train|val)/emu/emu_\d.JPEG", done.stderr)) == ["train", "val"]

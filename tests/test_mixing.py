@@ -117,7 +117,7 @@ BOTH = ["--mixup", 0.8, "--cutmix", 1.0, "--label_smoothing", 0.1]
 def test_the_loop_trains_on_mixed_pictures_and_counts_hits_of_the_larger_share(tiny_flags, monkeypatch):
     weights, rows = run(tiny_flags(*BOTH, "--learning_rate", 0.1), monkeypatch)
     mixing = make_mixing(0.8, 1.0)
-    expected, losses, hits = plain_loop(
+    expected, losses, hits, _ = plain_loop(
         12, 16, lambda images, labels, step: mix_pairs(mixing, images, labels, 10, 42, step)
     )
     assert max(differences(weights, expected).values()) < 1e-6

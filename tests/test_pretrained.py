@@ -99,7 +99,7 @@ def spoiled(weights, fault):
     content = weights.read_bytes()
     if fault == "truncated":
         weights.write_bytes(content[: len(content) // 2])
-        return "cut short or damaged"
+        return "truncated or damaged"
     if fault == "empty":
         weights.write_bytes(b"")
         return "not an .npz"
@@ -208,7 +208,7 @@ def test_a_server_that_sends_something_else_leaves_nothing_behind(serve, tmp_pat
 
 
 def test_an_unreachable_server_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match="could not be downloaded"):
         download(tmp_path / "ViT-B_16.npz", "http://127.0.0.1:9/ViT-B_16.npz")
 
 

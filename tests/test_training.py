@@ -1,6 +1,7 @@
 """The training loop: against a plain loop, divided batches, resumption to the bit, precision, faults."""
 
 import csv
+import json
 import math
 import re
 import shutil
@@ -16,15 +17,20 @@ from safetensors.torch import load_file
 
 import models
 import train
-from helpers import call_main, load_data, read_config, write_pictures
+from helpers import call_main, fails, load_data, read_config, write_pictures
 from models import build_model
 from utils.data.augmentation import normalise, random_crops, resized_crops
+from utils.data.datasets import DATASETS, DataSource, Split
 from utils.data.stream import samples_at
 from utils.errors import UserError
 from utils.parallel.memory import recompute_activations
+from utils.parallel.precision import Precision
+from utils.parallel.processes import one_process
 from utils.profiling import activation_bytes
+from utils.records.meter import Meter
 from utils.records.run_folder import read_metrics
 from utils.train_state import compile_in_place
+from utils.training import train_step
 
 
 def run(flags, monkeypatch, name="run"):
@@ -41,16 +47,18 @@ def differences(weights, others):
     return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
 
 
-def plain_loop(steps, batch, mix=lambda images, labels, step: (images, F.one_hot(labels, 10).float())):
+def plain_loop(
+    steps, batch, mix=lambda images, labels, step: (images, F.one_hot(labels, 10).float()), max_grad_norm=1.0
+):
     """The same run in ordinary PyTorch: momentum SGD, clipping at 1, warm-up of 3 steps, then cosine.
 
-    Returns (weights, losses of the steps, hits of the steps).
+    Returns (weights, losses, correct predictions and gradient norms of the steps).
     """
     torch.manual_seed(42)
     model = build_model("ViT-Mini_4", img_size=8).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = load_data("digits", "train")
-    losses, hits = [], []
+    losses, correct, norms = [], [], []
     for step in range(steps):
         progress = (step - 3) / (steps - 3)
         optimizer.param_groups[0]["lr"] = 0.1 * (step / 3 if step < 3 else (1 + math.cos(math.pi * progress)) / 2)
@@ -62,22 +70,24 @@ def plain_loop(steps, batch, mix=lambda images, labels, step: (images, F.one_hot
         loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item())
         optimizer.step()
         losses.append(loss.item())
-        hits.append((logits.argmax(dim=1) == targets.argmax(dim=1)).sum().item())
-    return model.state_dict(), losses, hits
+        correct.append((logits.argmax(dim=1) == targets.argmax(dim=1)).sum().item())
+    return model.state_dict(), losses, correct, norms
 
 
-def test_the_loop_does_what_a_plain_loop_does(tiny_flags, monkeypatch):
-    flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1)
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.5, 0.0])
+def test_the_loop_does_what_a_plain_loop_does(max_grad_norm, tiny_flags, monkeypatch):
+    flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1, "--max_grad_norm", max_grad_norm)
     weights, rows = run(flags, monkeypatch)
-    expected, losses, hits = plain_loop(12, 16)
+    expected, losses, correct, norms = plain_loop(12, 16, max_grad_norm=max_grad_norm)
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["step"] for row in rows] == [6, 12]
     assert rows[0]["train_loss"] == pytest.approx(np.mean(losses[:6]), rel=1e-5)
     assert rows[1]["train_loss"] == pytest.approx(np.mean(losses[6:]), rel=1e-5)
-    assert [96 * row["train_accuracy"] for row in rows] == pytest.approx([sum(hits[:6]), sum(hits[6:])])
+    assert [96 * row["train_accuracy"] for row in rows] == pytest.approx([sum(correct[:6]), sum(correct[6:])])
+    assert [row["grad_norm"] for row in rows] == pytest.approx([np.mean(norms[:6]), np.mean(norms[6:])], rel=1e-4)
     assert [row["lr"] for row in rows] == pytest.approx([0.1 * (1 + math.cos(math.pi / 3)) / 2, 0.0])
     assert max(differences(weights, initial()).values()) > 0.01
 
@@ -96,7 +106,7 @@ def test_accumulation_equals_the_undivided_batch_with_dropout(tiny_flags, monkey
 
 
 @pytest.mark.parametrize("precision", [[], ["--bf16"], ["--bf16", "--fp16_opt_level", "O3"]], ids=["O0", "O2", "O3"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_resumed_run_ends_with_the_same_bits(optimizer, precision, tiny_flags, monkeypatch):
     flags = ["--optimizer", optimizer, "--dropout_rate", 0.1, *precision]
     whole, rows = run(tiny_flags(*flags), monkeypatch)
@@ -183,7 +193,7 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
     names = {path.name.split(".")[0] for path in folder.iterdir()}
     assert names == {"last", "best", "state-13", "metrics", "config", "curves", "events"}
     assert list(rows[0]) == [
-        *("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5_accuracy"),
+        *("step", "train_loss", "train_accuracy", "grad_norm", "test_loss", "test_accuracy", "test_top5_accuracy"),
         *("lr", "images_per_second", "seconds"),
     ]
     assert [row["step"] for row in rows] == [6, 12, 13]
@@ -199,18 +209,19 @@ def test_records_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
 
     events = EventAccumulator(str(folder)).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert steps["train/loss"] == list(range(1, 14))
     tests = {"test/loss", "test/accuracy", "test/top5_accuracy"}
     assert all(steps[tag] == [6, 12, 13] for tag in tests)
-    assert set(steps) == {"train/loss", "train/lr", "train/images_per_second", *tests}
+    metrics = {"train/loss", "train/accuracy", "train/grad_norm"}
+    assert all(steps[tag] == list(range(1, 14)) for tag in metrics)
+    assert set(steps) == {*metrics, "train/lr", "train/images_per_second", *tests}
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--model_type", "ViT-Ti_16", "--img_size", 16], "does not fit the model"),
-        (["--optimizer", "adamw"], "started with --optimizer sgd, so it can't be resumed with adamw"),
-        (["--num_steps", 3], "is at step 12 already, beyond the 3 asked for"),
+        (["--optimizer", "adamw"], "the run was started with --optimizer sgd, so it can't be resumed with adamw"),
+        (["--num_steps", 3], "is at step 12 already, beyond the 3 of the flags"),
     ],
 )
 def test_a_resumption_that_cannot_be_leaves_the_record_as_it_is(
@@ -292,7 +303,7 @@ def test_top5_accuracy_of_many_classes(tiny_flags, monkeypatch, tmp_path, capsys
         writer.writeheader()
         writer.writerows(older)
     assert read_metrics(path.parent)["test_accuracy"] == [row["test_accuracy"] for row in rows]
-    assert np.isnan(read_metrics(path.parent)["test_top5_accuracy"]).all()
+    assert "test_top5_accuracy" not in read_metrics(path.parent)
     run([*flags, "--resume"], monkeypatch)  # which has nothing left to do
     printed = capsys.readouterr().out
     assert re.search(r"\ntest accuracy [\d.]+ %, best ", printed)
@@ -337,8 +348,6 @@ def test_master_weights_take_updates_that_16_bits_would_lose(tiny_flags, monkeyp
 
 
 def test_a_static_loss_scale_changes_nothing_in_float32_and_little_in_bfloat16():
-    from utils.parallel.precision import Precision
-
     for level, tolerance in (("O1", 1e-2), ("O2", 1e-2), ("O3", 1e-2)):
         results = []
         for scale in (0.0, 1024.0):
@@ -357,8 +366,6 @@ def test_a_static_loss_scale_changes_nothing_in_float32_and_little_in_bfloat16()
 
 
 def test_norms_stay_in_float32_at_o2():
-    from utils.parallel.precision import Precision
-
     model = build_model("R26-ViT-S_32", 64, num_layers=1)
     Precision("O2", torch.bfloat16, torch.device("cpu")).cast(model)
     for module in model.modules():
@@ -418,3 +425,83 @@ def test_compiled_training_is_the_same(tiny_flags, monkeypatch):
     eager, _ = run(tiny_flags("--num_steps", 3), monkeypatch)
     compiled, _ = run(tiny_flags("--num_steps", 3, "--compile", "--overwrite"), monkeypatch)
     assert max(differences(eager, compiled).values()) < 1e-5
+
+
+def test_a_new_training_metric_is_recorded_everywhere(tiny_flags, monkeypatch, tmp_path):
+    """One more key of the step's dictionary, which is not measured in every step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def step_with_one_more(state, batches):
+        metrics = train_step(state, batches)
+        return {**metrics, "step_number": metrics["loss"] * 0 + (state.step if state.step % 2 else math.nan)}
+
+    monkeypatch.setattr("utils.training.train_step", step_with_one_more)
+    shown = []
+    monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    _, rows = run(tiny_flags("--gradient_accumulation_steps", 2), monkeypatch)
+    assert [row["step_number"] for row in rows] == [3, 9]  # means of 1, 3, 5 and of 7, 9, 11
+    assert re.match(r"loss \S+, accuracy \S+, grad_norm \S+, step_number 11, lr ", shown[10])
+    events = EventAccumulator(str(tmp_path / "output" / "run")).Reload()
+    assert [event.value for event in events.Scalars("train/step_number")][::2] == [1, 3, 5, 7, 9, 11]
+
+
+def test_a_step_that_loss_scaling_skips_has_no_gradient_norm():
+    """Dynamic scaling: the first gradients overflow, the weights stay, the next step is taken."""
+    model = torch.nn.Linear(3, 2)
+    precision = Precision("O1", torch.float16, torch.device("cpu"))
+    optimizer = precision.prepare(model, lambda named: torch.optim.SGD([p for _, p in named], lr=0.1))
+    before = model.weight.detach().clone()
+    images, norms = torch.randn(4, 3), []
+    for factor in (1e36, 1.0):
+        precision.backward(model(images).sum() * factor)
+        expected = math.sqrt(
+            sum((p.grad.double() / precision.scaler.get_scale()).square().sum() for p in model.parameters())
+        )
+        norms.append(precision.step(optimizer, max_grad_norm=1.0).item())
+        if factor > 1:
+            assert torch.equal(model.weight, before)
+    assert math.isnan(norms[0])
+    assert norms[1] == pytest.approx(expected, rel=1e-5)
+    assert not torch.equal(model.weight, before)
+
+
+def test_the_meter_averages_what_was_measured():
+    meter = Meter(one_process())
+    for loss, norm in ((1.0, math.nan), (2.0, 5.0), (6.0, 7.0)):
+        meter.add({"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)})
+    assert meter.read()["loss"] == [1.0, 2.0, 6.0]
+    assert meter.read() == {}
+    assert meter.means() == {"loss": 3.0, "grad_norm": 6.0}
+    restored = Meter(one_process())
+    restored.load_state_dict(json.loads(json.dumps(meter.state_dict())))
+    for each in (meter, restored):
+        each.add({"loss": torch.tensor(3.0), "grad_norm": torch.tensor(math.nan)})
+        each.read()
+    assert restored.means() == meter.means() == {"loss": 3.0, "grad_norm": 6.0}
+    meter.reset()
+    assert meter.means() == {}
+
+
+def test_a_new_data_set_is_one_entry(tiny_flags, monkeypatch, capsys, tmp_path):
+    """Trained, resumed and evaluated by its name."""
+    random = np.random.default_rng(0)
+    splits = {
+        split: (random.integers(0, 256, (size, 3, 9, 7), dtype=np.uint8))
+        for split, size in (("train", 48), ("test", 20))
+    }
+    names = ["left", "right", "straight on"]
+    source = DataSource(
+        lambda data_dir: 3, lambda data_dir, split: Split(splits[split], np.arange(len(splits[split])) % 3, names)
+    )
+    monkeypatch.setitem(DATASETS, "toy", source)
+    flags = tiny_flags("--dataset", "toy", "--num_steps", 6, "--eval_every", 3, "--learning_rate", 0.1)
+    weights, rows = run(flags, monkeypatch)
+    assert read_config(tmp_path / "output" / "run")["classes"] == names
+    _, rows = run([*flags, "--num_steps", 9, "--resume"], monkeypatch)
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    capsys.readouterr()
+    call_main(train, [*flags, "--mode", "eval"], monkeypatch)
+    assert "on toy: 20 test images, 3 classes, at 8x8" in capsys.readouterr().out
+    assert "unknown dataset 'toys'; did you mean toy" in fails(
+        train, tiny_flags("--dataset", "toys"), monkeypatch, capsys
+    )

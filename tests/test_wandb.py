@@ -11,6 +11,7 @@ import types
 import pytest
 
 import train
+from command_line import train_parser
 from helpers import ROOT, call_main, read_config, script, succeed
 from test_scripts import metrics, run_dir, start, wait_for_checkpoint
 from utils.records.weights_and_biases import WeightsAndBiases
@@ -115,8 +116,8 @@ def test_a_resumed_run_goes_on_there(calls, tiny_flags, monkeypatch):
 
 STARTED = ["online"]
 RETRIED = ["online", "teardown", "offline"]
-KEPT = "its records are kept in .*wandb, for `wandb sync`"
-WITHOUT = "the run goes on without it"
+KEPT = "its records are kept in .*wandb for `wandb sync`"
+WITHOUT = "the run continues without it"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ WITHOUT = "the run goes on without it"
 )
 def test_a_failure_there_is_a_warning(broken, warnings, asked, calls, tiny_flags, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WANDB_FAILS", broken)
-    run = WeightsAndBiases(tmp_path, train.make_parser().parse_args(tiny_flags("--wandb")))
+    run = WeightsAndBiases(tmp_path, train_parser().parse_args(tiny_flags("--wandb")))
     run.log({"train/loss": 1.0}, 1)
     run.log_figure("attention rollout", None, 1)
     run.summarise({"best_accuracy": 0.5})
@@ -194,12 +195,12 @@ def test_a_project_that_would_be_refused(calls, tiny_flags, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stopped:
         call_main(train, tiny_flags("--wandb", "--wandb_project", "a/b"), monkeypatch)
     assert stopped.value.code == 2
-    assert "--wandb_project 'a/b' is no name of a project" in capsys.readouterr().err
+    assert "--wandb_project 'a/b' is not a valid project name" in capsys.readouterr().err
 
 
 def test_the_project_of_the_environment(monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "ours")
-    assert train.make_parser().parse_args(["--name", "x"]).wandb_project == "ours"
+    assert train_parser().parse_args(["--name", "x"]).wandb_project == "ours"
 
 
 def test_only_the_first_process_starts_it(calls, tiny_flags):

@@ -127,3 +127,13 @@ def check_figure_path(path, flag):
     path = Path(path)
     if path.suffix != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{flag} {path} can't be written; give a .png file in a folder that exists")
+
+
+def make_output_folder(folder, flag):
+    """Create the folder that `flag` names, and check that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be created: {error.strerror}; see {flag}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} can't be written; see {flag}")

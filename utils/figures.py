@@ -5,7 +5,6 @@ colour-blind readers. Images are uint8 (3, H, W), masks (rows, columns). utils/c
 """
 
 import math
-import os
 import textwrap
 
 import numpy as np
@@ -16,22 +15,11 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure  # not pyplot, which has global state and would change a notebook's backend
 
 from utils.attention import upsample
-from utils.errors import UserError
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
 HEAT = "viridis"
 UNIFORM = "attention relative to uniform"  # the unit of masks: 1 where all patches have the same attention
-
-
-def make_output_folder(folder, flag):
-    """Create the folder, named by `flag`, in which figures are saved. Raises UserError if it can't be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} can't be created: {error.strerror}; see {flag}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} can't be written; see {flag}")
 
 
 def save(figure, path):

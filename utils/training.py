@@ -153,7 +153,7 @@ def check_resumption(saved, args, num_steps, run_dir):
     started_with, step = saved["optimizer"], saved["progress"]["step"]
     if started_with != args.optimizer:
         raise UserError(
-            f"the run was started with --optimizer {started_with}; it can't be resumed with {args.optimizer}"
+            f"the run was started with --optimizer {started_with}, so it can't be resumed with {args.optimizer}"
         )
     if step > num_steps:
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")

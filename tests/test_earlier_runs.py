@@ -1,0 +1,61 @@
+"""A run that an earlier version of the code has made is still loaded, evaluated and drawn.
+
+`fixtures/earlier_run/run` is a run of ViT-Nano_4, with its fields as in SMALL, on 8x8 digits: 8 steps planned, stopped
+after step 5, evaluated at step 4. best.safetensors has the weights of step 4.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import models
+import visualize
+from helpers import call_main, write_pictures
+from inference import SavedModel
+from models.configs import VITS
+
+EARLIER_RUN = Path(__file__).parent / "fixtures" / "earlier_run" / "run"
+SMALL = {"hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 2}
+
+
+@pytest.fixture
+def earlier_run(tmp_path, monkeypatch):
+    """A copy of the run's folder, with ViT-Nano_4 as small as when the run was made."""
+    config = VITS["ViT-Nano_4"].copy_and_resolve_references()
+    config.update(SMALL)
+    monkeypatch.setitem(models.VITS, "ViT-Nano_4", config)
+    return shutil.copytree(EARLIER_RUN, tmp_path / "run")
+
+
+def test_an_earlier_run_is_loaded(earlier_run):
+    saved = SavedModel.load(earlier_run / "best.safetensors")
+    assert (saved.img_size, saved.mean_std) == (8, "half")
+    assert saved.classes == [str(digit) for digit in range(10)]
+    assert saved.flags["model_type"] == "ViT-Nano_4"
+    stored, loaded = load_file(earlier_run / "best.safetensors"), saved.model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+
+
+def test_an_earlier_run_is_evaluated_with_the_numbers_of_its_metrics(earlier_run, monkeypatch, capsys):
+    call_main(evaluate, ["--checkpoint", earlier_run / "best.safetensors", "--json"], monkeypatch)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["dataset"], report["images"]) == ("digits", 360)
+    assert report["top1_accuracy"] == pytest.approx(0.16666667)
+    assert report["top5_accuracy"] == pytest.approx(0.50833333)
+    assert report["loss"] == pytest.approx(2.2974769, rel=1e-5)
+
+
+def test_the_curves_and_the_attention_of_an_earlier_run_are_drawn(earlier_run, tmp_path, monkeypatch):
+    [image] = write_pictures(tmp_path / "images", [(8, 8)])
+    flags = ["--checkpoint", earlier_run / "best.safetensors", "--image", image, "--curves", earlier_run]
+    call_main(visualize, flags, monkeypatch)
+    kinds = ("blocks", "heads", "rollout")
+    together = {"curves.png", "distance.png", "filters.png", "positions.png"}
+    drawn = {path.name for path in (earlier_run / "pictures").iterdir()}
+    assert drawn == together | {f"images-000-{kind}.png" for kind in kinds}

@@ -1,0 +1,170 @@
+"""The optimizers: Muon against its two parts, new entries in the table, their state in checkpoints, groups."""
+
+import numpy as np
+import pytest
+import torch
+
+import train
+import train_flops
+from command_line import train_parser
+from helpers import call_main, fails
+from models import build_model
+from test_training import differences, run, stop_after
+from utils.optimizers import OPTIMIZERS, make_optimizer, restore_state, state_tensors
+from utils.records.checkpoint import load_checkpoint
+
+
+def random_model():
+    torch.manual_seed(0)
+    model = build_model("ViT-Mini_4", 8, num_layers=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def give_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def flags(*given):
+    return train_parser().parse_args(["--name", "x", *map(str, given)])
+
+
+def test_muon_is_muon_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
+    """Against separate optimizers, in which query, key and value are parameters of their own."""
+    model, reference = random_model(), random_model()
+    args = flags("--optimizer", "muon", "--learning_rate", 0.02, "--weight_decay", 0.1)
+    optimizer = make_optimizer(args, list(model.named_parameters()))
+
+    matrices = [(name, p) for name, p in reference.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    assert len(matrices) == 2 * 4  # qkv, proj, fc1 and fc2 of each block
+    others = [(name, p) for name, p in reference.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
+    not_decayed = [p for name, p in others if p.ndim == 1 or name in ("cls_token", "pos_embed")]
+    decayed = [p for name, p in others if not (p.ndim == 1 or name in ("cls_token", "pos_embed"))]
+    parts = {
+        name: [torch.nn.Parameter(part.clone()) for part in p.detach().chunk(3 if "qkv" in name else 1)]
+        for name, p in matrices
+    }
+    muon = torch.optim.Muon(
+        [part for name in parts for part in parts[name]], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": not_decayed, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.02, fused=True)
+    for step in range(4):
+        give_gradients(model, step)
+        give_gradients(reference, step)
+        for name, p in matrices:
+            for part, gradient in zip(parts[name], p.grad.chunk(len(parts[name])), strict=True):
+                part.grad = gradient
+        for each in (optimizer, muon, adamw):
+            each.step()
+    expected = {**dict(reference.named_parameters()), **{name: torch.cat(parts[name]) for name in parts}}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected[name]), name
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_state_is_saved_and_restored_to_the_bit(name):
+    model = random_model()
+    optimizer = make_optimizer(flags("--optimizer", name), list(model.named_parameters()))
+    for step in range(2):
+        give_gradients(model, step)
+        optimizer.step()
+    copy = random_model()
+    copy.load_state_dict(model.state_dict())
+    restored = make_optimizer(flags("--optimizer", name), list(copy.named_parameters()))
+    restore_state(restored, {key: tensor.clone() for key, tensor in state_tensors(optimizer).items()})
+    for each, its_optimizer in ((model, optimizer), (copy, restored)):
+        give_gradients(each, 7)
+        its_optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+
+
+def test_muon_with_accumulation_is_muon_with_the_whole_batch(tiny_flags, monkeypatch):
+    """Its matrix products in bfloat16 amplify the rounding of the gradients."""
+    given = ["--optimizer", "muon", "--learning_rate", 1e-3, "--dropout_rate", 0.2]
+    whole, _ = run(tiny_flags(*given), monkeypatch)
+    parts, _ = run(tiny_flags(*given, "--gradient_accumulation_steps", 4, "--overwrite"), monkeypatch)
+    start, _ = run(tiny_flags(*given, "--num_steps", 1, "--warmup_steps", 1, "--overwrite"), monkeypatch)  # rate 0
+    moved = max(differences(whole, start).values())
+    assert max(differences(whole, parts).values()) < 0.05 * moved
+
+
+def test_muon_learns(tiny_flags, monkeypatch):
+    given = ["--optimizer", "muon", "--learning_rate", 3e-3, "--num_steps", 60, "--eval_every", 60]
+    _, rows = run(tiny_flags(*given, "--min_crop_scale", 0.6), monkeypatch)
+    assert rows[-1]["test_loss"] < 1.5
+
+
+def test_what_muon_cannot_do(tiny_flags, monkeypatch, capsys):
+    message = fails(train, tiny_flags("--optimizer", "muon", "--parallel", "fsdp"), monkeypatch, capsys)
+    assert "--parallel fsdp does not support --optimizer muon, which needs whole matrices" in message
+    message = fails(train_flops, ["--name", "x", "--optimizer", "muon"], monkeypatch, capsys)
+    assert "muon needs a model whose blocks have 2-D weights, such as a ViT; use --optimizer adamw" in message
+
+
+class SignAndMomentum(torch.optim.Optimizer):
+    """A toy made of two: a sign update for the first group with its own state, torch's SGD for the others."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr})
+        self.sgd = torch.optim.SGD(self.param_groups[1:], lr=lr, momentum=0.5)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        for weight in group["params"]:
+            state = self.state[weight]
+            slow = state.setdefault("slow_gradient", torch.zeros_like(weight))
+            slow.lerp_(weight.grad, 0.1)
+            weight.sub_(group["lr"] * slow.sign())
+        self.sgd.param_groups, self.sgd.state = self.param_groups[1:], self.state
+        self.sgd.step()
+
+
+def test_a_new_optimizer_is_one_line(tiny_flags, monkeypatch, tmp_path, capsys):
+    """Trained, resumed to the same bits and evaluated; its weights are those of no other optimizer."""
+    monkeypatch.setitem(OPTIMIZERS, "toy", SignAndMomentum)
+    given = ["--optimizer", "toy", "--learning_rate", 1e-3]
+    whole, rows = run(tiny_flags(*given), monkeypatch)
+    stop_after(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(tiny_flags(*given, "--name", "stopped"), monkeypatch)
+    assert load_checkpoint(tmp_path / "output" / "stopped")[1]["progress"]["step"] == 5
+    resumed, _ = run(tiny_flags(*given, "--name", "stopped", "--resume"), monkeypatch, "stopped")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    by_sgd, _ = run(tiny_flags("--learning_rate", 1e-3, "--name", "sgd"), monkeypatch, "sgd")
+    assert max(differences(whole, by_sgd).values()) > 1e-4
+    capsys.readouterr()
+    call_main(train, tiny_flags("--mode", "eval"), monkeypatch)
+    assert f"top-1    {100 * max(row['test_accuracy'] for row in rows):.2f} %" in capsys.readouterr().out
+
+
+def test_state_that_is_not_a_tensor_is_an_error_not_lost():
+    model = random_model()
+    optimizer = make_optimizer(flags(), list(model.named_parameters()))
+    optimizer.state[model.head.weight]["age"] = 3
+    with pytest.raises(TypeError, match="the optimizer's age of head.weight is not a tensor, so it can't be saved"):
+        state_tensors(optimizer)
+
+
+def test_a_group_keeps_its_own_learning_rate(tiny_flags, monkeypatch):
+    """A tenth of the rate for one group, also after the run was resumed."""
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setitem(
+        OPTIMIZERS, "two rates", lambda groups, lr: Watched([{**groups[0], "lr": lr / 10}, *groups[1:]], lr=lr)
+    )
+    run(tiny_flags("--optimizer", "two rates", "--num_steps", 6), monkeypatch)
+    run(tiny_flags("--optimizer", "two rates", "--resume"), monkeypatch)
+    assert len(seen) == 12
+    slow, fast = np.transpose(seen)
+    assert slow == pytest.approx(fast / 10)
+    assert len(set(fast)) > 4
