@@ -4,7 +4,9 @@
 after step 5, evaluated at step 4. best.safetensors has the weights of step 4.
 """
 
+import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,12 +16,15 @@ from safetensors.torch import load_file
 
 import evaluate
 import models
+import train
 import visualize
 from helpers import call_main, write_pictures
 from inference import SavedModel
 from models.configs import VITS
+from utils.records.run_folder import read_metrics
 
 EARLIER_RUN = Path(__file__).parent / "fixtures" / "earlier_run" / "run"
+FINISHED = EARLIER_RUN.parent / "finished.safetensors"  # the last weights after the earlier code resumed the run
 SMALL = {"hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 2}
 
 
@@ -59,3 +64,25 @@ def test_the_curves_and_the_attention_of_an_earlier_run_are_drawn(earlier_run, t
     together = {"curves.png", "distance.png", "filters.png", "positions.png"}
     drawn = {path.name for path in (earlier_run / "pictures").iterdir()}
     assert drawn == together | {f"images-000-{kind}.png" for kind in kinds}
+
+
+def test_an_earlier_run_is_resumed_and_ends_as_its_own_code_ended_it(earlier_run, monkeypatch, capsys):
+    """It was stopped between two evaluations, so sums of metrics, momenta and the weights' average are continued."""
+    flags = json.loads((earlier_run / "config.json").read_text())["flags"]
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
+    given = [text for text in given if not text.startswith(("--output_dir", "--wandb_project"))]
+    call_main(train, [*given, "--output_dir", earlier_run.parent, "--resume"], monkeypatch)
+    assert "resuming at step 5 of 8" in capsys.readouterr().out
+    weights, expected = (load_file(path) for path in (earlier_run / "last.safetensors", FINISHED))
+    assert all(torch.allclose(weights[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
+    metrics, expected = read_metrics(earlier_run), read_csv(FINISHED.with_suffix(".csv"))
+    for name in ("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5_accuracy", "lr"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    assert math.isnan(metrics["grad_norm"][0])  # which the earlier version did not measure
+    assert metrics["grad_norm"][1] > 0
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
