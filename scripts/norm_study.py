@@ -20,11 +20,12 @@ from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
 from models.configs import VITS
 from utils.attention import attention_of, class_token_mask
+from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
 from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import UserError, run_script
-from utils.figures import blocks_to_draw, make_output_folder, plot_attention_rows, prediction_caption, save
+from utils.figures import blocks_to_draw, plot_attention_rows, prediction_caption, save
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table

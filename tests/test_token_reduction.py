@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from utils.visualize import attention_of, class_token_mask, rollout
 
 import evaluate
 import train
@@ -29,6 +28,7 @@ from models.token_reduction import (
 )
 from synthetic import make_images
 from test_models import randomised
+from utils.attention import attention_of, class_token_mask, rollout
 
 METHODS = ("facility", "tome")
 SMALL = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 4}
