@@ -224,8 +224,10 @@ def fits(step, images, labels):
 
 
 def free_memory():
-    gc.collect()
-    torch.cuda.empty_cache()
+    """Return the memory of deleted models to the GPU."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def largest_batch(step, img_size, device):

@@ -246,12 +246,14 @@ def measure(args, model_type, precision, batch_size, steps, device):
 
 def report(result):
     """A Markdown table; `x reference` is the median over the rounds of its time divided by this one's."""
-    peers = f", {result['versions']}; momentum SGD, fused in this project" if result["reference"] in PACKAGES else ""
+    compared = ""
+    if result["reference"] in PACKAGES:
+        compared = f", {result['versions']}; equal logits; momentum SGD, fused in this project"
     product = result["matrix_product"]
     lines = [
         f"{result['model_type']} at {result['img_size']}x{result['img_size']}, batch {result['batch_size']}, "
         f"{precision_text(result['precision'], result['opt_levels'], result['compiled'])}",
-        f"{result['machine']}{peers}; median of {result['rounds']}; a matrix product of "
+        f"{result['machine']}{compared}; median of {result['rounds']}; a matrix product of "
         f"{' x '.join(map(str, product['shape']))} runs at {product['flops_per_second'] / 1e9:.0f} GFLOP/s",
     ]
     if result["largest_batch"]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train
 from command_line import train_parser
 from helpers import ROOT, TINY, call_main, script, succeed, write_pictures
 from models import NORM_TYPES, build_model
@@ -238,16 +239,21 @@ def test_a_run_that_fails_does_not_stop_the_rest(tmp_path):
     assert starts == {"pretrained", "scratch"}
 
 
-def test_a_norm_study_in_one_process(tmp_path, run_main, main_fails, monkeypatch):
-    """One run of two steps: table, curves and attention; then other flags are refused."""
+def test_a_norm_study_in_one_process(tmp_path, run_main, main_fails):
+    """A run that the dry run's command makes is finished for the study; then other flags are refused."""
     flags = study(tmp_path, "--norm_types", "Rescale", "--starts", "scratch", "--num_steps", "2", "--eval_every", "2")
-    printed = run_main(norm_study, *flags, "--examples_per_class", 2, "--num_pictures", 1)
+    flags += ["--examples_per_class", 2, "--num_pictures", 1]
+    [command] = run_main(norm_study, *flags, "--dry_run").splitlines()
+    run_main(train, *shlex.split(command)[2:])
+    assert run_main(norm_study, *flags, "--dry_run") == ""
+    printed = run_main(norm_study, *flags)
+    assert printed.startswith("1 runs, 1 of them already finished\n")
     [row] = rows_of(tmp_path)
     assert (row["norm_type"], row["start"]) == ("Rescale", "scratch")
     assert f"| from scratch | Rescale | {100 * float(row['test_accuracy']):.2f} % |" in printed
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1")}
-    error = main_fails(norm_study, *flags, "--examples_per_class", 2, "--learning_rate", 0.1)
+    error = main_fails(norm_study, *flags, "--learning_rate", 0.1)
     assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
 
 
