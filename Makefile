@@ -1,7 +1,9 @@
-# make demo   train a small ViT on handwritten digits, two minutes on two CPU cores
-# make test   the test suite
-# make lint   ruff's checks and format
-# All three make a virtual environment in .venv at first and keep it. PYTHON chooses the Python it is made with.
+# make demo       train a small ViT on handwritten digits, two minutes on two CPU cores
+# make test       the tests of models, loop, resumption, data and errors, four minutes on two CPU cores
+# make test-all   all tests: also whole paths through the shell, many processes, compilation, benchmarks
+# make lint       ruff's checks and format
+# make format     fix what ruff can fix
+# Each of them creates a virtual environment in .venv if there is none. PYTHON selects the Python that creates it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,12 +12,15 @@ DEMO := train.py --name demo --overwrite --dataset digits --model_type ViT-Mini_
 	--min_crop_scale 0.6 --train_batch_size 64 --num_steps 1200 --warmup_steps 100 \
 	--optimizer adamw --learning_rate 1e-3 --weight_decay 0.05 --eval_every 100
 
-.PHONY: demo test lint format
+.PHONY: demo test test-all lint format
 
 demo: .venv/installed
 	$(BIN)/python $(DEMO)
 
 test: .venv/installed-dev
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+test-all: .venv/installed-dev
 	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/installed-dev
@@ -33,7 +38,7 @@ format: .venv/installed-dev
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
 		echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 
-# The stamps say which requirements are in the environment; a newer file is installed anew.
+# The stamps record which requirements are installed; a newer requirements file is installed again.
 .venv/installed: requirements.txt .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
