@@ -1,13 +1,15 @@
-"""What the benchmarks share: their flags, a training step as train.py runs it, its memory, and titles of tables.
+"""What the benchmarks share: flags, the training step of train.py on a fixed batch, its memory, and titles of tables.
 
 Importing this module puts the repository on the path.
 """
 
 import gc
+import itertools
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,11 +18,14 @@ from command_line import train_parser
 from inference import make_model
 from models import MODEL_TYPES, canonical_model_type
 from models.bit_resnet import BiTResNet
+from utils.data.stream import MicroBatch
 from utils.errors import UserError
 from utils.flag_types import argument, one_of, positive
 from utils.parallel.precision import OPT_LEVELS
-from utils.parallel.processes import device_name
-from utils.profiling import TimedStep, activation_bytes, count_flops
+from utils.parallel.processes import device_name, one_process
+from utils.profiling import activation_bytes, count_flops
+from utils.train_state import TrainState
+from utils.training import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -107,6 +112,32 @@ def random_batch(batch_size, img_size, device):
     """Images float32 (B, 3, H, W) and labels int64 (B,)."""
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     return images, torch.randint(NUM_CLASSES, (batch_size,), device=device)
+
+
+class TimedStep:
+    """Forward pass and training step of a training script, to be timed on the same batch again and again.
+
+    Dropout and stochastic depth are switched off, since models of other projects have none by default.
+    """
+
+    def __init__(self, model, args, num_classes, device):
+        """`args` are the flags of a training script; `model` is moved and cast in place."""
+        for layer in model.modules():
+            if hasattr(layer, "seed_samples"):
+                layer.rate = 0.0
+        self.run = TrainState(model, args, one_process(device), num_steps=10**9, num_classes=num_classes)
+        self.model, self.optimizer = model, self.run.optimizer
+
+    @torch.no_grad()
+    def forward(self, images):
+        """Logits of images (B, 3, H, W)."""
+        self.model.eval()
+        with self.run.precision.autocast():
+            return self.model(self.run.precision.inputs(images))
+
+    def train(self, images, labels):
+        self.model.train()
+        train_step(self.run, itertools.repeat(MicroBatch(np.arange(len(images)), images, labels)))
 
 
 def our_step(model, device, precision, level, compile=False, grad_checkpointing=False):

@@ -14,6 +14,7 @@ import torch
 from experiment import RECIPE, add_experiment_flags, finish_runs, plan_from_scratch
 from matplotlib.figure import Figure
 
+from benchmarks.steps import TimedStep
 from command_line import model_maker
 from models.configs import VITS
 from models.token_reduction import METHODS, choice_of_tokens, reduction_grid
@@ -23,7 +24,7 @@ from utils.figures import OKABE_ITO, save, style_axes, wrap_text
 from utils.flag_groups import add_token_reduction_grid_flags
 from utils.flag_types import Parser, one_of
 from utils.parallel.processes import choose_device, device_name
-from utils.profiling import TimedStep, markdown_table, time_interleaved, token_reduction_cells
+from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
 from utils.records.run_folder import read_config, read_metrics
 from utils.sweeps import mean_and_range
 

@@ -1,20 +1,24 @@
 """The benchmarks: their flags, their tables, small runs of each, and the check of what they are compared with."""
 
 import argparse
+import copy
 import json
 import re
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from command_line import train_parser
 from helpers import ROOT, call_main, succeed
 from models import NORM_TYPES, build_model
 from models.configs import VITS
 from models.token_reduction import METHODS
 from utils.errors import UserError
+from utils.profiling import activation_bytes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import data_loading
@@ -41,7 +45,7 @@ def test_help_of_every_benchmark(module, monkeypatch, capsys):
 
 def test_every_benchmark_is_listed():
     found = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert found == {module.__name__ for module in ALL} | {"steps", "peers"}
+    assert found == {module.__name__ for module in ALL} | {"__init__", "steps", "peers"}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,38 @@ def test_the_memory_of_a_level(level, precision, expected_bytes):
     expected = dict(zip(("weights", "gradients", "optimizer"), (n * count for n in expected_bytes), strict=True))
     assert steps.state_bytes(step) == expected
     assert steps.training_memory(step, *batch) > sum(expected.values())
+
+
+def test_a_timed_step_is_a_training_step_without_dropout():
+    """Two steps of momentum SGD, clipped; a forward pass between them changes nothing."""
+    torch.manual_seed(0)
+    model = build_model("ViT-Nano_4", 8, num_classes=3, dropout_rate=0.5, drop_path_rate=0.5, num_layers=2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    reference = copy.deepcopy(model).eval()  # no dropout either
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    flags = ["--name", "run", "--learning_rate", "0.1", "--warmup_steps", "0", "--max_grad_norm", "0.5"]
+    step = steps.TimedStep(model, train_parser().parse_args(flags), 3, CPU)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        loss = F.cross_entropy(reference(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.step()
+        step.train(images, labels)
+        torch.testing.assert_close(step.forward(images), reference(images))
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["ViT-Nano_4", "ResNet-Mini_Flops"])
+def test_activations_of_a_timed_step_can_be_counted(name):
+    """A batch of three keeps more than one of two by the same as two more than one."""
+    step = steps.TimedStep(build_model(name, 32), train_parser().parse_args(["--name", "run"]), 10, CPU)
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    one, two, three = (activation_bytes(step.model, lambda n=n: step.train(images[:n], labels[:n])) for n in (1, 2, 3))
+    assert three - two == two - one > 0
 
 
 def test_growth(tmp_path, run_main):

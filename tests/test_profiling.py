@@ -1,16 +1,9 @@
 """What models cost: the counts against closed forms, and timing."""
 
-import copy
-
-import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from command_line import train_parser
-from models import build_model
 from utils.profiling import (
-    TimedStep,
     activation_bytes,
     count_flops,
     count_parameters,
@@ -58,29 +51,6 @@ def test_speedup_compares_the_times_of_the_same_round():
     assert speed_cells(12, [3.0, 2.0, 4.0]) == ["4.0", "3.0 to 6.0"]
 
 
-def test_a_timed_step_is_a_training_step_without_dropout():
-    """Two steps of momentum SGD, clipped; a forward pass between them changes nothing."""
-    torch.manual_seed(0)
-    model = build_model("ViT-Nano_4", 8, num_classes=3, dropout_rate=0.5, drop_path_rate=0.5, num_layers=2)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    reference = copy.deepcopy(model).eval()  # no dropout either
-    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
-    flags = ["--name", "run", "--learning_rate", "0.1", "--warmup_steps", "0", "--max_grad_norm", "0.5"]
-    step = TimedStep(model, train_parser().parse_args(flags), 3, CPU)
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(2):
-        loss = F.cross_entropy(reference(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
-        optimizer.step()
-        step.train(images, labels)
-        torch.testing.assert_close(step.forward(images), reference(images))
-    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 def test_the_table_of_token_reduction():
     names = [("none", "all"), ("tome", 0.5)]
     seconds = {(names[0], "step"): [4.0, 4.0], (names[1], "step"): [2.0, 2.0], (names[1], "choice"): [0.1, 0.3]}
@@ -89,12 +59,3 @@ def test_the_table_of_token_reduction():
     assert cells[names[1]] == ["tome", "0.5", "2.00", "4.0", "4.0 to 4.0", "200.00", "10.0 %"]
     assert len(titles) == 7
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
-
-
-@pytest.mark.parametrize("name", ["ViT-Nano_4", "ResNet-Mini_Flops"])
-def test_activations_of_a_timed_step_can_be_counted(name):
-    """A batch of three keeps more than one of two by the same as two more than one."""
-    step = TimedStep(build_model(name, 32), train_parser().parse_args(["--name", "run"]), 10, CPU)
-    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])
-    one, two, three = (activation_bytes(step.model, lambda n=n: step.train(images[:n], labels[:n])) for n in (1, 2, 3))
-    assert three - two == two - one > 0

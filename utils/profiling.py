@@ -1,17 +1,10 @@
-"""What models cost: parameters, FLOPs, the memory of activations, and the time of a training step."""
+"""What models cost: parameters, FLOPs, the memory of activations, and time."""
 
-import itertools
 import statistics
 import time
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-from utils.data.stream import MicroBatch
-from utils.parallel.processes import one_process
-from utils.train_state import TrainState
-from utils.training import train_step
 
 SECONDS_PER_ROUND, STEPS_PER_ROUND = 0.5, 10  # on a GPU, at most
 
@@ -44,32 +37,6 @@ def activation_bytes(model, step):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
     return sum(kept.values())
-
-
-class TimedStep:
-    """Forward pass and training step of a training script, to be timed on the same batch again and again.
-
-    Dropout and stochastic depth are switched off, since models of other projects have none by default.
-    """
-
-    def __init__(self, model, args, num_classes, device):
-        """`args` are the flags of a training script; `model` is moved and cast in place."""
-        for layer in model.modules():
-            if hasattr(layer, "seed_samples"):
-                layer.rate = 0.0
-        self.run = TrainState(model, args, one_process(device), num_steps=10**9, num_classes=num_classes)
-        self.model, self.optimizer = model, self.run.optimizer
-
-    @torch.no_grad()
-    def forward(self, images):
-        """Logits of images (B, 3, H, W)."""
-        self.model.eval()
-        with self.run.precision.autocast():
-            return self.model(self.run.precision.inputs(images))
-
-    def train(self, images, labels):
-        self.model.train()
-        train_step(self.run, itertools.repeat(MicroBatch(np.arange(len(images)), images, labels)))
 
 
 def time_interleaved(functions, rounds, device, clock=time.perf_counter):
