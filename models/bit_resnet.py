@@ -54,14 +54,14 @@ class BiTResNet(nn.Module):
         `head` and the errors are those of VisionTransformer.load_from. A model that was cut from a larger one
         takes what it shares with the larger one's checkpoint; returns npz.Loaded, which says what it did not.
         """
-        return npz.load(npz.resnet_rows(self), arrays, head, whole=self.shapes_before_the_cut())
+        return npz.load(self, npz.resnet_rows(self), arrays, head, source_shapes=self.source_shapes())
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
-        return npz.export(npz.resnet_rows(self))
+        return npz.export(self, npz.resnet_rows(self))
 
-    def shapes_before_the_cut(self):
-        """{key: shape} in the checkpoint of the ResNet that this one was cut from; empty if it is whole."""
+    def source_shapes(self):
+        """{key: shape} in the checkpoint of the ResNet that this one was cut from; empty if it was not cut."""
         config = self.config
         if config.cut_from is None:
             return {}

@@ -24,7 +24,7 @@ from torch import nn
 from models import npz
 from models.bit_resnet import Bottleneck, Head
 from models.hybrid_stem import fast_layout
-from models.norms import GroupNorm
+from models.norms import GroupNorm, NoNorm
 from models.token_reduction import check_layer, make_reduction, patches_to_keep
 from models.vision_transformer import VisionTransformer
 
@@ -59,7 +59,7 @@ class Conformer(VisionTransformer):
         if self.reduction:
             self.grid_size = (side, side)
         self.blocks = self.blocks[:layer]
-        self.norm = nn.Identity()  # the first bottleneck begins with a norm
+        self.norm = NoNorm()  # the first bottleneck begins with a norm
         self.cnn = nn.Sequential()
         channels = config.hidden_size
         for _ in range(config.cnn_units):
@@ -96,13 +96,13 @@ class Conformer(VisionTransformer):
         rows = npz.conformer_rows(self)
         own = [row.key for row in rows if row.key.startswith("conformer/")]
         if not set(own).isdisjoint(arrays):
-            return npz.load(rows, arrays, head, grid_size=self.patch_embed.grid_size)
-        cut = dict.fromkeys(key for key in arrays if npz.is_beyond(key, len(self.blocks)))
-        return npz.load(rows, arrays, head, grid_size=self.patch_embed.grid_size, whole=cut, new=own)
+            return npz.load(self, rows, arrays, head, grid_size=self.patch_embed.grid_size)
+        later = dict.fromkeys(key for key in arrays if npz.is_after_block(key, len(self.blocks)))
+        return npz.load(self, rows, arrays, head, self.patch_embed.grid_size, source_shapes=later, initialised=own)
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
-        return npz.export(npz.conformer_rows(self))
+        return npz.export(self, npz.conformer_rows(self))
 
 
 def grid_side(keep_tokens, num_patches):

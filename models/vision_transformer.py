@@ -11,7 +11,7 @@ from models.attention import attend, attention_weights
 from models.dropout import Dropout, StochasticDepth
 from models.hybrid_stem import ResNetStem, lecun_normal_
 from models.linear import Linear, linear, linear_gelu
-from models.norms import LayerNorm, final_norm, residual, token_norm
+from models.norms import final_norm, residual, token_norm
 from models.token_reduction import cluster_tokens, make_reduction, merge, proportional
 
 
@@ -91,8 +91,7 @@ class VisionTransformer(nn.Module):
         return self.pos_drop(x + self.pos_embed)
 
     def classify(self, x, clusters=None):
-        # (B, hidden): a LayerNorm needs no other token than the one that is read
-        x = self.norm(x[:, 0]) if isinstance(self.norm, LayerNorm) else self.norm(x)[:, 0]
+        x = self.norm(x[:, 0]) if self.norm.per_token else self.norm(x)[:, 0]  # (B, hidden)
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)
@@ -112,11 +111,11 @@ class VisionTransformer(nn.Module):
         than the model's are left out; returns npz.Loaded, which says so.
         """
         npz.set_pre_logits(self, arrays, head)
-        return npz.load(npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
+        return npz.load(self, npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
-        return npz.export(npz.vit_rows(self))
+        return npz.export(self, npz.vit_rows(self))
 
 
 class PatchEmbed(nn.Module):

@@ -1,6 +1,7 @@
 """LN, BN, GN and Rescale: against closed forms, over processes, and with pretrained weights of another norm."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,18 @@ import torch.nn.functional as F
 
 from conftest import script, succeed
 from models import CheckpointError, build_model
-from models.norms import TOKEN_NORMS, RescaledResidual, TokenBatchNorm, TokenGroupNorm, token_norm
-from synthetic import make_checkpoint, make_images
+from models.norms import (
+    TOKEN_NORMS,
+    LayerNorm,
+    RescaledResidual,
+    Residual,
+    TokenBatchNorm,
+    TokenGroupNorm,
+    TokenNorm,
+    is_token_norm,
+    token_norm,
+)
+from synthetic import make_checkpoint, make_images, randomised, shapes_of, with_random_state
 from test_scripts import metrics
 
 TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
@@ -18,11 +29,6 @@ TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
 
 def tiny(norm_type, **overrides):
     return build_model("ViT-Mini_4", 16, norm_type=norm_type, **{**TINY, **overrides})
-
-
-def randomised(model):
-    model.load_from(make_checkpoint({key: array.shape for key, array in model.export_npz().items()}), head="keep")
-    return model
 
 
 def random_affine(norm):
@@ -150,21 +156,158 @@ def test_rescale_stays_finite_in_float16(model_type):
             assert x.abs().max() < 1000
 
 
-@pytest.mark.parametrize("norm_type", TOKEN_NORMS)
-@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4"])
-def test_every_norm_is_exported_and_loaded(norm_type, model_type):
-    model = build_model(model_type, 32, norm_type=norm_type, num_layers=2)
-    model.train()(torch.randn(4, 3, 32, 32))  # moves running statistics
+class RMSNorm(TokenNorm, torch.nn.Module):
+    """A fifth norm as a user would add it, of two modules, with a parameter and a buffer."""
+
+    block_key, final_key = "RMSNorm", "encoder_rms_norm"
+    array_names = {"inner.weight": "scale", "shift": "bias"}
+    stays_float32 = True
+    per_token = True
+    residual = Residual
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.inner = torch.nn.RMSNorm(hidden_size)
+        self.register_buffer("shift", torch.zeros(hidden_size))
+
+    def forward(self, x):
+        return self.inner(x.float()).to(x.dtype) + self.shift.to(x.dtype)
+
+
+@pytest.fixture
+def rms(monkeypatch):
+    """RMSNorm as the norm type "RMS"."""
+    monkeypatch.setitem(TOKEN_NORMS, "RMS", RMSNorm)
+
+
+@pytest.mark.usefixtures("rms")
+@pytest.mark.parametrize("norm_type", [*TOKEN_NORMS, "RMS"])
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "Conformer-Mini_4"])
+def test_export_and_load_give_the_same_model_with_every_norm(norm_type, model_type):
+    model = with_random_state(build_model(model_type, 32, norm_type=norm_type, num_layers=2))
     copy = build_model(model_type, 32, norm_type=norm_type, num_layers=2)
-    assert copy.load_from(model.export_npz(), head="keep") == ([], [])
+    assert all(not torch.equal(weight, copy.state_dict()[name]) for name, weight in model.state_dict().items())
+    loaded = copy.load_from(model.export_npz(), head="keep")
+    assert (loaded, str(loaded)) == (([], []), "everything is loaded")
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, copy.state_dict()[name]), name
+    images = torch.from_numpy(make_images(32))
+    assert torch.equal(model.eval()(images), copy.eval()(images))
+
+
+@pytest.mark.usefixtures("rms")
+@pytest.mark.parametrize("norm_type", [*TOKEN_NORMS, "RMS"])
+def test_a_resized_model_keeps_the_weights_of_every_norm(norm_type):
+    """From one image size to another by export and load, as evaluate.py resizes; only position embeddings change."""
+    model = with_random_state(tiny(norm_type))
+    resized = build_model("ViT-Mini_4", 32, norm_type=norm_type, **TINY)
+    resized.load_from(model.export_npz(), head="keep")
+    for name, weight in model.state_dict().items():
+        assert name == "pos_embed" or torch.equal(weight, resized.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("rms")
+@pytest.mark.parametrize("norm_type", [*TOKEN_NORMS, "RMS"])
+def test_a_norm_declares_its_keys_and_its_precision(norm_type):
+    """`is_token_norm` finds the keys of every norm, and no other one; each part of a norm has the norm's precision."""
+    model = tiny(norm_type)
+    norms = {key for key in model.export_npz() if is_token_norm(key)}
+    others = {key for key in model.export_npz() if not is_token_norm(key)}
+    assert {re.search(r"Block|Attention|head|embed|cls|$", key)[0] for key in others} == {
+        *("Block", "Attention", "head", "embed", "cls")
+    }
+    state = {name for name in model.state_dict() if re.search(r"norm|add", name)}
+    assert len(norms) == len(state) > 0
+    for module in model.blocks[0].norm1.modules():
+        assert module.stays_float32 == (norm_type != "Rescale")
+
+
+@pytest.mark.usefixtures("rms")
+def test_a_new_norm_starts_from_a_checkpoint_with_layer_norms():
+    source = randomised(tiny("LN")).export_npz()
+    model = with_random_state(tiny("RMS"))
+    before = model.export_npz()
+    loaded = model.load_from(source)
+    assert "10 arrays of another norm are left out, 10 of the model's own keep their initial values" in str(loaded)
+    assert {key.split("/")[-2] for key in loaded.left_out} == {"LayerNorm_0", "LayerNorm_2", "encoder_norm"}
+    assert {key.split("/")[-2] for key in loaded.initialised} == {"RMSNorm_0", "RMSNorm_2", "encoder_rms_norm"}
+    assert all(np.array_equal(model.export_npz()[key], before[key]) for key in loaded.initialised)
+    assert str(tiny("LN").load_from(before)) == str(loaded)
+
+
+def test_a_norm_without_weights_leaves_out_those_of_the_checkpoint(monkeypatch):
+    class NoWeights(RMSNorm):
+        block_key, final_key, array_names = "NoWeights", None, {}
+
+        def __init__(self, hidden_size):
+            super().__init__(hidden_size)
+            del self.shift
+            self.inner = torch.nn.RMSNorm(hidden_size, elementwise_affine=False)
+
+    monkeypatch.setitem(TOKEN_NORMS, "none", NoWeights)
+    loaded = tiny("none").load_from(tiny("LN").export_npz())
+    assert str(loaded) == "10 arrays are left out, everything else is loaded"
+
+
+class SubclassOfLayerNorm(LayerNorm):
+    """Would be exported as a LayerNorm."""
+
+
+class WithoutDeclarations(torch.nn.RMSNorm):
+    pass
+
+
+class WithoutResidual(torch.nn.RMSNorm):
+    block_key, final_key, array_names, stays_float32, per_token = "R", "encoder_r", {"weight": "scale"}, True, True
+
+
+class TooFewArrays(RMSNorm):
+    array_names = {"inner.weight": "scale"}
+
+
+class TooManyArrays(RMSNorm):
+    array_names = {**RMSNorm.array_names, "bias": "bias"}
+
+
+class UnnamedResidual(RMSNorm):
+    class residual(Residual):  # noqa: N801
+        def __init__(self, k):
+            super().__init__(k)
+            self.gate = torch.nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "norm, message",
+    [
+        (SubclassOfLayerNorm, "norm types 'new' and 'LN' have the same block_key 'LayerNorm'"),
+        (
+            WithoutDeclarations,
+            "'new': WithoutDeclarations does not declare block_key, final_key, array_names, stays_float32, per_token, "
+            "residual",
+        ),
+        (WithoutResidual, "'new': WithoutResidual does not declare residual"),
+        (TooFewArrays, "'new': TooFewArrays.array_names does not name its 'shift'"),
+        (TooManyArrays, "'new': TooManyArrays.array_names names a missing 'bias'"),
+        (UnnamedResidual, "'new': residual.array_names does not name its 'gate'"),
+    ],
+)
+def test_an_incomplete_norm_is_an_error_when_the_model_is_built(norm, message, monkeypatch):
+    monkeypatch.setitem(TOKEN_NORMS, "new", norm)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny("new")
+
+
+@pytest.mark.usefixtures("rms")
+def test_two_weights_with_one_key_are_an_error(monkeypatch):
+    monkeypatch.setattr(RMSNorm, "array_names", {"inner.weight": "scale", "shift": "scale"})
+    with pytest.raises(CheckpointError, match="two weights .* key Transformer/encoder_rms_norm/scale .and 4 m"):
+        tiny("RMS").export_npz()
 
 
 @pytest.mark.parametrize("norm_type", [name for name in TOKEN_NORMS if name != "LN"])
 def test_pretrained_weights_of_another_norm(norm_type):
     """The LayerNorms' own arrays are left out, everything else is loaded; and the other way round."""
-    arrays = make_checkpoint({key: array.shape for key, array in tiny("LN").export_npz().items()})
+    arrays = make_checkpoint(shapes_of(tiny("LN")))
     model = tiny(norm_type)
     before = model.export_npz()
     loaded = model.load_from(arrays, head="keep")
@@ -201,7 +344,7 @@ def test_batch_norm_over_two_processes_is_that_of_one(tiny_flags):
 def test_training_from_weights_of_another_norm_says_so(tiny_flags, tmp_path):
     model = build_model("ViT-Mini_4", 8)
     weights = tmp_path / "ViT-Mini_4.npz"
-    np.savez(weights, **make_checkpoint({key: array.shape for key, array in model.export_npz().items()}))
+    np.savez(weights, **make_checkpoint(shapes_of(model)))
     flags = ["--pretrained_dir", weights, "--norm_type", "GN", "--fp16", "--num_steps", 2]
     printed = succeed("train.py", *tiny_flags(*flags))
     assert f"{weights}: 26 arrays of another norm are left out, 26 of the model's own keep" in printed
