@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, linear
-from models.linear import GELUWithSlope, Linear, gelu
+from models.linear import GELUWithDerivative, Linear, gelu
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}  # of relative errors in the Euclidean norm
-ROWS = (2, linear.ROWS_WORTH_REORDERING // 2)
+ROWS = (2, linear.MIN_ROWS_TO_REORDER // 2)
 
 
 def error(found, exact):
@@ -34,7 +34,7 @@ def test_linear_and_its_gradients(dtype, rows, monkeypatch):
 
     out = layer(x)
     out.backward(grad)
-    assert len(reordered) == (rows == ROWS and (linear.BFLOAT16 if dtype == torch.bfloat16 else linear.ONEDNN))
+    assert len(reordered) == (rows == ROWS and dtype in linear.ONEDNN_DTYPES)
     pairs = [(out, exact), (x.grad, exact_x.grad)]
     pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact_layer.parameters(), strict=True)]
     for found, wanted in pairs:
@@ -97,10 +97,10 @@ def test_a_wrong_size_is_told_as_by_pytorch():
         Linear(8, 4)(torch.randn(*ROWS, 9))
 
 
-@pytest.mark.parametrize("at_once", [linear.ELEMENTS_AT_ONCE, 100])
+@pytest.mark.parametrize("at_once", [linear.CHUNK_SIZE, 100])
 def test_gelu_and_its_slope_in_bfloat16(at_once, monkeypatch):
     """Every bfloat16 number up to a million, rounded once, against float64 by tanh."""
-    monkeypatch.setattr(linear, "ELEMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(linear, "CHUNK_SIZE", at_once)
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     x = numbers[numbers.abs() < 1e6].requires_grad_()
     assert len(x) > 30_000
@@ -117,7 +117,7 @@ def test_gelu_and_its_slope_in_bfloat16(at_once, monkeypatch):
 def test_gelu_in_bfloat16_has_no_second_derivative():
     """An error, not a wrong number: the slope is kept as a constant."""
     x = torch.randn(5, dtype=torch.bfloat16, requires_grad=True)
-    (slope,) = torch.autograd.grad(GELUWithSlope.apply(x).square().sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(GELUWithDerivative.apply(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 

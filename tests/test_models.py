@@ -241,7 +241,7 @@ def test_bfloat16_attention_on_a_cpu_is_as_exact_as_the_fused_kernel(shape, monk
     expected = torch.nn.functional.scaled_dot_product_attention(*exact)
     expected.backward(grad)
     for at_once in (2**20, 1):
-        monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr(attention, "MAX_SCORES", at_once)
         errors = []
         for function in (attention.attend, torch.nn.functional.scaled_dot_product_attention):
             inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]

@@ -50,7 +50,7 @@ def test_logits_are_the_official_ones(name, bound):
 @pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5)])
 def test_logits_are_the_official_ones_where_weights_are_reordered(name, bound, monkeypatch):
     """As a CPU does it from some images on, in evaluation and with the gradients of training."""
-    monkeypatch.setattr(linear, "ROWS_WORTH_REORDERING", 1)
+    monkeypatch.setattr(linear, "MIN_ROWS_TO_REORDER", 1)
     fixture = load_fixture(name)
     model = build_model(fixture["model"], fixture["img_size"], fixture["num_classes"])
     model.load_from(make_checkpoint(fixture["shapes"]), head="keep")
