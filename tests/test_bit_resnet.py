@@ -6,7 +6,7 @@ import torch
 
 from models import CheckpointError, build_model
 from models.configs import RESNETS
-from models.hybrid_stem import convolve, max_pool
+from models.convolution import conv2d, max_pool
 from synthetic import make_checkpoint, make_images
 from utils.profiling import count_flops, count_parameters
 
@@ -104,7 +104,7 @@ def test_convolution_by_any_primitive_is_the_plain_one(channels, kernel_size, st
     torch.manual_seed(0)
     images = torch.randn(3, channels[0], 6, 5, dtype=torch.float64, requires_grad=True)
     kernels = torch.randn(channels[1], channels[0], kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
-    found = convolve(images, kernels, stride, kernel_size // 2)
+    found = conv2d(images, kernels, stride, kernel_size // 2)
     expected = torch.nn.functional.conv2d(images, kernels, stride=stride, padding=kernel_size // 2)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)

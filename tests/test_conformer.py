@@ -37,7 +37,7 @@ def test_the_grid_keeps_the_spatial_order():
     model = build_model("Conformer-Mini_4", (24, 40), keep_tokens=9)  # patches: 6 x 10
     kept = torch.rand(5, 60, generator=torch.Generator().manual_seed(0)).topk(9).indices.sort(dim=1).values
     clusters = Clusters(torch.nn.functional.pad(kept + 1, (1, 0)), None)
-    grid = model.on_grid(kept[..., None].float(), clusters)[:, 0].long()  # each cell holds its patch's number
+    grid = model.to_grid(kept[..., None].float(), clusters)[:, 0].long()  # each cell holds its patch's number
     assert grid.shape == (5, 3, 3)
     for found, patches in zip(grid.tolist(), kept.tolist(), strict=True):
         ranked = sorted(patches, key=lambda patch: (patch // 10, patch % 10))
@@ -57,7 +57,7 @@ def test_all_patches_kept_lie_as_they_did():
         model.reduction = Reduction("facility", 64, 2)
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     patches = torch.arange(64.0).view(1, 64, 1)
-    assert torch.equal(model.on_grid(patches, None).flatten(), patches.flatten())
+    assert torch.equal(model.to_grid(patches, None).flatten(), patches.flatten())
 
 
 @pytest.mark.parametrize("method", ["none", "facility", "tome"])
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_key():
 @pytest.mark.parametrize(
     "keywords, message",
     [
-        ({"keep_tokens": 10}, "keep_tokens 10 is no square number, which a Conformer needs; 9 is one"),
+        ({"keep_tokens": 10}, "keep_tokens 10 is not a square number, which a Conformer needs; 9 is one"),
         ({"keep_tokens": 81}, "keep_tokens 81 is neither a count from 1 to the model's 64 patches"),
         ({"reduction_layer": 7}, "reduction_layer 7 is not one of the model's 1 to 6"),
         ({"reduction_layer": 0}, "reduction_layer 0 is not one of the model's 1 to 6"),

@@ -21,10 +21,10 @@ from models.token_reduction import (
     coverage,
     facility_clusters,
     facility_location,
-    merge,
+    merge_tokens,
     similarity,
     tome_clusters,
-    unmerge,
+    unmerge_tokens,
     upper_bound,
 )
 from synthetic import make_images
@@ -168,7 +168,7 @@ def test_the_class_token_is_kept_and_alone(method):
     assert (clusters.kept[:, 0] == 0).all() and (clusters.assignment[:, 0] == 0).all()
     assert (clusters.assignment[:, 1:] > 0).all()
     x = torch.randn(2, 10, 5)
-    merged, sizes = merge(x, clusters)
+    merged, sizes = merge_tokens(x, clusters)
     assert torch.equal(merged[:, 0], x[:, 0])
     assert (sizes[:, 0] == 1).all() and (sizes.sum(dim=1) == 10).all()
 
@@ -176,9 +176,9 @@ def test_the_class_token_is_kept_and_alone(method):
 def test_merged_tokens_are_weighted_means():
     x = torch.tensor([[[1.0], [2.0], [4.0], [7.0]]], requires_grad=True)
     clusters = Clusters(torch.tensor([[0, 1]]), torch.tensor([[0, 1, 0, 1]]))
-    merged, sizes = merge(x, clusters)
+    merged, sizes = merge_tokens(x, clusters)
     assert (merged.tolist(), sizes.tolist()) == ([[[2.5], [4.5]]], [[2, 2]])
-    merged, sizes = merge(x, clusters, torch.tensor([[3.0, 1.0, 1.0, 4.0]]))
+    merged, sizes = merge_tokens(x, clusters, torch.tensor([[3.0, 1.0, 1.0, 4.0]]))
     assert (merged.tolist(), sizes.tolist()) == ([[[1.75], [6.0]]], [[4, 5]])
     merged[0, 1].sum().backward()
     assert x.grad[0, :, 0].tolist() == pytest.approx([0, 0.2, 0, 0.8])
@@ -189,12 +189,12 @@ def test_unmerge_puts_each_value_back_to_its_members(method):
     keys = torch.randn(2, 1, 17, 4)
     clusters = cluster_tokens(keys, Reduction(method, 5, 1))
     values = torch.randn(2, 6, 3)
-    spread = unmerge(values, clusters)
+    spread = unmerge_tokens(values, clusters)
     for image, token in itertools.product(range(2), range(17)):
         assert torch.equal(spread[image, token], values[image, clusters.assignment[image, token]])
-    again, _ = merge(spread, clusters)
+    again, _ = merge_tokens(spread, clusters)
     torch.testing.assert_close(again, values)
-    assert torch.equal(unmerge(values[..., 0], clusters), spread[..., 0])
+    assert torch.equal(unmerge_tokens(values[..., 0], clusters), spread[..., 0])
 
 
 @pytest.mark.parametrize("method, keep_tokens", [("facility", 32), ("tome", 48)])
@@ -237,7 +237,7 @@ def test_without_the_sizes_it_would_not(monkeypatch):
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
         proportional = model(images)
-        monkeypatch.setattr("models.vision_transformer.proportional", lambda sizes, dtype: None)
+        monkeypatch.setattr("models.vision_transformer.size_bias", lambda sizes, dtype: None)
         assert (model(images) - proportional).abs().max() > 1e-3
 
 
@@ -302,7 +302,7 @@ def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
         _, expanded, _ = attention_of(model, images)
     assert [weights.shape for weights in expanded] == [(2, 2, 65, 65)] * 4
     torch.testing.assert_close(torch.stack(expanded).sum(dim=-1), torch.ones(4, 2, 2, 65))
-    merged, _ = merge(rollout(attention[:2]), clusters)  # (B, 10, 65)
+    merged, _ = merge_tokens(rollout(attention[:2]), clusters)  # (B, 10, 65)
     expected = (rollout(attention[2:]) @ merged)[:, 0]
     torch.testing.assert_close(rollout(expanded)[:, 0], expected)
     assert class_token_mask(rollout(expanded), (8, 8)).shape == (2, 8, 8)
