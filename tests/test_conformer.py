@@ -10,8 +10,7 @@ from conftest import call_main, read_config
 from models import CheckpointError, build_model
 from models.configs import CONFORMERS
 from models.token_reduction import Clusters, Reduction
-from synthetic import make_images
-from test_models import randomised
+from synthetic import make_images, randomised
 from utils.profiling import count_flops
 
 
@@ -69,6 +68,7 @@ def test_training_reaches_every_weight(method):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_a_compiled_conformer_gives_the_same():
     model = randomised(build_model("Conformer-Mini_4", 32))
     images = torch.from_numpy(make_images(32))

@@ -1,15 +1,21 @@
-"""LN, BN, GN and Rescale: against closed forms, over processes, and with pretrained weights of another norm."""
+"""LN, BN, GN and Rescale, and a toy norm: closed forms, several processes, checkpoints, incomplete declarations."""
 
+import copy
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import script, succeed
+import evaluate
+import train
+from conftest import call_main, succeed
 from models import CheckpointError, build_model
+from models import norms as norms_module
 from models.norms import (
     TOKEN_NORMS,
     LayerNorm,
@@ -60,8 +66,8 @@ def test_group_norm_is_that_of_four_groups_of_channels_over_the_tokens():
 
 
 @pytest.mark.parametrize("norm_type", ["BN", "GN"])
-def test_no_memory_is_moved(norm_type):
-    """The output lies in memory as the tokens do, so that nothing after it has to copy."""
+def test_the_output_is_contiguous(norm_type):
+    """In memory the output is ordered as the tokens are, so nothing after it has to copy."""
     x = torch.randn(3, 5, 32)
     assert token_norm(norm_type, 32)(x).is_contiguous()
 
@@ -86,8 +92,8 @@ def test_training_moves_the_running_statistics_and_evaluation_does_not():
 
 
 @pytest.mark.parametrize("norm_type", TOKEN_NORMS)
-def test_weights_from_a_file_are_taken_back(norm_type):
-    """A file holds no version of the layers, unlike a state dict."""
+def test_a_state_dict_without_version_loads(norm_type):
+    """As one that was read from a file."""
     model, other = randomised(tiny(norm_type)), tiny(norm_type)
     other.load_state_dict(dict(model.state_dict()))
     for name, tensor in other.state_dict().items():
@@ -97,7 +103,7 @@ def test_weights_from_a_file_are_taken_back(norm_type):
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [12, 24, 32])
 def test_rescale_keeps_the_variance_of_the_residual_stream(depth):
-    """With branches of variance 1 as with a real block's two; the plain sum's grows with their number."""
+    """With two branches of variance 1 per block; the variance of a plain sum grows with their number."""
     torch.manual_seed(0)
     x = plain = torch.randn(100_000, dtype=torch.float64)
     for k in range(1, 2 * depth + 1):
@@ -110,7 +116,7 @@ def test_rescale_keeps_the_variance_of_the_residual_stream(depth):
 
 @torch.no_grad()
 def test_rescale_keeps_the_variance_in_sixteen_bits():
-    """An x that is scaled and rounded before the sum would add up: to 0.7 % after 32 blocks."""
+    """The errors of an x that is scaled and rounded before the sum would add up to 0.7 % after 32 blocks."""
     torch.manual_seed(0)
     start = torch.randn(200_000)
     x, exact = start.bfloat16(), start.double()
@@ -144,9 +150,11 @@ def test_rescale_is_its_formula():
     assert all(block.norm1.bias.abs().max() == 0 for block in fresh.blocks)
 
 
-@pytest.mark.parametrize("model_type", ["ViT-B_16", "ViT-L_32"])
+@pytest.mark.parametrize(
+    "model_type", ["ViT-Ti_16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B_16", "ViT-L_32"))]
+)
 def test_rescale_stays_finite_in_float16(model_type):
-    """A real model as it is initialised, on images in [-1, 1]."""
+    """A newly initialised model of full size, on images in [-1, 1]."""
     model = build_model(model_type, 64, norm_type="Rescale").half().eval()
     with torch.no_grad():
         x = model.embed(torch.from_numpy(make_images(64, 2)).half())
@@ -185,14 +193,14 @@ def rms(monkeypatch):
 @pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "Conformer-Mini_4"])
 def test_export_and_load_give_the_same_model_with_every_norm(norm_type, model_type):
     model = with_random_state(build_model(model_type, 32, norm_type=norm_type, num_layers=2))
-    copy = build_model(model_type, 32, norm_type=norm_type, num_layers=2)
-    assert all(not torch.equal(weight, copy.state_dict()[name]) for name, weight in model.state_dict().items())
-    loaded = copy.load_from(model.export_npz(), head="keep")
+    loaded_model = build_model(model_type, 32, norm_type=norm_type, num_layers=2)
+    assert all(not torch.equal(weight, loaded_model.state_dict()[name]) for name, weight in model.state_dict().items())
+    loaded = loaded_model.load_from(model.export_npz(), head="keep")
     assert (loaded, str(loaded)) == (([], []), "everything is loaded")
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, copy.state_dict()[name]), name
+        assert torch.equal(weight, loaded_model.state_dict()[name]), name
     images = torch.from_numpy(make_images(32))
-    assert torch.equal(model.eval()(images), copy.eval()(images))
+    assert torch.equal(model.eval()(images), loaded_model.eval()(images))
 
 
 @pytest.mark.usefixtures("rms")
@@ -321,7 +329,7 @@ def test_pretrained_weights_of_another_norm(norm_type):
     assert set(tiny("LN").load_from(after).left_out) == set(loaded.initialised)
 
 
-def test_a_norm_that_is_there_in_part_is_an_error():
+def test_a_checkpoint_with_a_part_of_a_norm_is_an_error():
     arrays = tiny("BN").export_npz()
     del arrays["Transformer/encoderblock_1/BatchNorm_0/mean"]
     with pytest.raises(CheckpointError, match="encoderblock_1/BatchNorm_0/mean is missing"):
@@ -331,26 +339,77 @@ def test_a_norm_that_is_there_in_part_is_an_error():
         tiny("BN").load_from(arrays)
 
 
-def test_batch_norm_over_two_processes_is_that_of_one(tiny_flags):
+class ThreadsAsProcesses:
+    """Stands for torch.distributed where each thread of a test is one process."""
+
+    def __init__(self, size):
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.tensors = []
+
+    def is_initialized(self):
+        return True
+
+    def get_world_size(self):
+        return self.size
+
+    def all_reduce(self, x):
+        self.tensors.append(x.clone())
+        self.barrier.wait()
+        x.copy_(sum(self.tensors))
+        if self.barrier.wait() == 0:  # one thread clears, when all have read
+            self.tensors.clear()
+        self.barrier.wait()
+
+
+def test_batch_norm_over_two_processes_is_that_of_one_batch(monkeypatch):
+    """Outputs, gradients and running statistics, with different images in each process."""
+    torch.manual_seed(0)
+    norm = random_affine(TokenBatchNorm(8))
+    x, grad = 3 + 2 * torch.randn(6, 7, 8), torch.randn(6, 7, 8)
+    norms = [copy.deepcopy(norm) for _ in range(2)]
+    inputs = [half.clone().requires_grad_() for half in x.split(3)]
+    x.requires_grad_()
+    expected = norm(x)
+    expected.backward(grad)
+    monkeypatch.setattr(norms_module, "dist", ThreadsAsProcesses(2))
+
+    def process(norm, images, grad):
+        out = norm(images)
+        out.backward(grad)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(process, norms, inputs, grad.split(3)))
+    torch.testing.assert_close(torch.cat(outputs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([images.grad for images in inputs]), x.grad, rtol=1e-4, atol=1e-5)
+    for own in norms:
+        torch.testing.assert_close(own.running_mean, norm.running_mean)
+        torch.testing.assert_close(own.running_var, norm.running_var)
+    for name in ("weight", "bias"):
+        summed = sum(getattr(own, name).grad for own in norms)
+        torch.testing.assert_close(summed, getattr(norm, name).grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_training_with_batch_norm_in_two_processes_is_that_in_one(tiny_flags, monkeypatch):
     """Statistics over the batches of both: the losses, which use them, are those of one process."""
     one, two = (tiny_flags("--norm_type", "BN", "--name", name, "--learning_rate", 0.1) for name in ("one", "two"))
-    succeed("train.py", *one)
+    call_main(train, one, monkeypatch)
     succeed("train.py", *two, processes=2)
     for mine, theirs in zip(metrics(two), metrics(one), strict=True):
         assert float(mine["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-5)
         assert float(mine["test_loss"]) == pytest.approx(float(theirs["test_loss"]), rel=1e-4)
 
 
-def test_training_from_weights_of_another_norm_says_so(tiny_flags, tmp_path):
-    model = build_model("ViT-Mini_4", 8)
+def test_training_from_weights_of_another_norm_reports_it(tiny_flags, tmp_path, monkeypatch, capsys):
     weights = tmp_path / "ViT-Mini_4.npz"
-    np.savez(weights, **make_checkpoint(shapes_of(model)))
+    np.savez(weights, **make_checkpoint(shapes_of(build_model("ViT-Mini_4", 8))))
     flags = ["--pretrained_dir", weights, "--norm_type", "GN", "--fp16", "--num_steps", 2]
-    printed = succeed("train.py", *tiny_flags(*flags))
-    assert f"{weights}: 26 arrays of another norm are left out, 26 of the model's own keep" in printed
-    checkpoint = tmp_path / "output" / "run" / "last.safetensors"
-    assert "top-1" in succeed("evaluate.py", "--checkpoint", checkpoint)
-    assert (
-        "unknown norm type 'RN'; there is LN, BN, GN, Rescale"
-        in script("train.py", *tiny_flags("--norm_type", "RN")).stderr
-    )
+    call_main(train, tiny_flags(*flags), monkeypatch)
+    assert f"{weights}: 26 arrays of another norm are left out, 26 of the model's own keep" in capsys.readouterr().out
+    call_main(evaluate, ["--checkpoint", tmp_path / "output" / "run" / "last.safetensors"], monkeypatch)
+    assert "top-1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call_main(train, tiny_flags("--norm_type", "RN"), monkeypatch)
+    assert "unknown norm type 'RN'; there is LN, BN, GN, Rescale" in capsys.readouterr().err
