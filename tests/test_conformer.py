@@ -46,8 +46,8 @@ def test_the_grid_keeps_the_spatial_order():
     assert (columns.diff(dim=2) >= 0).all()
 
 
-def test_all_patches_kept_lie_as_they_did():
-    """On the way through the choice as without it."""
+def test_the_order_does_not_change_if_all_patches_are_kept():
+    """With a token reduction that keeps all patches and without one."""
     model = randomised(build_model("Conformer-Mini_4", 32, token_reduction="none"))
     assert (model.reduction, model.grid_size) == (None, (8, 8))
     images = torch.from_numpy(make_images(32))
@@ -160,7 +160,7 @@ def test_shares_are_rounded_to_squares(keep_tokens, side):
 
 
 def test_train_and_evaluate(tiny_flags, tmp_path, monkeypatch, capsys):
-    """From a ViT's checkpoint, through the same loop; the run is restored with its grid."""
+    """From a ViT's checkpoint, through the training loop; evaluate.py restores the run with its grid."""
     np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 16)).export_npz())
     flags = ["--model_type", "Conformer-Mini_4", "--pretrained_dir", tmp_path / "ViT-Mini_4.npz", "--img_size", 16]
     flags += ["--keep_tokens", 9, "--bf16", "--num_steps", 4, "--eval_every", 2, "--log_attention_every", 2]

@@ -8,7 +8,7 @@ from models.convolution import conv2d, max_pool
 
 @pytest.mark.parametrize("channels, kernel_size", [((5, 7), 1), ((40, 50), 1), ((5, 7), 3)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_by_any_primitive_is_the_plain_one(channels, kernel_size, stride):
+def test_every_way_to_compute_a_convolution_gives_the_same(channels, kernel_size, stride):
     """Outputs and gradients, with fewer channels than the 6 x 5 pixels and with more."""
     torch.manual_seed(0)
     images = torch.randn(3, channels[0], 6, 5, dtype=torch.float64, requires_grad=True)

@@ -154,7 +154,7 @@ def test_rescale_is_its_formula():
     "model_type", ["ViT-Ti_16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ViT-B_16", "ViT-L_32"))]
 )
 def test_rescale_stays_finite_in_float16(model_type):
-    """A newly initialised model of full size, on images in [-1, 1]."""
+    """A newly initialised model, on images in [-1, 1]."""
     model = build_model(model_type, 64, norm_type="Rescale").half().eval()
     with torch.no_grad():
         x = model.embed(torch.from_numpy(make_images(64, 2)).half())
@@ -228,6 +228,16 @@ def test_a_norm_declares_its_keys_and_its_precision(norm_type):
     assert len(norms) == len(state) > 0
     for module in model.blocks[0].norm1.modules():
         assert module.stays_float32 == (norm_type != "Rescale")
+
+
+@pytest.mark.usefixtures("rms")
+@pytest.mark.parametrize("norm_type", [*TOKEN_NORMS, "RMS"])
+def test_a_norm_declares_whether_it_treats_each_token_alone(norm_type):
+    """In training: only then the final norm can be applied to the class token alone."""
+    norm = with_random_state(token_norm(norm_type, 8))
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    alone, together = norm(x[:, :1]), norm(x)[:, :1]
+    assert torch.allclose(alone, together, atol=1e-6) == norm.per_token
 
 
 @pytest.mark.usefixtures("rms")
@@ -314,7 +324,7 @@ def test_two_weights_with_one_key_are_an_error(monkeypatch):
 
 @pytest.mark.parametrize("norm_type", [name for name in TOKEN_NORMS if name != "LN"])
 def test_pretrained_weights_of_another_norm(norm_type):
-    """The LayerNorms' own arrays are left out, everything else is loaded; and the other way round."""
+    """The LayerNorms' own arrays are left out, everything else is loaded; and the reverse."""
     arrays = make_checkpoint(shapes_of(tiny("LN")))
     model = tiny(norm_type)
     before = model.export_npz()
@@ -357,7 +367,7 @@ class ThreadsAsProcesses:
         self.tensors.append(x.clone())
         self.barrier.wait()
         x.copy_(sum(self.tensors))
-        if self.barrier.wait() == 0:  # one thread clears, when all have read
+        if self.barrier.wait() == 0:  # one thread clears the list when all have read it
             self.tensors.clear()
         self.barrier.wait()
 

@@ -53,7 +53,7 @@ def test_a_kept_head_brings_its_pre_logits_layer():
             + torch.from_numpy(arrays["pre_logits/bias"])
         )
         torch.testing.assert_close(kept, model.head(hidden))
-        model.load_from(arrays)  # a new task does without it
+        model.load_from(arrays)  # a new task has no such layer
     assert model.pre_logits is None
 
 

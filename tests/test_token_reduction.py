@@ -1,4 +1,4 @@
-"""Facility location against brute force and lazy greedy, merging, and what a ViT makes of both."""
+"""Facility location against brute force and lazy greedy, merging, and ViTs with both."""
 
 import heapq
 import itertools
@@ -58,7 +58,7 @@ def test_similarity_is_the_shifted_cosine():
 
 
 def test_coverage_is_monotone_and_submodular():
-    """More tokens never cover less, and a token gains less the more are there already."""
+    """More tokens never cover less, and a token gains less if more are chosen already."""
     s = random_similarity(20, 12)
     orders = np.random.default_rng(0).permuted(np.tile(np.arange(12), (20, 1)), axis=1)
     for number, order in enumerate(orders.tolist()):
@@ -85,7 +85,7 @@ def test_greedy_is_near_the_optimum(k):
 
 
 def lazy_greedy(s, k):
-    """Minoux's accelerated greedy on one image in NumPy: a gain is computed anew only where its old one leads."""
+    """Minoux's accelerated greedy on one image: a gain is computed again only if its old value is the largest."""
     best, picks = np.zeros(len(s)), []
     heap = [(-s[j].sum(), j, 0) for j in range(len(s))]
     heapq.heapify(heap)
@@ -101,11 +101,11 @@ def lazy_greedy(s, k):
 
 @pytest.mark.parametrize("tokens, k", [(196, 49), (196, 147), (64, 16)])
 def test_picks_are_those_of_lazy_greedy(tokens, k):
-    # Weighted, since of two tokens that are each other's nearest both gain the same, and rounding would choose.
+    # Weighted, because two tokens that are nearest to each other gain the same, and rounding would decide.
     s = random_similarity(4, tokens, features=64) * torch.rand(4, 1, tokens, dtype=torch.float64)
     picks = facility_location(s, k)
     assert picks.tolist() == [lazy_greedy(one, k) for one in s.numpy()]
-    single = facility_location(s.float(), k)  # near ties may go the other way, which costs next to nothing
+    single = facility_location(s.float(), k)  # near ties may be decided differently, which costs almost nothing
     torch.testing.assert_close(coverage(s, single), coverage(s, picks), rtol=1e-4, atol=0)
 
 
@@ -119,7 +119,7 @@ def test_no_token_is_picked_twice_where_none_gains():
 @pytest.mark.parametrize("clusters_of", [facility_clusters, tome_clusters])
 @pytest.mark.parametrize("tokens, k", [(16, 16), (16, 9), (17, 4), (17, 1)])
 def test_clusters(clusters_of, tokens, k):
-    """Each token belongs to one cluster, and what a cluster is named after belongs to it; names ascend."""
+    """Each token belongs to one cluster, and its representative belongs to it; representatives ascend."""
     keys = torch.randn(3, tokens, 8, generator=torch.Generator().manual_seed(1))
     kept, assignment = clusters_of(keys, k)
     assert kept.shape == (3, k) and assignment.shape == (3, tokens)
@@ -134,7 +134,7 @@ def test_clusters(clusters_of, tokens, k):
 
 
 def test_tome_merges_the_best_matches_first():
-    """One of six tokens a round: first 0 into its equal 3, then 1 into 4, both into 5, all these into 3."""
+    """One of six tokens per round: first 0 into its equal 3, then 1 into 4, both into 5, all these into 3."""
     angles = torch.tensor([[0.0, 40.0, 120.0, 0.0, 41.0, 80.0]]).deg2rad()
     keys = torch.stack([angles.cos(), angles.sin()], dim=-1)
     found = {k: [tensor[0].tolist() for tensor in tome_clusters(keys, k)] for k in (5, 4, 3, 2)}
@@ -157,7 +157,7 @@ def test_tome_merges_a_quarter_at_once():
 
 @pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_the_class_token_is_kept_and_alone(method):
-    """Also where the patches have the very same keys."""
+    """Also if patches have the same key as the class token."""
     keys = torch.randn(2, 3, 10, 4)
     keys[:, :, 3:6] = keys[:, :, :1]
     clusters = cluster_tokens(keys, Reduction(method, 3, 1))
@@ -204,16 +204,16 @@ def test_unmerge_puts_each_value_back_to_its_members(method):
         (torch.float32, 1e-5, "Rescale"),
     ],
 )
-def test_merging_exact_duplicates_leaves_the_output_as_it_is(method, keep_tokens, dtype, exact, norm_type):
+def test_merging_exact_duplicates_does_not_change_the_output(method, keep_tokens, dtype, exact, norm_type):
     """32 kinds of patches, each twice, without position embeddings: 32 tokens can stand for all 64.
 
     ToMe in one round: in the next it would miss some equals.
     """
     images = torch.from_numpy(make_images(32))
-    images[..., 16:, :] = images[..., :16, :]  # in the lower half the upper half's patches again
+    images[..., 16:, :] = images[..., :16, :]  # the lower half repeats the patches of the upper half
     whole = randomised(small(norm_type=norm_type)).eval()
     whole.pos_embed.data.zero_()
-    # ToMe looks for a patch of even number among those of odd number, so the rows are moved by one patch.
+    # ToMe matches patches of even index with those of odd index, so the rows are shifted by one patch.
     images[..., 16:, :] = images[..., 16:, :].roll(4, dims=-1)
     assert (whole.embed(images)[:, 1:].unique(dim=1).shape[1]) == 32
     model = reduced(method, keep_tokens=keep_tokens, norm_type=norm_type).eval()
@@ -228,8 +228,8 @@ def test_merging_exact_duplicates_leaves_the_output_as_it_is(method, keep_tokens
     assert [weights.shape[-1] for weights in attention] == [65, 65, 1 + keep_tokens, 1 + keep_tokens]
 
 
-def test_without_the_sizes_it_would_not(monkeypatch):
-    """That the test above can fail: here sizes differ, 1 or more."""
+def test_without_the_sizes_the_output_changes(monkeypatch):
+    """So the test above can fail. Here the sizes differ."""
     model = randomised(reduced("facility", keep_tokens=20))
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_keeping_all_changes_nothing(method, keep_tokens):
     model.load_state_dict(whole.state_dict())
     images = torch.from_numpy(make_images(32))
     assert torch.equal(model(images), whole(images))
-    model.reduction = Reduction(method, 64, 2)  # by the general way
+    model.reduction = Reduction(method, 64, 2)  # with a reduction that keeps all
     torch.testing.assert_close(model(images), whole(images), rtol=1e-6, atol=1e-6)
     clusters = cluster_tokens(torch.randn(2, 1, 65, 4), model.reduction)
     assert torch.equal(clusters.kept, clusters.assignment)
@@ -278,7 +278,7 @@ def test_a_compiled_model_gives_the_same(method):
 
 
 def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
-    """The same as rolling out in small matrices, a merge being one more factor."""
+    """It equals the rollout of the small matrices with the merge as one more factor."""
     model = randomised(reduced("facility", keep_tokens=9))
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
@@ -351,7 +351,7 @@ def test_wrong_flags(flags, message, tiny_flags, monkeypatch, capsys):
 
 
 def test_a_run_is_restored_with_its_reduction(tiny_flags, tmp_path, monkeypatch, capsys):
-    """evaluate.py takes it from the run, or another one from its own flags."""
+    """evaluate.py uses the run's reduction, or the one of its own flags."""
     flags = (*GIVEN, "--keep_tokens", 0.5, "--num_steps", 2, "--eval_every", 2, "--log_attention_every", 2)
     call_main(train, tiny_flags(*flags), monkeypatch)
     run_dir = tmp_path / "output" / "run"
@@ -371,7 +371,7 @@ def test_a_run_is_restored_with_its_reduction(tiny_flags, tmp_path, monkeypatch,
 
 
 def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, capsys):
-    """Google's .npz with the three flags: the same as the model built that way, and not the same as the whole."""
+    """Google's .npz with the three flags: the results are those of a model built that way, not of an unreduced one."""
     model = randomised(build_model("ViT-Mini_4", 32, num_classes=3))
     np.savez(tmp_path / "ViT-Mini_4.npz", **model.export_npz())
     picture = write_pictures(tmp_path / "pictures", [(32, 32)])[0]
@@ -386,7 +386,7 @@ def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_figures_of_a_reduced_model(tmp_path):
-    """All kinds for a reduced model; the clusters alone need one."""
+    """A reduced model has all kinds of figures; those of clusters need one."""
     np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 32, num_classes=3)).export_npz())
     write_pictures(tmp_path / "pictures", [(40, 50), (32, 32)])
     command = ["visualize.py", "--checkpoint", tmp_path / "ViT-Mini_4.npz", "--image", tmp_path / "pictures"]
@@ -406,7 +406,7 @@ def test_figures_of_a_reduced_model(tmp_path):
         ({}, 2),  # the patch embedding, the blocks
         ({"norm_type": "Rescale"}, 2),
         ({"dropout_rate": 0.1, "drop_path_rate": 0.0}, 2),
-        # before the reduction, the block whose keys it takes, after it
+        # the blocks before the reduction, the block that returns its keys, the blocks after it
         ({"token_reduction": "facility", "keep_tokens": 16, "reduction_layer": 4}, 4),
     ],
 )

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_benchmark():
-    """Each row is there, and facility location covers the tokens best."""
+    """The table has each row, and facility location covers the tokens best."""
     command = ["benchmarks/token_reduction.py", "--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2]
     printed = succeed(*command, "--rounds", 1, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
     rows = re.findall(
