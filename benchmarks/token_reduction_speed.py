@@ -15,7 +15,7 @@ from steps import NUM_CLASSES, add_step_flags, machine, random_batch, setting, s
 from inference import SavedModel, make_model
 from models.configs import VITS
 from models.token_reduction import (
-    METHODS,
+    REDUCTION_METHODS,
     Reduction,
     choice_of_tokens,
     cluster_tokens,
@@ -118,7 +118,7 @@ def coverage_table(args, device):
 def coverage_cells(s, keys, k):
     """Mean and lowest f(S) / upper bound of k tokens by each choice, of similarities (B, N, N) and keys."""
     bound = upper_bound(s, k)
-    clusters = {method: cluster_tokens(keys, Reduction(method, k, 0)) for method in METHODS}
+    clusters = {method: cluster_tokens(keys, Reduction(method, k, 0)) for method in REDUCTION_METHODS}
     chosen = [found.kept[:, 1:] - 1 for found in clusters.values()]
     chosen.append(medoids(s, clusters["tome"].assignment[:, 1:] - 1))
     ratios = [coverage(s, kept) / bound for kept in chosen]

@@ -1,4 +1,4 @@
-"""The models: `build_model` makes one by its published name."""
+"""The models: `build_model` builds one by its published name."""
 
 import difflib
 
@@ -7,16 +7,20 @@ from models.configs import CONFORMERS, RESNETS, VITS
 from models.conformer import Conformer
 from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError, num_classes_of
-from models.token_reduction import TOKEN_REDUCTIONS
+from models.token_reduction import REDUCTION_METHODS, TOKEN_REDUCTIONS
 from models.vision_transformer import VisionTransformer
 
 MODEL_TYPES = (*VITS, *CONFORMERS, *RESNETS)
 NORM_TYPES = tuple(TOKEN_NORMS)
 
 __all__ = [
+    "CONFORMERS",
     "MODEL_TYPES",
     "NORM_TYPES",
+    "REDUCTION_METHODS",
+    "RESNETS",
     "TOKEN_REDUCTIONS",
+    "VITS",
     "CheckpointError",
     "build_model",
     "canonical_model_type",
@@ -27,7 +31,7 @@ __all__ = [
 def canonical_model_type(name):
     """The name in MODEL_TYPES for `name`; Google writes hybrids with a plus: `R50+ViT-B_16`.
 
-    Raises ValueError with the nearest names for one that is unknown.
+    Raises ValueError, which suggests the most similar names, if the name is unknown.
     """
     canonical = name.replace("+", "-")
     if canonical in MODEL_TYPES:
@@ -46,15 +50,15 @@ def build_model(
     reduction_layer=None,
     **overrides,
 ):
-    """A model with freshly initialised weights: (B, 3, H, W) images -> (B, num_classes) logits.
+    """A model with newly initialised weights: (B, 3, H, W) images -> (B, num_classes) logits.
 
-    `img_size` is a side in pixels or (height, width); ResNets take any. `norm_type` is that of a ViT's tokens.
-    A ViT with a `token_reduction`, "facility" or "tome", goes on with `keep_tokens` of its patches after
-    `reduction_layer` blocks: an int is their number, a float a share of them like 0.25. A Conformer has a
-    `token_reduction`, "facility" where none is given, and the other two in its config; "none" keeps all patches.
-    `overrides` replace fields of the model's config (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
-    Raises ValueError for an unknown model type, field, norm or token reduction, and for an image size that the patches
-    do not divide.
+    `img_size` is the side in pixels or (height, width); ResNets accept any size. `norm_type` is the norm of a ViT's
+    tokens. With a `token_reduction`, "facility" or "tome", a ViT keeps `keep_tokens` of its patches after
+    `reduction_layer` blocks: an int is a number of patches, a float a share of them like 0.25. A Conformer uses
+    "facility" by default, and the other two values from its config; "none" keeps all patches. `overrides` replace
+    fields of the model's config (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
+    Raises ValueError for an unknown model type, field, norm type or token reduction, and for an image size that is not
+    a multiple of the patch size.
     """
     model_type = canonical_model_type(model_type)
     config = {**VITS, **CONFORMERS, **RESNETS}[model_type].copy_and_resolve_references()

@@ -2,13 +2,13 @@
 
 Pre-activation bottlenecks with GroupNorm and weight standardisation; all padding is symmetric.
 
-Two CNNs stand against the hybrid R50-ViT-B_16, both made of the first units of R50x3:
+Two CNNs are compared with the hybrid R50-ViT-B_16. Both consist of the first units of R50x3:
 
-- ResNet50x3_Params has as many parameters: the root, blocks 1 to 3 whole, and in place of block 4 (6144 channels)
-  one unit that halves the size once more and keeps the 3072 channels.
-- ResNet50x3_Flops has as many FLOPs: the root, blocks 1 and 2 whole, and the first two units of block 3.
+- ResNet50x3_Params has as many parameters as the hybrid: the root, all of blocks 1 to 3, and instead of block 4 (6144
+  channels) one unit that halves the size again and keeps the 3072 channels.
+- ResNet50x3_Flops has as many FLOPs as the hybrid: the root, all of blocks 1 and 2, and the first two units of block 3.
 
-The state dict has timm's names, so a checkpoint of a BiT also loads there.
+The state dict has timm's names, so timm can load a BiT's state dict.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from models import npz
 from models.configs import resnet
-from models.hybrid_stem import convolve, fast_layout, lecun_normal_
+from models.convolution import StdConv2d, to_fast_layout
 from models.norms import GroupNorm
 
 
@@ -36,14 +36,14 @@ class BiTResNet(nn.Module):
             stage.blocks = nn.Sequential()
             for j in range(units):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.blocks.append(Bottleneck(channels, width, stride, config.num_groups))
+                stage.blocks.append(PreActBottleneck(channels, width, stride, config.num_groups))
                 channels = width
             self.stages.append(stage)
         self.norm = GroupNorm(channels, 1e-5, config.num_groups)
         self.head = Head(channels, num_classes)
 
     def forward(self, images):
-        x = fast_layout(self.stem(images.contiguous(memory_format=torch.channels_last)))  # the stem has no GroupNorm
+        x = to_fast_layout(self.stem(images.contiguous(memory_format=torch.channels_last)))  # the stem has no GroupNorm
         for stage in self.stages:
             x = stage.blocks(x)
         return self.head(F.relu(self.norm(x), inplace=True))
@@ -52,22 +52,24 @@ class BiTResNet(nn.Module):
         """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("BiT-M-R50x1.npz")`.
 
         `head` and the errors are those of VisionTransformer.load_from. A model that was cut from a larger one
-        takes what it shares with the larger one's checkpoint; returns npz.Loaded, which says what it did not.
+        loads what it shares with the larger one's checkpoint. Returns npz.Loaded, which reports what it does not share.
         """
-        return npz.load(npz.resnet_rows(self), arrays, head, whole=self.shapes_before_the_cut())
+        return npz.load(self, npz.resnet_rows(self), arrays, head, source_shapes=self.source_shapes())
 
     def export_npz(self):
-        """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
-        return npz.export(npz.resnet_rows(self))
+        """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""
+        return npz.export(self, npz.resnet_rows(self))
 
-    def shapes_before_the_cut(self):
-        """{key: shape} in the checkpoint of the ResNet that this one was cut from; empty if it is whole."""
+    def source_shapes(self):
+        """{key: shape} in the checkpoint of the ResNet that this one was cut from; empty if it was not cut."""
         config = self.config
         if config.cut_from is None:
             return {}
-        whole = resnet(config.cut_from, config.root_width, root_stride=config.root_stride, num_groups=config.num_groups)
+        full_config = resnet(
+            config.cut_from, config.root_width, root_stride=config.root_stride, num_groups=config.num_groups
+        )
         with torch.device("meta"):
-            return {row.key: tuple(row.view.shape) for row in npz.resnet_rows(BiTResNet(whole))}
+            return {row.key: tuple(row.view.shape) for row in npz.resnet_rows(BiTResNet(full_config))}
 
 
 class Root(nn.Module):
@@ -75,18 +77,20 @@ class Root(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.pools = config.root_stride == 4
-        kernel_size, stride = (7, 2) if self.pools else (3, 1)  # small images keep their size
+        self.has_max_pool = config.root_stride == 4
+        kernel_size, stride = (7, 2) if self.has_max_pool else (3, 1)  # the root of small images keeps their size
         self.conv = StdConv2d(3, config.root_width, kernel_size, stride)
 
     def forward(self, x):
         x = self.conv(x)
-        if self.pools:
-            x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), kernel_size=3, stride=2)  # zeros count, x may be negative
+        if self.has_max_pool:
+            x = F.max_pool2d(
+                F.pad(x, (1, 1, 1, 1)), kernel_size=3, stride=2
+            )  # BiT pads with zeros, although x may be negative
         return x
 
 
-class Bottleneck(nn.Module):
+class PreActBottleneck(nn.Module):
     """1x1, 3x3 (strided), 1x1 convolutions, each after GroupNorm and ReLU, added to the (projected) input."""
 
     is_block = True
@@ -124,18 +128,3 @@ class Head(nn.Module):
 
     def forward(self, x):
         return self.fc(x.mean(dim=(2, 3), keepdim=True)).flatten(1)
-
-
-class StdConv2d(nn.Conv2d):
-    """Convolution without bias, its kernels standardised by `sqrt(var + 1e-10)`, with symmetric padding."""
-
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
-
-    def reset_parameters(self):
-        lecun_normal_(self.weight)
-
-    def forward(self, x):
-        # The same sums as BatchNorm's over a batch of one, in its one kernel; it takes 16-bit weights in float32.
-        weight = F.batch_norm(self.weight.flatten(1)[None], None, None, training=True, eps=1e-10)
-        return convolve(x, weight.view_as(self.weight), self.stride[0], self.padding[0])

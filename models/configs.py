@@ -1,4 +1,4 @@
-"""One ConfigDict per published architecture, and for this project's own.
+"""One ConfigDict per model type: published architectures and this project's own.
 
 ViTs and hybrids as in google-research/vision_transformer `configs/models.py`, ResNets as in
 google-research/big_transfer `bit_pytorch/models.py`.
@@ -20,9 +20,9 @@ def vit(
     root_stride=4,
     num_groups=32,
 ):
-    """A ViT; with `resnet_layers` a hybrid, whose patches are taken from the ResNet stem's feature map.
+    """A ViT; with `resnet_layers` a hybrid, whose patches are those of the ResNet stem's feature map.
 
-    `resnet_layers` counts the bottleneck units of each stage; an empty tuple is the root block alone. The stem's
+    `resnet_layers` is the number of bottleneck units in each stage; an empty tuple is a stem without stages. The stem's
     other fields are those of `resnet`.
     """
     return ConfigDict(
@@ -44,11 +44,11 @@ def vit(
 
 
 def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_stride=4, num_groups=32):
-    """A BiT ResNet; `resnet_layers` counts the bottleneck units of each stage.
+    """A BiT ResNet; `resnet_layers` is the number of bottleneck units in each stage.
 
-    The root has `root_width` channels, the first stage 4 times as many, each later one twice as many as the one
-    before, the last one `last_width` where that is given. `cut_from` is the `resnet_layers` of the larger ResNet
-    whose checkpoint this one takes weights from. `root_stride` is 4 (7x7 convolution and pooling, both of stride 2)
+    The root has `root_width` channels, the first stage 4 times as many, each later stage twice as many as the previous
+    one, the last stage `last_width` if given. `cut_from` is the `resnet_layers` of the larger ResNet whose checkpoint
+    provides weights for this one. `root_stride` is 4 (7x7 convolution and pooling, both of stride 2)
     or 1 (3x3 convolution, for small images); GroupNorm has `num_groups` groups.
     """
     stage_widths = [4 * root_width * 2**i for i in range(len(resnet_layers))]
@@ -68,8 +68,8 @@ def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_strid
 
 
 def conformer(reduction_layer, keep_tokens, cnn_units, cnn_width, **fields):
-    """A Conformer: the first `reduction_layer` blocks of the ViT with these fields, and behind them `cnn_units`
-    bottlenecks of `cnn_width` channels, on a grid of `keep_tokens` of the patches."""
+    """A Conformer: the first `reduction_layer` blocks of the ViT with these `fields`, then `cnn_units` bottlenecks of
+    `cnn_width` channels on a grid of `keep_tokens` patches."""
     cnn = {"cnn_units": cnn_units, "cnn_width": cnn_width}
     return ConfigDict(
         {**vit(**fields), "reduction_layer": reduction_layer, "keep_tokens": keep_tokens, **cnn}, convert_dict=False
@@ -84,8 +84,8 @@ L = {"hidden_size": 1024, "mlp_dim": 4096, "num_heads": 16, "num_layers": 24}
 H = {"hidden_size": 1280, "mlp_dim": 5120, "num_heads": 16, "num_layers": 32}
 
 VITS = {
-    # This project's own, for 32x32 images from scratch. R26-ViT-Mini_4 is R50-ViT-B_16 with an eighth of the width
-    # and half of the depth.
+    # This project's own, for training on 32x32 images from scratch. R26-ViT-Mini_4 is R50-ViT-B_16 with an eighth of
+    # the width and half the depth.
     "ViT-Nano_4": vit(4, hidden_size=64, mlp_dim=256, num_heads=4, num_layers=12),
     "ViT-Mini_4": vit(4, **MINI),
     "R26-ViT-Mini_4": vit(1, 96, 384, 3, 6, resnet_layers=(2, 2, 4), root_width=8, root_stride=1, num_groups=4),
@@ -108,7 +108,7 @@ VITS = {
 CONFORMERS = {
     # A third of ViT-B_16's blocks, then the last stage of BiT's R50 on 7x7 tokens of 14x14 (at 224x224).
     "Conformer-B_16": conformer(4, 0.25, cnn_units=3, cnn_width=2048, patch_size=16, **B),
-    # The same of ViT-Mini_4, for 32x32 images from scratch: two units of a quarter of the width on 4x4 tokens of 8x8.
+    # The same for ViT-Mini_4 and 32x32 images: two units of a quarter of the width on 4x4 tokens of 8x8.
     "Conformer-Mini_4": conformer(2, 0.25, cnn_units=2, cnn_width=512, patch_size=4, **MINI, num_groups=4),
 }
 
@@ -129,8 +129,8 @@ RESNETS = {
     },
     "ResNet50x3_Params": resnet((3, 4, 6, 1), root_width=192, last_width=3072, cut_from=R50),
     "ResNet50x3_Flops": resnet((3, 4, 2), root_width=192, cut_from=R50),
-    # The same pair for R26-ViT-Mini_4: an eighth of the width, half of the depth, and a last unit of the width
-    # that makes them even.
+    # The same pair for R26-ViT-Mini_4: an eighth of the width, half the depth, and a last unit whose width makes the
+    # parameters or the FLOPs equal.
     "ResNet-Mini_Params": resnet((2, 2, 3, 1), root_width=24, last_width=208, root_stride=1, num_groups=4),
     "ResNet-Mini_Flops": resnet((2, 2, 1), root_width=24, last_width=288, root_stride=1, num_groups=4),
 }

@@ -1,4 +1,4 @@
-"""Dropout whose masks depend on the sample, not on the batch that it happens to share."""
+"""Dropout with masks that depend on the sample, not on the batch it is in."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from torch import nn
 class Dropout(nn.Module):
     """Dropout of (B, ...) activations.
 
-    After `seed_samples` the mask of sample b is a function of its key alone, so one process and four,
-    an undivided batch and its accumulated parts, a run and its resumption all drop the same elements.
-    Without keys it is `torch.nn.Dropout`.
+    After `seed_samples`, the mask of a sample depends on its key only. So the same elements are dropped with one
+    process and with four, with and without gradient accumulation, and in a resumed run. Without keys it is
+    `torch.nn.Dropout`.
     """
 
     def __init__(self, rate):
@@ -19,7 +19,7 @@ class Dropout(nn.Module):
         self.keys = None
 
     def seed_samples(self, keys):
-        """`keys` are random words, int32 (B, 2), one row a sample, other ones in every layer."""
+        """`keys` are random bits, int32 (B, 2): one row per sample, different ones in each layer."""
         self.keys = keys
 
     def forward(self, x):
@@ -35,7 +35,7 @@ class Dropout(nn.Module):
 
 
 class StochasticDepth(Dropout):
-    """Drops all of a sample's residual branch (B, ...), by the rule of Dropout (Huang et al., 2016)."""
+    """Drops the whole residual branch (B, ...) of a sample, with the keys of Dropout (Huang et al., 2016)."""
 
     def forward(self, x):
         if not self.training or self.rate == 0.0:
@@ -46,8 +46,8 @@ class StochasticDepth(Dropout):
 def dropout_mask(keys, count, rate):
     """A bool tensor (B, count), True with probability `rate`, row b from keys[b] = (factor, offset).
 
-    Row b is factor * e + offset modulo 2**32 over scrambled element numbers e: two-universal hashing
-    (Dietzfelbinger et al., 1997), at two integer operations an element on every device.
+    Row b is factor * e + offset modulo 2**32 with scrambled element indices e: two-universal hashing
+    (Dietzfelbinger et al., 1997), with two integer operations per element on every device.
     """
     elements = scramble(torch.arange(count, dtype=torch.int32, device=keys.device))
     factor, offset = keys[:, :1] | 1, keys[:, 1:]
@@ -56,7 +56,7 @@ def dropout_mask(keys, count, rate):
 
 
 def scramble(x):
-    """A bijection of int32 words that looks random (Wellons' `lowbias32` hash)."""
+    """A bijection of int32 numbers whose results look random (Wellons' `lowbias32` hash)."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return x ^ ((x >> 16) & 0xFFFF)

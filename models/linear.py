@@ -1,4 +1,8 @@
-"""Linear layers and GELU by the kernels that are fastest where the tensors are; benchmarks/NOTES.md has the times."""
+"""Linear layers and GELU by the fastest kernel for the tensors' device and type; benchmarks/NOTES.md has the times.
+
+On CPUs with AVX-512 these are private operators of PyTorch. They are compared with the ordinary ones when this module
+is imported, and used only if they give the same results.
+"""
 
 import math
 
@@ -7,16 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
-ONEDNN = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
-BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-ROWS_WORTH_REORDERING = 1024  # with fewer, putting the weights into oneDNN's order costs more than it saves
-ELEMENTS_AT_ONCE = 2**18  # of GELU: its float32 intermediates, 1 MiB each, stay in a processor's cache
+from models.probing import probe, require_same
 
-# gelu(x) = x sigmoid(z) with z = SLOPE_AT_0 x + CUBIC x^3: the approximation by tanh, as 1 + tanh(u) is 2 sigmoid(2 u)
-SLOPE_AT_0 = 2 * math.sqrt(2 / math.pi)
-CUBIC = 0.044715 * SLOPE_AT_0
+MIN_ROWS_TO_REORDER = 1024  # with fewer, reordering the weights for oneDNN takes longer than it saves
+CHUNK_SIZE = 2**18  # of GELU: its float32 intermediates, 1 MiB each, stay in a processor's cache
+
+# gelu(x) = x sigmoid(z) with z = LINEAR x + CUBIC x^3: the tanh approximation, since 1 + tanh(u) = 2 sigmoid(2 u)
+LINEAR = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715 * LINEAR
 
 
 class Linear(nn.Linear):
@@ -27,15 +30,15 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias):
-    """x (..., in), weight (out, in), bias (out) -> (..., out); of many rows on a CPU with weights reordered."""
-    if by_onednn(x, weight) and rows_of(x) >= ROWS_WORTH_REORDERING:
+    """x (..., in), weight (out, in), bias (out) -> (..., out); for many rows on a CPU with reordered weights."""
+    if uses_onednn(x, weight) and num_rows(x) >= MIN_ROWS_TO_REORDER:
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x, layer):
-    """gelu(layer(x)); on a CPU without gradients by one kernel."""
-    if by_onednn(x, layer.weight) and not torch.is_grad_enabled():
+    """gelu(layer(x)); on a CPU without gradients in one kernel."""
+    if uses_onednn(x, layer.weight) and not torch.is_grad_enabled():
         return onednn_linear(x, layer.weight, layer.bias, "gelu")
     return gelu(layer(x))
 
@@ -43,27 +46,33 @@ def linear_gelu(x, layer):
 def gelu(x):
     """The tanh approximation of GELU, Flax's default."""
     if torch.compiler.is_compiling():  # compiled exponentials are faster than tanh
-        return x * torch.sigmoid(SLOPE_AT_0 * x + CUBIC * x**3)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad and is_plain(x):
-        return GELUWithSlope.apply(x.contiguous())
+        return x * torch.sigmoid(LINEAR * x + CUBIC * x**3)
+    if (
+        DETECTS_TRANSFORMS
+        and x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and x.requires_grad
+        and runs_eagerly(x)
+    ):
+        return GELUWithDerivative.apply(x.contiguous())
     return F.gelu(x, approximate="tanh")
 
 
-def by_onednn(x, weight):
-    """Whether oneDNN's own operators take x @ weight.T."""
+def uses_onednn(x, weight):
+    """Whether x @ weight.T is computed by oneDNN's own operators."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and ((ONEDNN and x.dtype == torch.float32) or (BFLOAT16 and x.dtype == torch.bfloat16))
-        and is_plain(x, weight)
+        and x.dtype in ONEDNN_DTYPES
+        and runs_eagerly(x, weight)
         and not torch.is_autocast_enabled("cpu")
-        and x.shape[-1] == weight.shape[1]  # else PyTorch's error is the clearer one
+        and x.shape[-1] == weight.shape[1]  # otherwise F.linear raises the clearer error
     )
 
 
-def is_plain(*tensors):
-    """Whether nothing else looks on that only PyTorch's own operators answer: a compiler or tracer, fake and
-    distributed tensors, torch.func, forward-mode differentiation.
+def runs_eagerly(*tensors):
+    """Whether ordinary tensors are computed on at once: not in a compiler or tracer, for fake or distributed tensors,
+    in torch.func or in forward-mode differentiation. These support only PyTorch's public operators.
     """
     return (
         not torch.compiler.is_compiling()
@@ -75,18 +84,18 @@ def is_plain(*tensors):
 
 
 def onednn_linear(x, weight, bias, activation="none"):
-    """activation(x @ weight.T + bias), shaped as by `linear`; for many rows the weights take the kernel's own order."""
-    if rows_of(x) >= ROWS_WORTH_REORDERING:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows_of(x))
+    """activation(x @ weight.T + bias), shapes as in `linear`; for many rows the weights are reordered."""
+    if num_rows(x) >= MIN_ROWS_TO_REORDER:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows(x))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "tanh")
 
 
-def rows_of(x):
+def num_rows(x):
     return x.numel() // x.shape[-1]
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """`onednn_linear`, backward by plain products: the transposed weights would cost more to reorder than it saves."""
+    """`onednn_linear` with a backward pass of ordinary products: reordering transposed weights takes too long."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -103,37 +112,78 @@ class OneDNNLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-class GELUWithSlope(torch.autograd.Function):
-    """GELU of x (any shape, contiguous) that keeps its slope for the backward pass, in place of x; both of one sigmoid.
+class GELUWithDerivative(torch.autograd.Function):
+    """GELU of x (any shape, contiguous) that saves its derivative for the backward pass; both need one sigmoid.
 
-    PyTorch's kernels for processors are slow by tanh: forward they take as long as this, and backward once more.
+    PyTorch's CPU kernels with tanh are slow: their forward pass takes as long as this, and their backward pass again.
     """
 
     @staticmethod
     def forward(ctx, x):
-        out, slope = torch.empty_like(x), torch.empty_like(x)
-        parts = zip(*(tensor.view(-1).split(ELEMENTS_AT_ONCE) for tensor in (x, out, slope)), strict=True)
-        slope_at_0, one = torch.tensor(SLOPE_AT_0), torch.tensor(1.0)
-        for x_part, out_part, slope_part in parts:
+        out, derivative = torch.empty_like(x), torch.empty_like(x)
+        chunks = zip(*(tensor.view(-1).split(CHUNK_SIZE) for tensor in (x, out, derivative)), strict=True)
+        linear_term, one = torch.tensor(LINEAR), torch.tensor(1.0)
+        for x_part, out_part, derivative_part in chunks:
             values = x_part.float()
-            sigmoid = torch.addcmul(slope_at_0, values, values, value=CUBIC).mul_(values).sigmoid_()
+            sigmoid = torch.addcmul(linear_term, values, values, value=CUBIC).mul_(values).sigmoid_()
             result = values * sigmoid
             out_part.copy_(result)
-            dz = torch.addcmul(slope_at_0, values, values, value=3 * CUBIC)
-            slope_part.copy_(result.mul_(dz).lerp_(one, sigmoid))  # sigmoid + result z'(x) (1 - sigmoid)
-        ctx.save_for_backward(slope)
+            dz = torch.addcmul(linear_term, values, values, value=3 * CUBIC)
+            derivative_part.copy_(result.mul_(dz).lerp_(one, sigmoid))  # sigmoid + result z'(x) (1 - sigmoid)
+        ctx.save_for_backward(derivative)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        (slope,) = ctx.saved_tensors
-        return grad_out * slope
+        (derivative,) = ctx.saved_tensors
+        return grad_out * derivative
 
 
-if ONEDNN:
+def detects_transforms():
+    """Whether `runs_eagerly` answers correctly, in and outside of torch.func and forward-mode differentiation."""
+    x = torch.zeros(1, device="cpu")
+    answers = []
+    torch.func.vmap(lambda row: answers.append(runs_eagerly(x)) or row)(x)
+    with forward_ad.dual_level():
+        answers.append(runs_eagerly(x))
+    if not runs_eagerly(x) or any(answers):
+        raise RuntimeError("transforms of torch.func are not detected")
+    return True
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def linear_flops(x_shape, *others, out_shape=None, **keywords):
-        """For torch.utils.flop_counter, which knows PyTorch's own operators only; 2 a multiply-add."""
-        return 2 * math.prod(out_shape) * x_shape[-1]
+
+def probe_onednn():
+    """The types in which oneDNN's operators are used on this CPU."""
+    if not DETECTS_TRANSFORMS or not torch.backends.mkldnn.is_available():
+        return ()
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return ()
+    bounds = {torch.float32: 1e-5}  # of relative errors
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        bounds[torch.bfloat16] = 1e-2
+    on_cpu = {"device": "cpu", "dtype": torch.float32}
+    x = torch.linspace(-40, 40, 16 * MIN_ROWS_TO_REORDER, **on_cpu).sin().view(-1, 16)
+    weight, bias = torch.linspace(-70, 70, 24 * 16, **on_cpu).cos().view(24, 16), torch.linspace(-1, 1, 24, **on_cpu)
+    for dtype, bound in bounds.items():
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        for rows in (x, x[:5]):  # with reordered weights and without
+            expected = F.linear(rows, weight, bias)
+            require_same(onednn_linear(rows, weight, bias), expected, bound)
+            require_same(onednn_linear(rows, weight, bias, "gelu"), F.gelu(expected, approximate="tanh"), bound)
+    register_flops()
+    return tuple(bounds)
+
+
+def register_flops():
+    """Let torch.utils.flop_counter count oneDNN's linear layers: 2 FLOPs per multiply-add."""
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    if torch.ops.mkldnn._linear_pointwise not in flop_registry:
+
+        @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+        def linear_flops(x_shape, *args, out_shape=None, **kwargs):
+            return 2 * math.prod(out_shape) * x_shape[-1]
+
+
+DETECTS_TRANSFORMS = probe("PyTorch's detection of transforms", detects_transforms, False)
+ONEDNN_DTYPES = probe("oneDNN's linear layers", probe_onednn, ())

@@ -1,6 +1,6 @@
 """Vision Transformer and hybrid (Dosovitskiy et al., 2021), exact to google-research/vision_transformer.
 
-The state dict has timm's names, so a checkpoint of a ViT also loads there.
+The state dict has timm's names, so timm can load a ViT's state dict.
 """
 
 import torch
@@ -8,11 +8,12 @@ from torch import nn
 
 from models import npz
 from models.attention import attend, attention_weights
+from models.convolution import lecun_normal_
 from models.dropout import Dropout, StochasticDepth
-from models.hybrid_stem import ResNetStem, lecun_normal_
+from models.hybrid_stem import ResNetStem
 from models.linear import Linear, linear, linear_gelu
-from models.norms import LayerNorm, final_norm, residual, token_norm
-from models.token_reduction import cluster_tokens, make_reduction, merge, proportional
+from models.norms import final_norm, residual, token_norm
+from models.token_reduction import cluster_tokens, make_reduction, merge_tokens, size_bias
 
 
 class VisionTransformer(nn.Module):
@@ -34,14 +35,14 @@ class VisionTransformer(nn.Module):
         self.num_classes = num_classes
         self.patch_embed = PatchEmbed(config, img_size)
         num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
-        places = (num_patches, config.num_layers - 1)  # behind the last block there is nothing to save
-        self.reduction = make_reduction(token_reduction, keep_tokens, reduction_layer, *places)
+        last_layer = config.num_layers - 1  # a reduction after the last block would save nothing
+        self.reduction = make_reduction(token_reduction, keep_tokens, reduction_layer, num_patches, last_layer)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size).normal_(std=0.02))
         self.pos_drop = Dropout(config.dropout_rate)
-        self.blocks = nn.ModuleList(Block(config, norm_type, number) for number in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, norm_type, index) for index in range(config.num_layers))
         self.norm = final_norm(norm_type, config.hidden_size)
-        self.pre_logits = None  # Linear and tanh, only where a pretrained head is kept together with it
+        self.pre_logits = None  # Linear and tanh, only with a pretrained head that was trained with it
         self.head = nn.Linear(config.hidden_size, num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -50,15 +51,15 @@ class VisionTransformer(nn.Module):
         return self.classify(*self.encode(self.embed(images)))
 
     def forward_with_attention(self, images):
-        """Logits, and a list with one tensor of attention weights (B, heads, N, N) a block; rows sum to 1.
+        """Logits, and a list with one tensor of attention weights (B, heads, N, N) per block; rows sum to 1.
 
-        After a token reduction N is smaller.
+        N is smaller after a token reduction.
         """
         logits, attention, _ = self.forward_with_clusters(images)
         return logits, attention
 
     def forward_with_clusters(self, images):
-        """The same, and the Clusters of the token reduction (models/token_reduction.py) or None."""
+        """Logits, attention weights, and the Clusters of the token reduction (models/token_reduction.py) or None."""
         attention = []
         x, clusters = self.encode(self.embed(images), attention)
         return self.classify(x, clusters), attention, clusters
@@ -66,11 +67,11 @@ class VisionTransformer(nn.Module):
     def encode(self, x, attention=None):
         """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters or None).
 
-        Each block's attention weights are appended to the list `attention`, where one is given.
+        Each block's attention weights are appended to the list `attention`, if given.
         """
         clusters = bias = None
-        for number, block in enumerate(self.blocks, start=1):
-            reduces = self.reduction is not None and number == self.reduction.layer
+        for layer, block in enumerate(self.blocks, start=1):
+            reduces = self.reduction is not None and layer == self.reduction.layer
             if attention is not None:
                 x, keys, weights = block.forward_with_attention(x, bias)
                 attention.append(weights)
@@ -80,43 +81,43 @@ class VisionTransformer(nn.Module):
                 x = block(x, bias)
             if reduces:
                 clusters = cluster_tokens(keys, self.reduction)
-                x, sizes = merge(x, clusters)  # (B, 1 + keep, hidden)
-                bias = proportional(sizes, keys.dtype)
+                x, sizes = merge_tokens(x, clusters)  # (B, 1 + keep, hidden)
+                bias = size_bias(sizes, keys.dtype)
         return x, clusters
 
     def embed(self, images):
-        """Patch and position embeddings, the class token first: (B, 3, H, W) -> (B, N, hidden)."""
+        """Patches with position embeddings, class token first: (B, 3, H, W) -> (B, N, hidden)."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
     def classify(self, x, clusters=None):
-        # (B, hidden): a LayerNorm needs no other token than the one that is read
-        x = self.norm(x[:, 0]) if isinstance(self.norm, LayerNorm) else self.norm(x)[:, 0]
+        """Encoded tokens (B, N, hidden) -> logits (B, num_classes); a Conformer needs the `clusters`."""
+        x = self.norm(x[:, 0]) if self.norm.per_token else self.norm(x)[:, 0]  # (B, hidden)
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)
 
     def compile(self, **options):
-        """As torch.nn.Module.compile, but part by part: the blocks are alike, so one is compiled for all."""
+        """As torch.nn.Module.compile, but part by part: one compiled block serves all, because the blocks are equal."""
         for part in (self.patch_embed, *self.blocks):
             part.compile(**options)
 
     def load_from(self, arrays, head="zero"):
         """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("ViT-B_16.npz")`.
 
-        `head="zero"` starts a new task with a head of zeros; `head="keep"` takes the checkpoint's head and
-        its `pre_logits` layer, if it has one. Position embeddings of another grid are resized. Raises
-        CheckpointError, which names the key, the shape found and the shape expected, for a key that is
-        missing, left over or of another shape; the model's weights are then undefined. The arrays of another norm
-        than the model's are left out; returns npz.Loaded, which says so.
+        `head="zero"` starts a new task with a head of zeros; `head="keep"` loads the checkpoint's head and its
+        `pre_logits` layer, if it has one. Position embeddings of another grid are resized. Arrays of another norm type
+        are left out. Returns npz.Loaded, which reports what was not loaded. Raises CheckpointError, which names the
+        key, the shape found and the shape expected, for a key that is missing, left over or of another shape; the
+        model's weights are then undefined.
         """
         npz.set_pre_logits(self, arrays, head)
-        return npz.load(npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
+        return npz.load(self, npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
 
     def export_npz(self):
-        """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` takes them back."""
-        return npz.export(npz.vit_rows(self))
+        """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""
+        return npz.export(self, npz.vit_rows(self))
 
 
 class PatchEmbed(nn.Module):
@@ -140,13 +141,13 @@ class PatchEmbed(nn.Module):
         if images.shape[-2:] != self.img_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the model was built for {self.img_size}")
         x = self.stem(images) if self.stem else images
-        return linear(patches(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(split_into_patches(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
 
 
-def patches(x, size):
-    """(B, C, H, W) -> (B, N, C * size * size), row by row, each patch in the order of a convolution's kernel.
+def split_into_patches(x, size):
+    """(B, C, H, W) -> (B, N, C * size * size), row by row, each patch ordered as a convolution's kernel.
 
-    Patches don't overlap, so their embedding is one matrix product; cuDNN's convolution takes eight times as long.
+    Patches do not overlap, so one matrix product embeds them; cuDNN's convolution takes eight times as long.
     """
     x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -155,22 +156,22 @@ def patches(x, size):
 class Block(nn.Module):
     """Pre-norm encoder block: attention, then MLP, each added to the residual stream (B, N, hidden)."""
 
-    is_block = True  # as a Bottleneck: what the model repeats
+    is_block = True  # a repeated unit: activations are recomputed and weights sharded per block
 
-    def __init__(self, config, norm_type, number):
+    def __init__(self, config, norm_type, index):
         super().__init__()
-        drop_path_rate = config.drop_path_rate * number / max(1, config.num_layers - 1)  # 0 in the first block
+        drop_path_rate = config.drop_path_rate * index / max(1, config.num_layers - 1)  # 0 in the first block
         self.norm1 = token_norm(norm_type, config.hidden_size)
         self.attn = Attention(config)
         self.drop_path1 = StochasticDepth(drop_path_rate)
-        self.add1 = residual(norm_type, 2 * number + 1)
+        self.add1 = residual(norm_type, 2 * index + 1)
         self.norm2 = token_norm(norm_type, config.hidden_size)
         self.mlp = Mlp(config)
         self.drop_path2 = StochasticDepth(drop_path_rate)
-        self.add2 = residual(norm_type, 2 * number + 2)
+        self.add2 = residual(norm_type, 2 * index + 2)
 
     def forward(self, x, bias=None, with_keys=False):
-        """The output, and with `with_keys` the attention's keys (B, heads, N, head_dim); for `bias` see `attend`."""
+        """The output, and if `with_keys` the attention's keys (B, heads, N, head_dim); `bias` as in `attend`."""
         out, keys = self.attn.forward_with_keys(self.norm1(x), bias)
         x = self.add_branches(x, out)
         return (x, keys) if with_keys else x
@@ -181,12 +182,15 @@ class Block(nn.Module):
         return self.add_branches(x, out), keys, weights
 
     def add_branches(self, x, out):
+        """Add the attention's output and the MLP to the residual stream x."""
         x = self.add1(x, self.drop_path1(out))
         return self.add2(x, self.drop_path2(self.mlp(self.norm2(x))))
 
 
 class Attention(nn.Module):
     """Multi-head self-attention (B, N, hidden) -> (B, N, hidden); query, key and value in one projection."""
+
+    stacked_weights = {"qkv.weight": 3}  # {parameter: how many weight matrices it stacks}; optimizers may split it
 
     def __init__(self, config):
         super().__init__()
@@ -205,22 +209,22 @@ class Attention(nn.Module):
     def forward_with_keys(self, x, bias=None):
         """The output and the keys (B, heads, N, head_dim)."""
         q, k, v = self.project(x)
-        return self.merge(attend(q, k, v, bias)), k
+        return self.merge_heads(attend(q, k, v, bias)), k
 
     def forward_with_weights(self, x, bias=None):
-        """The output, the keys and the attention weights (B, heads, N, N), which the fused kernel never forms."""
+        """The output, the keys and the attention weights (B, heads, N, N), which the fused kernel never computes."""
         q, k, v = self.project(x)
         weights = attention_weights(q, k, bias)
-        return self.merge(weights @ v), k, weights
+        return self.merge_heads(weights @ v), k, weights
 
     def project(self, x):
         """(B, N, hidden) -> query, key, value, each (B, heads, N, head_dim)."""
-        # unbound where they lie side by side, (B, N, 3, heads, head_dim): their gradients then need one copy, not two
+        # unbound from (B, N, 3, heads, head_dim), next to each other in memory: their gradients need one copy, not two
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def merge(self, x):
-        """(B, heads, N, head_dim) -> (B, N, hidden)"""
+    def merge_heads(self, x):
+        """(B, heads, N, head_dim) -> (B, N, hidden), through the output projection."""
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks.steps import TimedStep
 from command_line import model_maker
 from models.configs import VITS
-from models.token_reduction import METHODS, choice_of_tokens, reduction_grid
+from models.token_reduction import REDUCTION_METHODS, choice_of_tokens, reduction_grid
 from utils.checks import check_figure_path
 from utils.errors import run_script
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
@@ -100,7 +100,7 @@ def draw(speeds, accuracies, title):
         x = [speeds[name] for name in names]
         values = [[100 * value for value in accuracies[name]] for name in names]
         low, y, high = (np.array(list(map(summary, values))) for summary in (min, statistics.mean, max))
-        if method in METHODS:
+        if method in REDUCTION_METHODS:
             start = 100 * statistics.mean(accuracies[NO_REDUCTION])
             axes.plot([speeds[NO_REDUCTION], x[0]], [start, y[0]], ":", color=colour, lw=1)
         axes.errorbar(x, y, (y - low, high - y), marker="o", color=colour, capsize=3, label=LABELS.get(method, method))

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -32,6 +33,25 @@ def make_array(key, shape):
         fan_in = shape[0] if projects_heads else np.prod(shape[:-1], dtype=int)
         return (normal / np.sqrt(fan_in)).astype(np.float32)
     return {"bias": 0.2, "beta": 0.2, "mean": 0.2, "cls": 0.5, "pos_embedding": 0.2}[leaf] * normal
+
+
+def randomised(model):
+    """The model in evaluation mode, loaded with `make_checkpoint` of its keys: all weights random, the head's too."""
+    model.load_from(make_checkpoint(shapes_of(model)), head="keep")
+    return model.eval()
+
+
+def shapes_of(model):
+    """{key: shape} of the model's checkpoint."""
+    return {key: array.shape for key, array in model.export_npz().items()}
+
+
+def with_random_state(model):
+    """The model with each entry of its state dict random, whether or not its checkpoint has a key for it."""
+    generator = torch.Generator().manual_seed(2)
+    for tensor in model.state_dict().values():
+        tensor.uniform_(0.5, 1.5, generator=generator)  # valid for variances too
+    return model
 
 
 def make_images(img_size, batch=2):

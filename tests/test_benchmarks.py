@@ -16,7 +16,7 @@ from command_line import train_parser
 from helpers import ROOT, call_main, succeed
 from models import NORM_TYPES, build_model
 from models.configs import VITS
-from models.token_reduction import METHODS
+from models.token_reduction import REDUCTION_METHODS
 from utils.errors import UserError
 from utils.profiling import activation_bytes
 
@@ -246,7 +246,7 @@ def test_speed_and_coverage_of_token_reduction(run_main, main_fails):
     printed = run_main(token_reduction_speed, *flags, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
     name = r"(none|facility|tome|Conformer-Mini_4)"
     rows = re.findall(rf"^\| {name} \| (\S+) \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
-    reduced = [(name, keep) for keep in ("0.5", "4") for name in METHODS]
+    reduced = [(name, keep) for keep in ("0.5", "4") for name in REDUCTION_METHODS]
     assert rows == [("none", "all"), *reduced, ("Conformer-Mini_4", "0.25")]
     ratios = re.findall(r"\| (\d+) of 64 " + 4 * r"\| ([\d.]+) \(.*?\) ", printed)
     assert [row[0] for row in ratios] == ["32", "4"]

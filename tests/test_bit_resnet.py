@@ -1,4 +1,4 @@
-"""BiT ResNets and the two that are cut from R50x3: sizes, the match with the hybrid, loading and its errors."""
+"""BiT ResNets and the two cut from R50x3: sizes, comparison with the hybrid, loading and its errors."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 from models import CheckpointError, build_model
 from models.configs import RESNETS
-from models.hybrid_stem import convolve, max_pool
 from synthetic import make_checkpoint, make_images
 from utils.profiling import count_flops, count_parameters
 
@@ -30,7 +29,7 @@ def tiny(**overrides):
 
 
 def size(model_type, img_size):
-    """(parameters, FLOPs of an image) at 10 classes."""
+    """(parameters, FLOPs per image) with 10 classes."""
     with torch.device("meta"):
         model = build_model(model_type, img_size, num_classes=10)
     return count_parameters(model), count_flops(model, img_size)
@@ -48,7 +47,7 @@ def test_every_resnet_maps_images_of_any_size_to_logits(model_type, img_size):
     [("R50-ViT-B_16", "ResNet50x3", 224), ("R26-ViT-Mini_4", "ResNet-Mini", 32)],
     ids=["full size", "mini"],
 )
-def test_the_cuts_are_even_with_the_hybrid(hybrid, cnn, img_size):
+def test_the_cuts_have_the_parameters_or_flops_of_the_hybrid(hybrid, cnn, img_size):
     hybrid_parameters, hybrid_flops = size(hybrid, img_size)
     parameters, _ = size(f"{cnn}_Params", img_size)
     _, flops = size(f"{cnn}_Flops", img_size)
@@ -57,7 +56,7 @@ def test_the_cuts_are_even_with_the_hybrid(hybrid, cnn, img_size):
 
 
 def test_the_mini_pair_keeps_the_proportions():
-    """An eighth of the width in all parts; half of the depth, up to a unit."""
+    """An eighth of the width in all parts; half the depth, up to one unit."""
     with torch.device("meta"):
         large, mini = build_model("R50-ViT-B_16").config, build_model("R26-ViT-Mini_4", 32).config
         for field in ("hidden_size", "mlp_dim", "root_width", "num_groups"):
@@ -95,29 +94,6 @@ def test_kernels_are_standardised():
             if isinstance(module, torch.nn.Conv2d) and module.bias is None:
                 module.weight.mul_(3).add_(0.5)
         torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("channels, kernel_size", [((5, 7), 1), ((40, 50), 1), ((5, 7), 3)])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_by_any_primitive_is_the_plain_one(channels, kernel_size, stride):
-    """Outputs and gradients, with fewer channels than the 6 x 5 pixels and with more."""
-    torch.manual_seed(0)
-    images = torch.randn(3, channels[0], 6, 5, dtype=torch.float64, requires_grad=True)
-    kernels = torch.randn(channels[1], channels[0], kernel_size, kernel_size, dtype=torch.float64, requires_grad=True)
-    found = convolve(images, kernels, stride, kernel_size // 2)
-    expected = torch.nn.functional.conv2d(images, kernels, stride=stride, padding=kernel_size // 2)
-    torch.testing.assert_close(found, expected)
-    grad = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(out, (images, kernels), grad) for out in (found, expected)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_pooling_keeps_the_memory_format(memory_format):
-    images = torch.randn(2, 3, 9, 8).contiguous(memory_format=memory_format)
-    pooled = max_pool(images)
-    assert pooled.is_contiguous(memory_format=memory_format)
-    assert torch.equal(pooled, torch.nn.functional.max_pool2d(images, 3, 2))
 
 
 def test_export_and_load_give_the_same_model():
@@ -167,7 +143,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_key(spoil, message):
 
 @pytest.fixture(scope="module")
 def r50x3():
-    """The arrays of a whole R50x3 of small width, with the 21843 classes of ImageNet-21k."""
+    """The arrays of an uncut R50x3 of small width, with the 21843 classes of ImageNet-21k."""
     return randomised(build_model("BiT-M-R50x3", num_classes=21843, **SMALL))[1]
 
 
@@ -200,7 +176,7 @@ def test_the_cuts_take_all_that_r50x3_has_for_them(cut, overrides, r50x3):
 
 
 @pytest.mark.parametrize("cut, overrides", [("Params", SMALL_PARAMS), ("Flops", SMALL_FLOPS)])
-def test_the_cuts_refuse_what_is_no_r50x3(cut, overrides, r50x3):
+def test_the_cuts_refuse_other_checkpoints_than_r50x3(cut, overrides, r50x3):
     model = build_model(f"ResNet50x3_{cut}", **overrides)
     deeper = r50x3 | {"resnet/block3/unit07/a/group_norm/beta": np.zeros(512, np.float32)}
     with pytest.raises(CheckpointError, match="block3/unit07/a/group_norm/beta is left over"):

@@ -7,11 +7,11 @@ import torch
 import evaluate
 import train
 from helpers import call_main, read_config
+from inference import SavedModel
 from models import CheckpointError, build_model
 from models.configs import CONFORMERS
 from models.token_reduction import Clusters, Reduction
-from synthetic import make_images
-from test_models import randomised
+from synthetic import make_images, randomised
 from utils.profiling import count_flops
 
 
@@ -37,7 +37,7 @@ def test_the_grid_keeps_the_spatial_order():
     model = build_model("Conformer-Mini_4", (24, 40), keep_tokens=9)  # patches: 6 x 10
     kept = torch.rand(5, 60, generator=torch.Generator().manual_seed(0)).topk(9).indices.sort(dim=1).values
     clusters = Clusters(torch.nn.functional.pad(kept + 1, (1, 0)), None)
-    grid = model.on_grid(kept[..., None].float(), clusters)[:, 0].long()  # each cell holds its patch's number
+    grid = model.to_grid(kept[..., None].float(), clusters)[:, 0].long()  # each cell holds its patch's number
     assert grid.shape == (5, 3, 3)
     for found, patches in zip(grid.tolist(), kept.tolist(), strict=True):
         ranked = sorted(patches, key=lambda patch: (patch // 10, patch % 10))
@@ -47,8 +47,8 @@ def test_the_grid_keeps_the_spatial_order():
     assert (columns.diff(dim=2) >= 0).all()
 
 
-def test_all_patches_kept_lie_as_they_did():
-    """On the way through the choice as without it."""
+def test_the_order_does_not_change_if_all_patches_are_kept():
+    """With a token reduction that keeps all patches and without one."""
     model = randomised(build_model("Conformer-Mini_4", 32, token_reduction="none"))
     assert (model.reduction, model.grid_size) == (None, (8, 8))
     images = torch.from_numpy(make_images(32))
@@ -57,7 +57,7 @@ def test_all_patches_kept_lie_as_they_did():
         model.reduction = Reduction("facility", 64, 2)
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     patches = torch.arange(64.0).view(1, 64, 1)
-    assert torch.equal(model.on_grid(patches, None).flatten(), patches.flatten())
+    assert torch.equal(model.to_grid(patches, None).flatten(), patches.flatten())
 
 
 @pytest.mark.parametrize("method", ["none", "facility", "tome"])
@@ -69,6 +69,7 @@ def test_training_reaches_every_weight(method):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_a_compiled_conformer_gives_the_same():
     model = randomised(build_model("Conformer-Mini_4", 32))
     images = torch.from_numpy(make_images(32))
@@ -138,7 +139,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_key():
 @pytest.mark.parametrize(
     "keywords, message",
     [
-        ({"keep_tokens": 10}, "keep_tokens 10 is no square number, which a Conformer needs; 9 is one"),
+        ({"keep_tokens": 10}, "keep_tokens 10 is not a square number, which a Conformer needs; 9 is one"),
         ({"keep_tokens": 81}, "keep_tokens 81 is neither a count from 1 to the model's 64 patches"),
         ({"reduction_layer": 7}, "reduction_layer 7 is not one of the model's 1 to 6"),
         ({"reduction_layer": 0}, "reduction_layer 0 is not one of the model's 1 to 6"),
@@ -160,7 +161,7 @@ def test_shares_are_rounded_to_squares(keep_tokens, side):
 
 
 def test_train_and_evaluate(tiny_flags, tmp_path, monkeypatch, capsys):
-    """From a ViT's checkpoint, through the same loop; the run is restored with its grid."""
+    """From a ViT's checkpoint, through the training loop; evaluate.py restores the run with its grid."""
     np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 16)).export_npz())
     flags = ["--model_type", "Conformer-Mini_4", "--pretrained_dir", tmp_path / "ViT-Mini_4.npz", "--img_size", 16]
     flags += ["--keep_tokens", 9, "--bf16", "--num_steps", 4, "--eval_every", 2, "--log_attention_every", 2]
@@ -168,9 +169,9 @@ def test_train_and_evaluate(tiny_flags, tmp_path, monkeypatch, capsys):
     assert "arrays of conformer/group_norm, conformer/unit01, conformer/unit02: initialised" in capsys.readouterr().out
     run_dir = tmp_path / "output" / "run"
     assert read_config(run_dir)["flags"]["keep_tokens"] == 9
-    model, *_ = evaluate.load_model(run_dir / "last.safetensors")
+    model = SavedModel.load(run_dir / "last.safetensors").model
     assert model.grid_size == (3, 3)
     call_main(evaluate, ["--checkpoint", run_dir / "last.safetensors"], monkeypatch)
     assert "360 test images" in capsys.readouterr().out
-    resized, *_ = evaluate.load_model(run_dir / "last.safetensors", img_size=32)
+    resized = SavedModel.load(run_dir / "last.safetensors", img_size=32).model
     assert resized.reduction == Reduction("facility", 9, 2)

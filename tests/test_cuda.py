@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from helpers import ROOT, load_data
-from models import NORM_TYPES, build_model
+from models import NORM_TYPES, REDUCTION_METHODS, Reduction, build_model, cluster_tokens
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
-from models.token_reduction import METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from test_training import run, stop_after
@@ -166,7 +165,7 @@ def test_a_run_goes_on_where_it_stopped(tiny_flags, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_tokens_are_chosen_as_on_the_cpu(method, device):
     keys = torch.randn(3, 4, 1 + 196, 64, dtype=torch.float64).float()
     on_cpu, on_gpu = (cluster_tokens(keys.to(place), Reduction(method, 49, 4)) for place in ("cpu", device))
@@ -183,7 +182,7 @@ def test_attention_with_sizes(dtype, device):
 
 
 @pytest.mark.parametrize("model_type", ["ViT-Mini_4", "Conformer-Mini_4"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
     flags = ["--model_type", model_type, "--img_size", 16, "--token_reduction", method, "--keep_tokens", 4]
     metrics = train_on_the_gpu(tiny_flags, *flags, "--reduction_layer", 2, "--bf16", "--compile")

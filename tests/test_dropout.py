@@ -24,7 +24,7 @@ def test_rate_and_independence(rate):
     assert between_elements.std() == pytest.approx(1 / 256**0.5, rel=0.05)
 
 
-def test_the_mask_follows_the_sample_wherever_it_stands():
+def test_the_mask_depends_on_the_sample_not_on_its_position_in_the_batch():
     layer = Dropout(0.5).train()
     x = torch.ones(4, 8, 16)
     layer.seed_samples(keys_at(3, 9, 27, 81, layer=5))
@@ -45,7 +45,7 @@ def test_layers_seeds_and_positions_differ():
             assert 0.4 < (mask == other).double().mean() < 0.6
 
 
-def test_gradient_flows_where_the_mask_lets_it():
+def test_the_gradient_has_the_mask_of_the_output():
     layer = Dropout(0.25).train()
     layer.seed_samples(keys_at(7))
     x = torch.ones(1, 100, requires_grad=True)

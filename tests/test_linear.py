@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, linear
-from models.linear import GELUWithSlope, Linear, gelu
+from models.linear import GELUWithDerivative, Linear, gelu
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}  # of relative errors in the Euclidean norm
-ROWS = (2, linear.ROWS_WORTH_REORDERING // 2)
+ROWS = (2, linear.MIN_ROWS_TO_REORDER // 2)
 
 
 def error(found, exact):
@@ -34,7 +34,7 @@ def test_linear_and_its_gradients(dtype, rows, monkeypatch):
 
     out = layer(x)
     out.backward(grad)
-    assert len(reordered) == (rows == ROWS and (linear.BFLOAT16 if dtype == torch.bfloat16 else linear.ONEDNN))
+    assert len(reordered) == (rows == ROWS and dtype in linear.ONEDNN_DTYPES)
     pairs = [(out, exact), (x.grad, exact_x.grad)]
     pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact_layer.parameters(), strict=True)]
     for found, wanted in pairs:
@@ -51,7 +51,7 @@ def test_a_frozen_layer_gets_no_gradients():
 
 
 def test_second_derivatives_and_transforms_in_float32():
-    """As of any other PyTorch model: a Hessian's product, and torch.func's gradients for each sample."""
+    """As in any PyTorch model: the product of a Hessian, and per-sample gradients of torch.func."""
     torch.manual_seed(0)
     layer = Linear(8, 4)
     x = torch.randn(*ROWS, 8, requires_grad=True)
@@ -78,8 +78,8 @@ def test_second_derivatives_and_transforms_in_float32():
     assert torch.allclose(tangent, expected, atol=1e-5)
 
 
-def test_flops_and_traces_are_the_same_with_many_rows():
-    """PyTorch's counter and jit.trace see what they see with few rows."""
+def test_flops_and_traces_with_many_rows_are_those_with_few():
+    """By torch.utils.flop_counter and torch.jit.trace."""
     torch.manual_seed(0)
     layer, few, many = Linear(8, 4), torch.randn(3, 8), torch.randn(*ROWS, 8)
     for x in (few, many):
@@ -92,15 +92,15 @@ def test_flops_and_traces_are_the_same_with_many_rows():
     assert torch.allclose(traced(few), layer(few), atol=1e-6)
 
 
-def test_a_wrong_size_is_told_as_by_pytorch():
+def test_a_wrong_size_raises_the_error_of_pytorch():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         Linear(8, 4)(torch.randn(*ROWS, 9))
 
 
-@pytest.mark.parametrize("at_once", [linear.ELEMENTS_AT_ONCE, 100])
-def test_gelu_and_its_slope_in_bfloat16(at_once, monkeypatch):
+@pytest.mark.parametrize("at_once", [linear.CHUNK_SIZE, 100])
+def test_gelu_and_its_derivative_in_bfloat16(at_once, monkeypatch):
     """Every bfloat16 number up to a million, rounded once, against float64 by tanh."""
-    monkeypatch.setattr(linear, "ELEMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr(linear, "CHUNK_SIZE", at_once)
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     x = numbers[numbers.abs() < 1e6].requires_grad_()
     assert len(x) > 30_000
@@ -115,9 +115,9 @@ def test_gelu_and_its_slope_in_bfloat16(at_once, monkeypatch):
 
 
 def test_gelu_in_bfloat16_has_no_second_derivative():
-    """An error, not a wrong number: the slope is kept as a constant."""
+    """An error, not a wrong number: the derivative is saved as a constant."""
     x = torch.randn(5, dtype=torch.bfloat16, requires_grad=True)
-    (slope,) = torch.autograd.grad(GELUWithSlope.apply(x).square().sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(GELUWithDerivative.apply(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
@@ -125,7 +125,7 @@ def test_gelu_in_bfloat16_has_no_second_derivative():
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("rows", [(3, 65), ROWS])
 def test_mlps_are_the_same_with_and_without_gradients(dtype, rows):
-    """Without, a CPU takes the first layer and the GELU at once."""
+    """Without gradients, a CPU computes the first layer and the GELU in one kernel."""
     torch.manual_seed(0)
     mlp = build_model("ViT-Mini_4", 32, hidden_size=32, mlp_dim=64, num_heads=2, num_layers=1).blocks[0].mlp.to(dtype)
     x = torch.randn(*rows, 32, dtype=dtype)
@@ -144,7 +144,7 @@ def gelu_by_tanh(x):
 
 
 def count_calls(monkeypatch, owner, name):
-    """A list that grows by one item a call of `owner.name`, which goes on to do what it did."""
+    """A list that grows by one item per call of `owner.name`, which still does what it did."""
     calls = []
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: (calls.append(args), original(*args))[1])

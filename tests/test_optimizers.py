@@ -36,7 +36,7 @@ def test_muon_is_muon_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
     """Against separate optimizers, in which query, key and value are parameters of their own."""
     model, reference = random_model(), random_model()
     args = flags("--optimizer", "muon", "--learning_rate", 0.02, "--weight_decay", 0.1)
-    optimizer = make_optimizer(args, list(model.named_parameters()))
+    optimizer = make_optimizer(args, model, list(model.named_parameters()))
 
     matrices = [(name, p) for name, p in reference.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     assert len(matrices) == 2 * 4  # qkv, proj, fc1 and fc2 of each block
@@ -68,13 +68,13 @@ def test_muon_is_muon_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_state_is_saved_and_restored_to_the_bit(name):
     model = random_model()
-    optimizer = make_optimizer(flags("--optimizer", name), list(model.named_parameters()))
+    optimizer = make_optimizer(flags("--optimizer", name), model, list(model.named_parameters()))
     for step in range(2):
         give_gradients(model, step)
         optimizer.step()
     copy = random_model()
     copy.load_state_dict(model.state_dict())
-    restored = make_optimizer(flags("--optimizer", name), list(copy.named_parameters()))
+    restored = make_optimizer(flags("--optimizer", name), copy, list(copy.named_parameters()))
     restore_state(restored, {key: tensor.clone() for key, tensor in state_tensors(optimizer).items()})
     for each, its_optimizer in ((model, optimizer), (copy, restored)):
         give_gradients(each, 7)
@@ -108,7 +108,7 @@ def test_what_muon_cannot_do(tiny_flags, monkeypatch, capsys):
 class SignAndMomentum(torch.optim.Optimizer):
     """A toy made of two: a sign update for the first group with its own state, torch's SGD for the others."""
 
-    def __init__(self, groups, lr):
+    def __init__(self, groups, lr, model):
         super().__init__(groups, {"lr": lr})
         self.sgd = torch.optim.SGD(self.param_groups[1:], lr=lr, momentum=0.5)
 
@@ -144,7 +144,7 @@ def test_a_new_optimizer_is_one_line(tiny_flags, monkeypatch, tmp_path, capsys):
 
 def test_state_that_is_not_a_tensor_is_an_error_not_lost():
     model = random_model()
-    optimizer = make_optimizer(flags(), list(model.named_parameters()))
+    optimizer = make_optimizer(flags(), model, list(model.named_parameters()))
     optimizer.state[model.head.weight]["age"] = 3
     with pytest.raises(TypeError, match="the optimizer's age of head.weight is not a tensor, so it can't be saved"):
         state_tensors(optimizer)
@@ -160,7 +160,7 @@ def test_a_group_keeps_its_own_learning_rate(tiny_flags, monkeypatch):
             return super().step(closure)
 
     monkeypatch.setitem(
-        OPTIMIZERS, "two rates", lambda groups, lr: Watched([{**groups[0], "lr": lr / 10}, *groups[1:]], lr=lr)
+        OPTIMIZERS, "two rates", lambda groups, lr, model: Watched([{**groups[0], "lr": lr / 10}, *groups[1:]], lr=lr)
     )
     run(tiny_flags("--optimizer", "two rates", "--num_steps", 6), monkeypatch)
     run(tiny_flags("--optimizer", "two rates", "--resume"), monkeypatch)

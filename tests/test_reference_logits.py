@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from models import build_model, linear
 from models.npz import resnet_rows
-from synthetic import load_fixture, make_checkpoint, make_images
+from synthetic import load_fixture, make_checkpoint, make_images, shapes_of
 
 NO_PRETRAINED = {"num_classes": 10, "act_layer": partial(torch.nn.GELU, approximate="tanh")}
 
@@ -36,29 +36,33 @@ def later_spelling(key):
     return key
 
 
-@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5), ("BiT-M-R50x1", 1e-5)])
-def test_logits_are_the_official_ones(name, bound):
-    fixture = load_fixture(name)
-    arrays = make_checkpoint(fixture["shapes"])
+BOUNDS = {"ViT-Ti_16": 1e-5, "R50_ViT-B_16": 5e-5, "BiT-M-R50x1": 1e-5}  # of the relative error
+
+
+@pytest.fixture(scope="module", params=BOUNDS)
+def official(request):
+    """(model with the official weights, images, official logits, bound)"""
+    fixture = load_fixture(request.param)
     model = build_model(fixture["model"], fixture["img_size"], fixture["num_classes"])
     assert sum(p.numel() for p in model.parameters()) == fixture["params"]
-    model.load_from(arrays, head="keep")
-    logits = logits_of(model, make_images(fixture["img_size"], fixture["batch"]))
-    assert relative_error(logits, fixture["logits"]) < bound
-
-
-@pytest.mark.parametrize("name, bound", [("ViT-Ti_16", 1e-5), ("R50_ViT-B_16", 5e-5)])
-def test_logits_are_the_official_ones_where_weights_are_reordered(name, bound, monkeypatch):
-    """As a CPU does it from some images on, in evaluation and with the gradients of training."""
-    monkeypatch.setattr(linear, "ROWS_WORTH_REORDERING", 1)
-    fixture = load_fixture(name)
-    model = build_model(fixture["model"], fixture["img_size"], fixture["num_classes"])
     model.load_from(make_checkpoint(fixture["shapes"]), head="keep")
-    images = make_images(fixture["img_size"], fixture["batch"])
+    return model, make_images(fixture["img_size"], fixture["batch"]), fixture["logits"], BOUNDS[request.param]
+
+
+def test_logits_are_the_official_ones(official):
+    model, images, expected, bound = official
+    assert relative_error(logits_of(model, images), expected) < bound
+
+
+@pytest.mark.parametrize("official", ["ViT-Ti_16", "R50_ViT-B_16"], indirect=True)
+def test_logits_are_the_official_ones_if_weights_are_reordered(official, monkeypatch):
+    """As on a CPU for many images, in evaluation and with the gradients of training."""
+    model, images, expected, bound = official
+    monkeypatch.setattr(linear, "MIN_ROWS_TO_REORDER", 1)
     with_gradients = model.eval()(torch.from_numpy(images))
     assert with_gradients.requires_grad
     for logits in (logits_of(model, images), with_gradients.detach()):
-        assert relative_error(logits, fixture["logits"]) < bound
+        assert relative_error(logits, expected) < bound
 
 
 @pytest.mark.parametrize("spelling", ["released", "later", "flat group norms"])
@@ -79,17 +83,13 @@ def test_every_spelling_loads_the_same_weights(spelling):
     assert all(np.array_equal(exported[key], arrays[key]) for key in arrays)
 
 
-def shapes_of(model):
-    return {key: array.shape for key, array in model.export_npz().items()}
-
-
 # Names, timm's names, and the depth compared: a block of a large model is like every other.
 TIMM = [
     ("ViT-Ti_16", "vit_tiny_patch16_224", 12),
     ("ViT-S_16", "vit_small_patch16_224", 12),
     ("ViT-S_32", "vit_small_patch32_224", 12),
     ("ViT-B_8", "vit_base_patch8_224", 2),
-    ("ViT-B_16", "vit_base_patch16_224", 12),
+    ("ViT-B_16", "vit_base_patch16_224", 3),
     ("ViT-B_32", "vit_base_patch32_224", 3),
     ("ViT-L_16", "vit_large_patch16_224", 2),
     ("ViT-L_32", "vit_large_patch32_224", 2),
@@ -116,14 +116,20 @@ def test_state_dict_has_timms_names():
 
 HYBRIDS = [
     ("R-ViT-Ti_16", "vit_tiny_r_s16_p8_224", 12),
-    ("R26-ViT-S_32", "vit_small_r26_s32_224", 12),
-    ("R26-ViT-B_32", "vit_base_r26_s32_224", 3),
-    ("R50-ViT-L_32", "vit_large_r50_s32_224", 2),
+    ("R26-ViT-S_32", "vit_small_r26_s32_224", 3),
+    ("R26-ViT-B_32", "vit_base_r26_s32_224", 1),
+    ("R50-ViT-L_32", "vit_large_r50_s32_224", 1),
 ]
 
 
-@pytest.mark.parametrize("name, timm_name, depth", HYBRIDS, ids=[name for name, _, _ in HYBRIDS])
-@pytest.mark.parametrize("img_size", [224, 384])
+@pytest.mark.parametrize(
+    "name, timm_name, depth, img_size",
+    [
+        *(pytest.param(*hybrid, 224, id=f"{hybrid[0]}-224") for hybrid in HYBRIDS),
+        pytest.param(*HYBRIDS[0], 384, id=f"{HYBRIDS[0][0]}-384"),
+        *(pytest.param(*hybrid, 384, id=f"{hybrid[0]}-384", marks=pytest.mark.slow) for hybrid in HYBRIDS[1:]),
+    ],
+)
 def test_hybrid_agrees_with_timm(name, timm_name, depth, img_size, tmp_path):
     """timm divides by sqrt(var + 1e-8), Google by std + 1e-5; kernels scaled by 100 make the two the same.
 
@@ -180,6 +186,7 @@ def test_position_embeddings_are_interpolated_linearly_between_the_corners(grid_
     np.testing.assert_allclose(found[1:], grid.reshape(-1, 192), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, timm_name", [("BiT-M-R50x3", "resnetv2_50x3_bit"), ("BiT-S-R101x1", "resnetv2_101x1_bit")]
 )

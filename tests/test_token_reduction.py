@@ -1,4 +1,4 @@
-"""Facility location against brute force and lazy greedy, merging, and what a ViT makes of both."""
+"""Facility location against brute force and lazy greedy, merging, and ViTs with both."""
 
 import heapq
 import itertools
@@ -12,7 +12,8 @@ import torch._dynamo.testing
 import evaluate
 import train
 from helpers import call_main, read_config, script, succeed, write_pictures
-from models import build_model
+from inference import SavedModel
+from models import REDUCTION_METHODS, build_model
 from models.token_reduction import (
     Clusters,
     Reduction,
@@ -20,17 +21,15 @@ from models.token_reduction import (
     coverage,
     facility_clusters,
     facility_location,
-    merge,
+    merge_tokens,
     similarity,
     tome_clusters,
-    unmerge,
+    unmerge_tokens,
     upper_bound,
 )
-from synthetic import make_images
-from test_models import randomised
+from synthetic import make_images, randomised
 from utils.attention import attention_of, class_token_mask, rollout
 
-METHODS = ("facility", "tome")
 SMALL = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 4}
 
 
@@ -60,7 +59,7 @@ def test_similarity_is_the_shifted_cosine():
 
 
 def test_coverage_is_monotone_and_submodular():
-    """More tokens never cover less, and a token gains less the more are there already."""
+    """More tokens never cover less, and a token gains less if more are chosen already."""
     s = random_similarity(20, 12)
     orders = np.random.default_rng(0).permuted(np.tile(np.arange(12), (20, 1)), axis=1)
     for number, order in enumerate(orders.tolist()):
@@ -87,7 +86,7 @@ def test_greedy_is_near_the_optimum(k):
 
 
 def lazy_greedy(s, k):
-    """Minoux's accelerated greedy on one image in NumPy: a gain is computed anew only where its old one leads."""
+    """Minoux's accelerated greedy on one image: a gain is computed again only if its old value is the largest."""
     best, picks = np.zeros(len(s)), []
     heap = [(-s[j].sum(), j, 0) for j in range(len(s))]
     heapq.heapify(heap)
@@ -103,11 +102,11 @@ def lazy_greedy(s, k):
 
 @pytest.mark.parametrize("tokens, k", [(196, 49), (196, 147), (64, 16)])
 def test_picks_are_those_of_lazy_greedy(tokens, k):
-    # Weighted, since of two tokens that are each other's nearest both gain the same, and rounding would choose.
+    # Weighted, because two tokens that are nearest to each other gain the same, and rounding would decide.
     s = random_similarity(4, tokens, features=64) * torch.rand(4, 1, tokens, dtype=torch.float64)
     picks = facility_location(s, k)
     assert picks.tolist() == [lazy_greedy(one, k) for one in s.numpy()]
-    single = facility_location(s.float(), k)  # near ties may go the other way, which costs next to nothing
+    single = facility_location(s.float(), k)  # near ties may be decided differently, which costs almost nothing
     torch.testing.assert_close(coverage(s, single), coverage(s, picks), rtol=1e-4, atol=0)
 
 
@@ -121,7 +120,7 @@ def test_no_token_is_picked_twice_where_none_gains():
 @pytest.mark.parametrize("clusters_of", [facility_clusters, tome_clusters])
 @pytest.mark.parametrize("tokens, k", [(16, 16), (16, 9), (17, 4), (17, 1)])
 def test_clusters(clusters_of, tokens, k):
-    """Each token belongs to one cluster, and what a cluster is named after belongs to it; names ascend."""
+    """Each token belongs to one cluster, and its representative belongs to it; representatives ascend."""
     keys = torch.randn(3, tokens, 8, generator=torch.Generator().manual_seed(1))
     kept, assignment = clusters_of(keys, k)
     assert kept.shape == (3, k) and assignment.shape == (3, tokens)
@@ -136,7 +135,7 @@ def test_clusters(clusters_of, tokens, k):
 
 
 def test_tome_merges_the_best_matches_first():
-    """One of six tokens a round: first 0 into its equal 3, then 1 into 4, both into 5, all these into 3."""
+    """One of six tokens per round: first 0 into its equal 3, then 1 into 4, both into 5, all these into 3."""
     angles = torch.tensor([[0.0, 40.0, 120.0, 0.0, 41.0, 80.0]]).deg2rad()
     keys = torch.stack([angles.cos(), angles.sin()], dim=-1)
     found = {k: [tensor[0].tolist() for tensor in tome_clusters(keys, k)] for k in (5, 4, 3, 2)}
@@ -157,9 +156,9 @@ def test_tome_merges_a_quarter_at_once():
     assert assignment.tolist() == [[0, 1, 5, 2, 3, 4, 1, 5]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_the_class_token_is_kept_and_alone(method):
-    """Also where the patches have the very same keys."""
+    """Also if patches have the same key as the class token."""
     keys = torch.randn(2, 3, 10, 4)
     keys[:, :, 3:6] = keys[:, :, :1]
     clusters = cluster_tokens(keys, Reduction(method, 3, 1))
@@ -167,7 +166,7 @@ def test_the_class_token_is_kept_and_alone(method):
     assert (clusters.kept[:, 0] == 0).all() and (clusters.assignment[:, 0] == 0).all()
     assert (clusters.assignment[:, 1:] > 0).all()
     x = torch.randn(2, 10, 5)
-    merged, sizes = merge(x, clusters)
+    merged, sizes = merge_tokens(x, clusters)
     assert torch.equal(merged[:, 0], x[:, 0])
     assert (sizes[:, 0] == 1).all() and (sizes.sum(dim=1) == 10).all()
 
@@ -175,25 +174,25 @@ def test_the_class_token_is_kept_and_alone(method):
 def test_merged_tokens_are_weighted_means():
     x = torch.tensor([[[1.0], [2.0], [4.0], [7.0]]], requires_grad=True)
     clusters = Clusters(torch.tensor([[0, 1]]), torch.tensor([[0, 1, 0, 1]]))
-    merged, sizes = merge(x, clusters)
+    merged, sizes = merge_tokens(x, clusters)
     assert (merged.tolist(), sizes.tolist()) == ([[[2.5], [4.5]]], [[2, 2]])
-    merged, sizes = merge(x, clusters, torch.tensor([[3.0, 1.0, 1.0, 4.0]]))
+    merged, sizes = merge_tokens(x, clusters, torch.tensor([[3.0, 1.0, 1.0, 4.0]]))
     assert (merged.tolist(), sizes.tolist()) == ([[[1.75], [6.0]]], [[4, 5]])
     merged[0, 1].sum().backward()
     assert x.grad[0, :, 0].tolist() == pytest.approx([0, 0.2, 0, 0.8])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_unmerge_puts_each_value_back_to_its_members(method):
     keys = torch.randn(2, 1, 17, 4)
     clusters = cluster_tokens(keys, Reduction(method, 5, 1))
     values = torch.randn(2, 6, 3)
-    spread = unmerge(values, clusters)
+    spread = unmerge_tokens(values, clusters)
     for image, token in itertools.product(range(2), range(17)):
         assert torch.equal(spread[image, token], values[image, clusters.assignment[image, token]])
-    again, _ = merge(spread, clusters)
+    again, _ = merge_tokens(spread, clusters)
     torch.testing.assert_close(again, values)
-    assert torch.equal(unmerge(values[..., 0], clusters), spread[..., 0])
+    assert torch.equal(unmerge_tokens(values[..., 0], clusters), spread[..., 0])
 
 
 @pytest.mark.parametrize("method, keep_tokens", [("facility", 32), ("tome", 48)])
@@ -206,16 +205,16 @@ def test_unmerge_puts_each_value_back_to_its_members(method):
         (torch.float32, 1e-5, "Rescale"),
     ],
 )
-def test_merging_exact_duplicates_leaves_the_output_as_it_is(method, keep_tokens, dtype, exact, norm_type):
+def test_merging_exact_duplicates_does_not_change_the_output(method, keep_tokens, dtype, exact, norm_type):
     """32 kinds of patches, each twice, without position embeddings: 32 tokens can stand for all 64.
 
     ToMe in one round: in the next it would miss some equals.
     """
     images = torch.from_numpy(make_images(32))
-    images[..., 16:, :] = images[..., :16, :]  # in the lower half the upper half's patches again
+    images[..., 16:, :] = images[..., :16, :]  # the lower half repeats the patches of the upper half
     whole = randomised(small(norm_type=norm_type)).eval()
     whole.pos_embed.data.zero_()
-    # ToMe looks for a patch of even number among those of odd number, so the rows are moved by one patch.
+    # ToMe matches patches of even index with those of odd index, so the rows are shifted by one patch.
     images[..., 16:, :] = images[..., 16:, :].roll(4, dims=-1)
     assert (whole.embed(images)[:, 1:].unique(dim=1).shape[1]) == 32
     model = reduced(method, keep_tokens=keep_tokens, norm_type=norm_type).eval()
@@ -230,17 +229,17 @@ def test_merging_exact_duplicates_leaves_the_output_as_it_is(method, keep_tokens
     assert [weights.shape[-1] for weights in attention] == [65, 65, 1 + keep_tokens, 1 + keep_tokens]
 
 
-def test_without_the_sizes_it_would_not(monkeypatch):
-    """That the test above can fail: here sizes differ, 1 or more."""
+def test_without_the_sizes_the_output_changes(monkeypatch):
+    """So the test above can fail. Here the sizes differ."""
     model = randomised(reduced("facility", keep_tokens=20))
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
         proportional = model(images)
-        monkeypatch.setattr("models.vision_transformer.proportional", lambda sizes, dtype: None)
+        monkeypatch.setattr("models.vision_transformer.size_bias", lambda sizes, dtype: None)
         assert (model(images) - proportional).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 @pytest.mark.parametrize("keep_tokens", [64, 1.0])
 def test_keeping_all_changes_nothing(method, keep_tokens):
     whole = randomised(small())
@@ -248,41 +247,28 @@ def test_keeping_all_changes_nothing(method, keep_tokens):
     model.load_state_dict(whole.state_dict())
     images = torch.from_numpy(make_images(32))
     assert torch.equal(model(images), whole(images))
-    model.reduction = Reduction(method, 64, 2)  # by the general way
+    model.reduction = Reduction(method, 64, 2)  # with a reduction that keeps all
     torch.testing.assert_close(model(images), whole(images), rtol=1e-6, atol=1e-6)
     clusters = cluster_tokens(torch.randn(2, 1, 65, 4), model.reduction)
     assert torch.equal(clusters.kept, clusters.assignment)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 @pytest.mark.parametrize(
-    "model_type, dtype", [("ViT-Mini_4", "float32"), ("ViT-Mini_4", "bfloat16"), ("R26-ViT-S_32", "float32")]
+    "model_type, dtype", [("ViT-Mini_4", "float32"), ("ViT-Mini_4", "bfloat16"), ("R26-ViT-Mini_4", "float32")]
 )
 @pytest.mark.parametrize("norm_type", ["LN", "GN"])
 def test_training_reaches_every_weight(method, model_type, dtype, norm_type):
-    """In bfloat16 as well, whose attention is another one on a CPU."""
+    """In bfloat16 as well, which has its own attention on a CPU."""
     dtype = getattr(torch, dtype)
-    model = randomised(reduced(method, model_type=model_type, img_size=128, norm_type=norm_type)).train().to(dtype)
-    model(torch.randn(2, 3, 128, 128).to(dtype)).sum().backward()
+    model = randomised(reduced(method, model_type=model_type, norm_type=norm_type)).train().to(dtype)
+    model(torch.from_numpy(make_images(32)).to(dtype)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
-def test_bfloat16_attention_with_sizes_is_exact():
-    """Output and gradients of the CPU's own path against the fused kernel in float64."""
-    from models.attention import attend
-
-    torch.manual_seed(0)
-    exact = [torch.randn(3, 2, 17, 64, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    bias = torch.randint(1, 9, (3, 1, 1, 17)).double().log()
-    short = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    for inputs in (exact, short):
-        attend(*inputs, bias.to(inputs[0].dtype)).square().sum().backward()
-    for one, other in zip(exact, short, strict=True):
-        assert ((one.grad - other.grad).norm() / one.grad.norm()).item() < 0.02
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_a_compiled_model_gives_the_same(method):
     model = randomised(reduced(method, keep_tokens=9))
     images = torch.from_numpy(make_images(32))
@@ -293,7 +279,7 @@ def test_a_compiled_model_gives_the_same(method):
 
 
 def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
-    """The same as rolling out in small matrices, a merge being one more factor."""
+    """It equals the rollout of the small matrices with the merge as one more factor."""
     model = randomised(reduced("facility", keep_tokens=9))
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
@@ -301,7 +287,7 @@ def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
         _, expanded, _ = attention_of(model, images)
     assert [weights.shape for weights in expanded] == [(2, 2, 65, 65)] * 4
     torch.testing.assert_close(torch.stack(expanded).sum(dim=-1), torch.ones(4, 2, 2, 65))
-    merged, _ = merge(rollout(attention[:2]), clusters)  # (B, 10, 65)
+    merged, _ = merge_tokens(rollout(attention[:2]), clusters)  # (B, 10, 65)
     expected = (rollout(attention[2:]) @ merged)[:, 0]
     torch.testing.assert_close(rollout(expanded)[:, 0], expected)
     assert class_token_mask(rollout(expanded), (8, 8)).shape == (2, 8, 8)
@@ -347,7 +333,7 @@ GIVEN = ("--token_reduction", "facility", "--reduction_layer", 2)
     "flags, message",
     [
         ((*GIVEN, "--keep_tokens", 5), "keep_tokens 5 is neither a count from 1 to the model's 4 patches nor a share"),
-        ((*GIVEN, "--keep_tokens", "many"), "many is not a number above 0, 1 at most"),
+        ((*GIVEN, "--keep_tokens", "many"), "many is not a number above 0 and at most 1"),
         ((*GIVEN, "--keep_tokens", 0), "0 is not a whole number above 0"),
         (
             (*GIVEN[:2], "--reduction_layer", 6, "--keep_tokens", 2),
@@ -366,17 +352,17 @@ def test_wrong_flags(flags, message, tiny_flags, monkeypatch, capsys):
 
 
 def test_a_run_is_restored_with_its_reduction(tiny_flags, tmp_path, monkeypatch, capsys):
-    """evaluate.py takes it from the run, or another one from its own flags."""
+    """evaluate.py uses the run's reduction, or the one of its own flags."""
     flags = (*GIVEN, "--keep_tokens", 0.5, "--num_steps", 2, "--eval_every", 2, "--log_attention_every", 2)
     call_main(train, tiny_flags(*flags), monkeypatch)
     run_dir = tmp_path / "output" / "run"
     assert read_config(run_dir)["flags"]["keep_tokens"] == 0.5
-    load = evaluate.load_model
-    assert load(run_dir / "last.safetensors")[0].reduction == Reduction("facility", 2, 2)
-    assert load(run_dir / "last.safetensors", img_size=16)[0].reduction == Reduction("facility", 8, 2)
+    path = run_dir / "last.safetensors"
+    assert SavedModel.load(path).model.reduction == Reduction("facility", 2, 2)
+    assert SavedModel.load(path, img_size=16).model.reduction == Reduction("facility", 8, 2)
     other = {"token_reduction": "tome", "keep_tokens": 1}
-    assert load(run_dir / "last.safetensors", reduction=other)[0].reduction == Reduction("tome", 1, 2)
-    assert load(run_dir / "last.safetensors", reduction={"token_reduction": "none"})[0].reduction is None
+    assert SavedModel.load(path, token_reduction=other).model.reduction == Reduction("tome", 1, 2)
+    assert SavedModel.load(path, token_reduction={"token_reduction": "none"}).model.reduction is None
     capsys.readouterr()
     flags = ["--checkpoint", run_dir / "last.safetensors", "--keep_tokens", 5, write_pictures(tmp_path, [(8, 8)])[0]]
     with pytest.raises(SystemExit) as stopped:
@@ -386,7 +372,7 @@ def test_a_run_is_restored_with_its_reduction(tiny_flags, tmp_path, monkeypatch,
 
 
 def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, capsys):
-    """Google's .npz with the three flags: the same as the model built that way, and not the same as the whole."""
+    """Google's .npz with the three flags: the results are those of a model built that way, not of an unreduced one."""
     model = randomised(build_model("ViT-Mini_4", 32, num_classes=3))
     np.savez(tmp_path / "ViT-Mini_4.npz", **model.export_npz())
     picture = write_pictures(tmp_path / "pictures", [(32, 32)])[0]
@@ -399,8 +385,9 @@ def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, c
     assert answers[0] != answers[1]
 
 
-def test_pictures_of_a_reduced_model(tmp_path):
-    """All kinds for a reduced model; the clusters alone need one."""
+@pytest.mark.slow
+def test_figures_of_a_reduced_model(tmp_path):
+    """A reduced model has all kinds of figures; those of clusters need one."""
     np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 32, num_classes=3)).export_npz())
     write_pictures(tmp_path / "pictures", [(40, 50), (32, 32)])
     command = ["visualize.py", "--checkpoint", tmp_path / "ViT-Mini_4.npz", "--image", tmp_path / "pictures"]
@@ -420,7 +407,7 @@ def test_pictures_of_a_reduced_model(tmp_path):
         ({}, 2),  # the patch embedding, the blocks
         ({"norm_type": "Rescale"}, 2),
         ({"dropout_rate": 0.1, "drop_path_rate": 0.0}, 2),
-        # before the reduction, the block whose keys it takes, after it
+        # the blocks before the reduction, the block that returns its keys, the blocks after it
         ({"token_reduction": "facility", "keep_tokens": 16, "reduction_layer": 4}, 4),
     ],
 )

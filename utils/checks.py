@@ -57,7 +57,7 @@ def check_model(args, make_model):
     try:
         with torch.device("meta"):
             model = make_model(num_classes=1)
-        make_optimizer(args, list(model.named_parameters()))
+        make_optimizer(args, model, list(model.named_parameters()))
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.log_attention_every and not hasattr(model, "forward_with_attention"):

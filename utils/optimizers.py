@@ -1,19 +1,18 @@
 """The optimizers, one line of OPTIMIZERS each, their parameter groups, and their state in checkpoints.
 
-An entry is called with parameter groups, whose "params" are (name, parameter) pairs, and a learning rate, and returns a
-torch.optim.Optimizer. All of its state must be tensors in `optimizer.state`; then it is saved and resumed. A group that
-sets its own "lr" keeps its ratio to --learning_rate through the whole schedule.
+An entry is called with parameter groups, whose "params" are (name, parameter) pairs, the learning rate and the model,
+and returns a torch.optim.Optimizer. Its state must be tensors in `optimizer.state`, which are saved and restored.
+A group that sets its own "lr" keeps its ratio to --learning_rate through the whole schedule.
 """
 
 import torch
 from torch.distributed.tensor import DTensor
 
 NOT_DECAYED = ("cls_token", "pos_embed")  # in addition to all weights of one dimension: biases and norms
-STACKED_MATRICES = {"attn.qkv.weight": 3}  # weights that hold several matrices, one below the other
 
 
-def make_optimizer(args, named_parameters):
-    """The optimizer of the flags for [(name, parameter), ...]; raises ValueError if it does not suit the model.
+def make_optimizer(args, model, named_parameters):
+    """The optimizer of the flags for [(name, parameter), ...] of a model; raises ValueError if it does not suit it.
 
     Biases, norms, the class token and position embeddings are not decayed.
     """
@@ -21,25 +20,26 @@ def make_optimizer(args, named_parameters):
     for name, parameter in named_parameters:
         is_decayed = parameter.ndim > 1 and name not in NOT_DECAYED
         groups[0 if is_decayed else 1]["params"].append((name, parameter))
-    optimizer = OPTIMIZERS[args.optimizer]([group for group in groups if group["params"]], args.learning_rate)
+    groups = [group for group in groups if group["params"]]
+    optimizer = OPTIMIZERS[args.optimizer](groups, args.learning_rate, model)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return optimizer
 
 
-def sgd(groups, lr):
+def sgd(groups, lr, model):
     """SGD with momentum 0.9."""
     # The fused SGD of torch 2.9 does not update bfloat16 weights on a CPU (level O3), and does not support shards.
     has_shards = any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"])
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=supports_fused(groups) and not has_shards)
 
 
-def adam(groups, lr):
+def adam(groups, lr, model):
     """Adam with PyTorch's defaults."""
     return torch.optim.Adam(groups, lr=lr, fused=supports_fused(groups))
 
 
-def adamw(groups, lr):
+def adamw(groups, lr, model):
     """AdamW with PyTorch's defaults."""
     return torch.optim.AdamW(groups, lr=lr, fused=supports_fused(groups))
 
@@ -58,20 +58,27 @@ class MuonWithAdamW(torch.optim.Optimizer):
     and for sharded ones.
     """
 
-    def __init__(self, groups, lr):
+    def __init__(self, groups, lr, model):
         if any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]):
             raise ValueError("muon needs whole matrices, not shards; use --parallel ddp")
-        matrices = select(groups, lambda pair: is_matrix_of_block(*pair))
+        self.counts = count_block_matrices(model)
+        matrices = select(groups, lambda name: name in self.counts)
         if not matrices:
             raise ValueError("muon needs a model whose blocks have 2-D weights, such as a ViT; use --optimizer adamw")
-        self.adamw = adamw(select(groups, lambda pair: not is_matrix_of_block(*pair)), lr)
+        self.adamw = adamw(select(groups, lambda name: name not in self.counts), lr, model)
         super().__init__([*({**group, "by_muon": True} for group in matrices), *self.adamw.param_groups], {"lr": lr})
-        parts = [{"params": [torch.nn.Parameter(p) for p in split_weights(group)]} for group in self.muon_groups()]
+        matrices = [self.split(group, torch.Tensor.detach) for group in self.muon_groups()]
+        parts = [{"params": [torch.nn.Parameter(matrix) for matrix in group]} for group in matrices]
         self.muon = torch.optim.Muon(parts, lr=lr, adjust_lr_fn="match_rms_adamw")
 
     def muon_groups(self):
         """The groups that Muon updates."""
         return [group for group in self.param_groups if group.get("by_muon")]
+
+    def split(self, group, tensor_of):
+        """A tensor of each weight in a group, stacked matrices as separate views: [(out, in), ...]."""
+        pairs = zip(group["param_names"], group["params"], strict=True)
+        return [part for name, weight in pairs for part in tensor_of(weight).chunk(self.counts[name])]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -80,8 +87,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             parts.update(lr=group["lr"], weight_decay=group["weight_decay"])
             for weight in group["params"]:
                 self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-            gradients = split_weights(group, lambda weight: weight.grad)
-            buffers = split_weights(group, lambda weight: self.state[weight]["momentum_buffer"])
+            gradients = self.split(group, lambda weight: weight.grad)
+            buffers = self.split(group, lambda weight: self.state[weight]["momentum_buffer"])
             for part, gradient, buffer in zip(parts["params"], gradients, buffers, strict=True):
                 part.grad = gradient
                 self.muon.state[part]["momentum_buffer"] = buffer
@@ -92,24 +99,22 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw.step()
 
 
-def is_matrix_of_block(name, parameter):
-    """Whether it is a 2-D weight of a transformer block."""
-    return name.startswith("blocks.") and parameter.ndim == 2
+def count_block_matrices(model):
+    """{name: number of stacked matrices} of the 2-D weights in the model's blocks, its modules with `is_block`."""
+    blocks = [(name, module) for name, module in model.named_modules() if getattr(module, "is_block", False)]
+    weights = [(f"{name}.{key}", p) for name, block in blocks for key, p in block.named_parameters()]
+    stacked = {
+        f"{name}.{key}": count
+        for name, module in model.named_modules()
+        for key, count in getattr(module, "stacked_weights", {}).items()
+    }
+    return {name: stacked.get(name, 1) for name, weight in weights if weight.ndim == 2}
 
 
 def select(groups, condition):
-    """The groups with only those (name, parameter) pairs that fulfil the condition; no empty ones."""
-    selected = [{**group, "params": [pair for pair in group["params"] if condition(pair)]} for group in groups]
+    """The groups with only the parameters whose names fulfil the condition; no empty ones."""
+    selected = [{**group, "params": [pair for pair in group["params"] if condition(pair[0])]} for group in groups]
     return [group for group in selected if group["params"]]
-
-
-def split_weights(group, tensor_of=lambda weight: weight.detach()):
-    """A tensor of each weight in a group, stacked matrices as views of each: [(out, in), ...]."""
-    parts = []
-    for name, weight in zip(group["param_names"], group["params"], strict=True):
-        count = next((count for suffix, count in STACKED_MATRICES.items() if name.endswith(suffix)), 1)
-        parts += tensor_of(weight).chunk(count)
-    return parts
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": MuonWithAdamW}

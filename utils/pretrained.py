@@ -97,7 +97,7 @@ def load_pretrained_flag(model, args, processes, head="zero"):
         if args.download and not os.path.exists(args.pretrained_dir):
             download(args.pretrained_dir)
     loaded = load_pretrained(model, args.pretrained_dir, args.model_type, head)
-    if loaded.initialised and processes.rank == 0:
+    if (loaded.initialised or loaded.left_out) and processes.is_first:
         print(f"{args.pretrained_dir}: {loaded}")
 
 

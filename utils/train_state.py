@@ -55,7 +55,7 @@ class TrainState:
         if sharded:  # block by block, so that a model that is too large for one device gets there
             shard_weights(model, processes, dtype=self.precision.dtype if self.precision.level == "O2" else None)
         model.to(processes.device)
-        self.optimizer = self.precision.prepare(model, lambda named: make_optimizer(args, named))
+        self.optimizer = self.precision.prepare(model, lambda named: make_optimizer(args, model, named))
         self.average = WeightAverage(self.precision.named, args.ema_decay) if args.ema_decay else None
         self.network = model
         if processes.size > 1 and not sharded:

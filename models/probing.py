@@ -1,0 +1,37 @@
+"""Probing of PyTorch's private operators, which may change or vanish in any release."""
+
+import logging
+import textwrap
+import threading
+
+
+def probe(name, check, fallback):
+    """The result of `check()`; if it raises, `fallback`, with a warning in the log that `name` cannot be used.
+
+    The check runs in a thread of its own: the caller's modes (a default device, autocast, counters of FLOPs) do not
+    apply there, and its OpenMP threads end with it. They would make processes hang that are forked later.
+    """
+    results, errors = [], []
+
+    def run():
+        try:
+            results.append(check())
+        except Exception as error:  # any change in PyTorch may raise any error
+            errors.append(textwrap.shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if results:
+        return results[0]
+    logging.getLogger(__name__).warning("%s: %s; ordinary, slower operators are used instead", name, errors[0])
+    return fallback
+
+
+def require_same(found, expected, bound):
+    """Raise ArithmeticError unless the relative error in the Euclidean norm is below `bound`; NaN is not."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        raise ArithmeticError(f"{tuple(found.shape)} {found.dtype}, not {tuple(expected.shape)} {expected.dtype}")
+    error = ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    if not error < bound:
+        raise ArithmeticError(f"results differ from those of ordinary operators, relative error {error:.1e}")
