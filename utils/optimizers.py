@@ -1,7 +1,7 @@
 """The optimizers, one line of OPTIMIZERS each, their parameter groups, and their state in checkpoints.
 
 An entry is called with parameter groups, whose "params" are (name, parameter) pairs, the learning rate and the model,
-and returns a torch.optim.Optimizer. All of its state must be tensors in `optimizer.state`, which are saved and restored.
+and returns a torch.optim.Optimizer. Its state must be tensors in `optimizer.state`, which are saved and restored.
 A group that sets its own "lr" keeps its ratio to --learning_rate through the whole schedule.
 """
 
