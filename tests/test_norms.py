@@ -1,6 +1,7 @@
 """LN, BN, GN and Rescale, and a toy norm: closed forms, several processes, checkpoints, incomplete declarations."""
 
 import copy
+import json
 import math
 import re
 import threading
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import evaluate
 import train
 from helpers import call_main, succeed
+from inference import SavedModel
 from models import CheckpointError, build_model
 from models import norms as norms_module
 from models.norms import (
@@ -29,6 +31,7 @@ from models.norms import (
 )
 from synthetic import make_checkpoint, make_images, randomised, shapes_of, with_random_state
 from test_scripts import metrics
+from utils.records.run_folder import read_metrics
 
 TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
 
@@ -423,3 +426,30 @@ def test_training_from_weights_of_another_norm_reports_it(tiny_flags, tmp_path, 
     with pytest.raises(SystemExit):
         call_main(train, tiny_flags("--norm_type", "RN"), monkeypatch)
     assert "unknown norm type 'RN'; there is LN, BN, GN, Rescale" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("rms")
+def test_a_new_norm_is_trained_resumed_exported_and_resized(tiny_flags, monkeypatch, tmp_path, capsys):
+    """By its name in train.py and evaluate.py, at level O2, where its own weights stay float32."""
+    flags = ["--norm_type", "RMS", "--bf16", "--learning_rate", 0.1]
+    call_main(train, tiny_flags(*flags), monkeypatch)
+    call_main(train, tiny_flags(*flags, "--num_steps", 6, "--name", "resumed"), monkeypatch)
+    call_main(train, tiny_flags(*flags, "--name", "resumed", "--resume"), monkeypatch)
+    path = tmp_path / "output" / "run" / "last.safetensors"
+    capsys.readouterr()
+    call_main(evaluate, ["--checkpoint", path, "--json"], monkeypatch)
+    accuracy = json.loads(capsys.readouterr().out)["top1_accuracy"]
+    saved, resized = SavedModel.load(path).model, SavedModel.load(path, img_size=16).model
+    fresh = build_model("ViT-Mini_4", 8, norm_type="RMS").state_dict()
+    trained = dict(saved.named_parameters())
+    for name, weight in saved.state_dict().items():
+        if "norm" in name:
+            assert weight.dtype == torch.float32
+            assert name not in trained or not torch.equal(weight, fresh[name]), name
+            assert torch.equal(weight, resized.state_dict()[name]), name
+    assert not torch.equal(saved.norm.inner.weight, saved.norm.inner.weight.bfloat16().float())
+    np.savez(tmp_path / "ViT-Mini_4.npz", **saved.export_npz())
+    copy = build_model("ViT-Mini_4", 8, norm_type="RMS")
+    copy.load_from(np.load(tmp_path / "ViT-Mini_4.npz"), head="keep")
+    assert all(torch.equal(weight, copy.state_dict()[name]) for name, weight in saved.state_dict().items())
+    assert accuracy == pytest.approx(read_metrics(path.parent)["test_accuracy"][-1], abs=0.01)

@@ -4,7 +4,10 @@ import math
 
 import pytest
 
-from utils.scheduler import Schedule, learning_rate
+import train
+from helpers import call_main, fails
+from utils.records.run_folder import read_metrics
+from utils.scheduler import DECAY_TYPES, Schedule, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,15 @@ from utils.scheduler import Schedule, learning_rate
         (100, "linear", 0.03),
         (325, "linear", 0.0225),
         (1000, "linear", 0.0),
+        (50, "constant", 0.015),
+        (100, "constant", 0.03),
+        (1000, "constant", 0.03),
+        (50, "step", 0.015),
+        (299, "step", 0.03),
+        (300, "step", 0.003),
+        (600, "step", 0.0003),
+        (899, "step", 0.0003),
+        (900, "step", 0.00003),
     ],
 )
 def test_closed_form(step, decay_type, expected):
@@ -34,3 +46,28 @@ def test_a_warm_up_longer_than_the_run_is_cut_off():
     assert [learning_rate(step, 1.0, Schedule(4, 10, "cosine")) for step in range(4)] == pytest.approx(
         [0, 0.1, 0.2, 0.3]
     )
+
+
+def test_step_decay_at_given_steps():
+    schedule = Schedule(100, 0, "step", decay_steps=(10, 20))
+    rates = [learning_rate(step, 1.0, schedule) for step in (0, 9, 10, 19, 20, 99)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
+
+
+def test_an_unknown_decay_type_is_an_error():
+    with pytest.raises(ValueError, match="unknown decay type 'cosin'; choose from cosine, linear, constant, step"):
+        learning_rate(5, 1.0, Schedule(10, 0, "cosin"))
+
+
+def test_a_new_decay_type_is_one_line(tiny_flags, monkeypatch, tmp_path, capsys):
+    """Trained and resumed by its name in train.py."""
+    monkeypatch.setitem(DECAY_TYPES, "hyperbola", lambda step, schedule: 1 / (1 + step - schedule.warmup_steps))
+    flags = ["--decay_type", "hyperbola", "--learning_rate", 0.2]
+    call_main(train, tiny_flags(*flags, "--num_steps", 6), monkeypatch)
+    call_main(train, tiny_flags(*flags, "--resume"), monkeypatch)
+    assert read_metrics(tmp_path / "output" / "run")["lr"] == pytest.approx([0.2 / 4, 0.2 / 10])
+    capsys.readouterr()
+    message = fails(train, tiny_flags("--decay_type", "hyperbole"), monkeypatch, capsys)
+    assert "unknown decay type 'hyperbole'; did you mean hyperbola" in message
+    message = fails(train, tiny_flags("--decay_steps", 5), monkeypatch, capsys)
+    assert "--decay_steps is for --decay_type step, not cosine" in message
