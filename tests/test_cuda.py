@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from helpers import ROOT, load_data
-from models import NORM_TYPES, REDUCTION_METHODS, Reduction, build_model, cluster_tokens
+from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
+from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from test_training import run, stop_after
