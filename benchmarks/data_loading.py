@@ -18,11 +18,11 @@ import timm
 from PIL import Image
 from steps import machine
 from timm.data import create_dataset, create_loader
-from utils.flag_types import Parser, natural, positive
 
 from utils.data.augmentation import Augmentation
 from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import UserError, run_script
+from utils.flag_types import Parser, natural, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table, synchronise
 

@@ -21,8 +21,8 @@ from utils.attention import (
     position_similarity,
     principal_filters,
     rollout,
-    upsample,
 )
+from utils.figures import upsample
 
 SMALL = {"hidden_size": 32, "mlp_dim": 32, "num_heads": 2, "num_layers": 4}
 

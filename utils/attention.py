@@ -57,11 +57,6 @@ def class_token_mask(weights, grid_size):
     return row.unflatten(-1, grid_size)
 
 
-def upsample(mask, size):
-    """Resize a mask (rows, columns) to (height, width), linear between the centres of the patches."""
-    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
-
-
 def attention_distance(attention, grid_size, img_size):
     """Mean attention distance in pixels (figure 7 of the ViT paper): (blocks, heads).
 

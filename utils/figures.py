@@ -14,8 +14,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure  # not pyplot, which has global state and would change a notebook's backend
 
-from utils.attention import upsample
-
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
 HEAT = "viridis"
@@ -50,6 +48,11 @@ def downscale(image, max_side=512):
         return image
     size = (max(1, round(factor * height)), max(1, round(factor * width)))
     return F.interpolate(image[None].float(), size=size, mode="area")[0].round().to(torch.uint8)
+
+
+def upsample(mask, size):
+    """Resize a mask (rows, columns) to (height, width), linear between the centres of the patches."""
+    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0, 0]
 
 
 def blocks_to_draw(depth):
