@@ -261,7 +261,7 @@ def report(result):
         lines.append(f"largest batches whose training step fits, alongside the weights of the others: {sizes}")
     if result["out_of_memory"]:
         lines.append(f"out of memory: {', '.join(result['out_of_memory'])}")
-    titles = ["pass", "model", f"x {result['reference']}", "images/s", "slowest to fastest round"]
+    titles = ["pass", "model", f"relative to {result['reference']}", "images/s", "slowest to fastest round"]
     titles += ["share of the matrix product's FLOP/s", "memory (MiB)"]
     rows = [
         [
