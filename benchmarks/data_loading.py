@@ -130,7 +130,7 @@ def images_per_second(batches, device):
 
 
 def report(args, speeds, kilobytes):
-    """A Markdown table; `relative to timm` is the median over the rounds of this speed divided by timm's in the same round."""
+    """A Markdown table; ratios are medians over the rounds of a speed divided by timm's in the same round."""
     rows = []
     for (num_workers, name), own in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(own, speeds[num_workers, "timm"], strict=True))

@@ -245,7 +245,7 @@ def measure(args, model_type, precision, batch_size, steps, device):
 
 
 def report(result):
-    """A Markdown table; `x reference` is the median over the rounds of its time divided by this one's."""
+    """A Markdown table; ratios are medians over the rounds of the reference's time divided by a row's."""
     compared = ""
     if result["reference"] in PACKAGES:
         compared = f", {result['versions']}; equal logits; momentum SGD, fused in this project"
