@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import ROOT, TINY, call_main, fails, load_data, read_config, script, succeed, write_pictures  # noqa: F401
+from helpers import ROOT, TINY, call_main, fails, load_data, read_config, script, succeed, write_images  # noqa: F401
 
 torch.set_num_threads(1)  # several test processes share the cores; threads that wait for each other would be slow
 
@@ -44,5 +44,5 @@ def image_folder(tmp_path):
     root = tmp_path / "pictures"
     for split, count in (("train", 8), ("val", 4)):
         for number, name in enumerate(("cat", "dog")):
-            write_pictures(root / split / name, [(20 + i, 30 - i) for i in range(count)], seed=number)
+            write_images(root / split / name, [(20 + i, 30 - i) for i in range(count)], seed=number)
     return root
