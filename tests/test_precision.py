@@ -7,12 +7,12 @@ import types
 import pytest
 import torch
 
-from helpers import assert_same_bits, differences, initial_weights, make_shallow, run
+from helpers import TINY, assert_same_bits, differences, initial_weights, make_shallow, run
 from models import build_model
 from utils.parallel.precision import Precision
 
 CPU = torch.device("cpu")
-LEARNING = ["--num_steps", 40, "--eval_every", 40, "--learning_rate", 0.1, "--min_crop_scale", 1]
+LEARNING = {"--num_steps": 40, "--eval_every": 40, "--learning_rate": 0.1, "--min_crop_scale": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +20,30 @@ def shallow(monkeypatch):
     make_shallow(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def float32_loss(tmp_path_factory):
+    """The training loss of LEARNING in float32."""
+    flags = [f"{flag}={value}" for flag, value in {**TINY, **LEARNING}.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        make_shallow(patch)
+        _, [row] = run([*flags, "--output_dir", str(tmp_path_factory.mktemp("float32"))], patch)
+    return row["train_loss"]
+
+
+@pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
-def test_16_bit_levels_learn_like_float32(level, tiny_flags, monkeypatch):
-    """On a CPU --fp16 means bfloat16, as --bf16 does."""
-    _, [expected] = run(tiny_flags(*LEARNING), monkeypatch)
-    weights, [row] = run(tiny_flags(*LEARNING, "--bf16", "--fp16_opt_level", level, "--overwrite"), monkeypatch)
-    assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.06)
+def test_16_bit_levels_learn_like_float32(level, float32_loss, tiny_flags, monkeypatch):
+    flags = [item for pair in LEARNING.items() for item in pair]
+    weights, [row] = run(tiny_flags(*flags, "--bf16", "--fp16_opt_level", level), monkeypatch)
+    assert row["train_loss"] == pytest.approx(float32_loss, rel=0.06)
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if level == "O3" else torch.float32}
-    by_fp16, _ = run(tiny_flags(*LEARNING, "--fp16", "--fp16_opt_level", level, "--overwrite"), monkeypatch)
-    assert_same_bits(weights, by_fp16)
+
+
+def test_on_a_cpu_fp16_means_bfloat16(tiny_flags, monkeypatch):
+    flags = ["--num_steps", 3, "--warmup_steps", 0, "--overwrite"]
+    float32, by_bf16, by_fp16 = (run(tiny_flags(*flags, *bits), monkeypatch)[0] for bits in ([], ["--bf16"], ["--fp16"]))
+    assert_same_bits(by_fp16, by_bf16)
+    assert max(differences(by_fp16, float32).values()) > 0
 
 
 def test_master_weights_take_updates_that_16_bits_would_lose(tiny_flags, monkeypatch):
