@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import ROOT, load_data
+from helpers import ROOT, load_data, run, stop_after
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
 from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
-from test_training import run, stop_after
 from utils.data.augmentation import Augmentation
 from utils.data.stream import stream_positions
 from utils.parallel.precision import Precision
@@ -152,14 +151,14 @@ def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
-def test_a_run_goes_on_where_it_stopped(tiny_flags, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_losses(tiny_flags, monkeypatch):
     """Adam's moments, the loss scale and the stream of samples are those of the run that was not stopped."""
     flags = ["--fp16", "--optimizer", "adamw", "--learning_rate", 0.001, "--num_steps", 24, "--eval_every", 8]
     _, rows = run(tiny_flags(*flags), monkeypatch)
     stop_after(12, monkeypatch)
     with pytest.raises(SystemExit):
-        run(tiny_flags(*flags, "--name", "broken"), monkeypatch)
-    _, resumed = run(tiny_flags(*flags, "--name", "broken", "--resume"), monkeypatch, "broken")
+        run(tiny_flags(*flags, "--name", "stopped"), monkeypatch)
+    _, resumed = run(tiny_flags(*flags, "--name", "stopped", "--resume"), monkeypatch, "stopped")
     assert [row["step"] for row in resumed] == [row["step"] for row in rows]
     losses, expected = ([row["test_loss"] for row in part] for part in (resumed, rows))
     assert losses == pytest.approx(expected, rel=1e-3)
@@ -190,7 +189,7 @@ def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
-def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
+def test_images_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
     """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
     augmentation = Augmentation(0, (16, 16), 0.1, flip=True, rand_augment=None)
     batches = []
@@ -222,4 +221,4 @@ def test_processes_of_several_gpus(parallel, tiny_flags):
 def test_averaged_and_mixed_training_learns(tiny_flags, monkeypatch):
     flags = ["--fp16", "--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--num_steps", 60, "--eval_every", 60]
     _, rows = run(tiny_flags(*flags, "--learning_rate", 0.1), monkeypatch)
-    assert rows[-1]["test_loss"] < 2.25  # 2.30 is what knows nothing
+    assert rows[-1]["test_loss"] < 2.25  # 2.30 is that of a uniform guess

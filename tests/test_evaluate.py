@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-from helpers import DIGITS_RUN, ROOT, call_main, fails, load_data, succeed, write_pictures, write_run
+from helpers import DIGITS_RUN, ROOT, call_main, fails, load_data, succeed, write_images, write_run
 from inference import SavedModel
 from models import build_model
 from synthetic import make_checkpoint
@@ -123,7 +123,7 @@ def test_16_bit_weights_give_nearly_the_same_numbers(weights, report, tmp_path):
     loss, rounded = (report(*command, *flags)["loss"] for flags in ((), ("--bf16",)))
     assert rounded != loss
     assert rounded == pytest.approx(loss, rel=0.02)
-    [image] = write_pictures(tmp_path / "images", [(8, 8)])
+    [image] = write_images(tmp_path / "images", [(8, 8)])
     [exact], [approximate] = (report("--checkpoint", weights, image, *flags) for flags in ((), ("--bf16",)))
     best, other = exact["classes"][0], approximate["classes"][0]
     assert other["class"] == best["class"]
@@ -155,7 +155,7 @@ def test_a_class_without_test_images_has_no_accuracy(image_folder, tmp_path, rep
 
 
 def test_the_five_most_probable_classes_of_an_image(weights, report, tmp_path, monkeypatch, capsys):
-    paths = write_pictures(tmp_path / "images", [(20, 30), (8, 8)])
+    paths = write_images(tmp_path / "images", [(20, 30), (8, 8)])
     found = report("--checkpoint", weights, *paths)
     assert [item["image"] for item in found] == [str(path) for path in paths]
     images = torch.from_numpy(np.array(Image.open(paths[1]))).permute(2, 0, 1)[None]
@@ -173,7 +173,7 @@ def test_the_five_most_probable_classes_of_an_image(weights, report, tmp_path, m
 
 def test_of_fewer_than_five_classes_all_are_reported(tmp_path, report):
     _, checkpoint = write_run(tmp_path / "run")
-    [found] = report("--checkpoint", checkpoint, write_pictures(tmp_path, [(9, 9)])[0])
+    [found] = report("--checkpoint", checkpoint, write_images(tmp_path, [(9, 9)])[0])
     assert {item["class"] for item in found["classes"]} == {"cat", "dog"}
     assert sum(item["probability"] for item in found["classes"]) == pytest.approx(1)
 

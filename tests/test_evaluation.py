@@ -12,10 +12,9 @@ import command_line
 import train
 import train_flops
 import train_resnet
-from helpers import call_main, fails, load_data, random_model, read_config, succeed
+from helpers import call_main, fails, load_data, metrics, random_model, read_config, run_dir, succeed
 from models import build_model
 from synthetic import make_checkpoint
-from test_scripts import metrics, run_dir
 from utils.data.augmentation import normalise, resized_crops
 from utils.evaluation import evaluate
 from utils.parallel.precision import Precision

@@ -15,7 +15,7 @@ from PIL import Image
 
 import train
 from command_line import train_parser
-from helpers import ROOT, TINY, call_main, script, succeed, write_pictures
+from helpers import ROOT, TINY, call_main, script, succeed, write_images
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
 from utils.sweeps import LOG
@@ -306,7 +306,7 @@ def test_a_folder_like_imagenet(tmp_path, run_main, main_fails):
     """ImageNet's ids as names, another size for each image, and the first images of each class only."""
     for split in ("train", "val"):
         for name, count in (("airplane", 4), ("cat", 5), ("emu", 6)):
-            write_pictures(tmp_path / "source" / split / name, [(20, 30)] * count)
+            write_images(tmp_path / "source" / split / name, [(20, 30)] * count)
     folder = tmp_path / "like"
     flags = ("--source", tmp_path / "source", "--output_dir", folder, "--per_class", 4, "--val_per_class", 2)
     printed = run_main(make_imagenet_like, *flags)

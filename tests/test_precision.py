@@ -41,7 +41,9 @@ def test_16_bit_levels_learn_like_float32(level, float32_loss, tiny_flags, monke
 
 def test_on_a_cpu_fp16_means_bfloat16(tiny_flags, monkeypatch):
     flags = ["--num_steps", 3, "--warmup_steps", 0, "--overwrite"]
-    float32, by_bf16, by_fp16 = (run(tiny_flags(*flags, *bits), monkeypatch)[0] for bits in ([], ["--bf16"], ["--fp16"]))
+    float32, by_bf16, by_fp16 = (
+        run(tiny_flags(*flags, *bits), monkeypatch)[0] for bits in ([], ["--bf16"], ["--fp16"])
+    )
     assert_same_bits(by_fp16, by_bf16)
     assert max(differences(by_fp16, float32).values()) > 0
 

@@ -36,7 +36,10 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks processes that compute")
+FORKS = pytest.mark.skipif(sys.platform != "linux", reason="forks processes that compute")
+
+
+@FORKS
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_results_of_one_and_resume_in_it(parallel, tiny_flags, monkeypatch):
     """With dropout, accumulation and a moving average; 360 test images are shared by two processes."""
@@ -44,8 +47,10 @@ def test_two_processes_have_the_results_of_one_and_resume_in_it(parallel, tiny_f
     flags = [*EVERYTHING, "--gradient_accumulation_steps", 2, "--num_steps", 8, "--eval_every", 4]
     one, two = (tiny_flags(*flags, "--name", name, "--parallel", parallel) for name in ("one", "two"))
     run(one, monkeypatch, "one")
-    printed = run_processes(2, two)
-    assert printed.count("8 steps of 16 images at 8x8, 2 processes on cpu") == 1
+    (status, printed), (other_status, others) = run_processes(2, two)
+    assert (status, other_status, others) == (0, 0, ""), printed + others  # the first process alone prints
+    sharded = ", each with its shard of the weights" if parallel == "fsdp" else ""
+    assert f"8 steps of 16 images at 8x8, 2 processes on cpu{sharded}\n" in printed
     assert_same_results(two, one)
     for flags, name in ((one, "one"), (two, "two")):
         run([*flags, "--resume", "--num_steps", "12"], monkeypatch, name)
@@ -215,6 +220,27 @@ def test_restarts_on_several_machines_need_resume(tiny_flags, monkeypatch, capsy
         monkeypatch.setenv(name, str(value))
     message = fails(train, tiny_flags(), monkeypatch, capsys)
     assert "torchrun --max-restarts on several machines needs --resume" in message
+
+
+@FORKS
+def test_wrong_flags_are_reported_by_the_first_process_only(tiny_flags):
+    (status, printed), second = run_processes(2, tiny_flags("--train_batch_size", 15))
+    assert (status, printed.count("\n")) == (2, 1)
+    assert printed.startswith("train.py: error: --train_batch_size 15 is not divisible by 2 processes")
+    assert second == (2, "")
+
+
+@FORKS
+def test_an_image_that_only_the_second_process_can_not_read_is_named(tiny_flags, image_folder, monkeypatch):
+    """Of the test images, the odd ones are its share."""
+    make_shallow(monkeypatch)
+    (image_folder / "val" / "cat" / "001.png").write_bytes(b"damaged")
+    flags = tiny_flags("--dataset", "imagefolder", "--data_dir", image_folder, "--num_steps", 2, "--num_workers", 0)
+    (first_status, first), (status, printed) = run_processes(2, flags)
+    assert first_status != 0
+    assert status == 2
+    assert re.search(r"train.py: process 1: error: .*001.png is not a readable image", printed)
+    assert "Traceback" not in first + printed
 
 
 @pytest.mark.slow
