@@ -54,12 +54,12 @@ def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
-        "--num_workers", type=natural, nargs="+", default=[1, 2], metavar="N", help="worker processes; 0: none"
+        "--num_workers", type=natural, nargs="+", default=[1, 2], metavar="N", help="Worker processes; 0: none."
     )
-    group.add_argument("--images", type=positive, default=1024, metavar="N", help="files, each read once per round")
-    group.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images per batch")
-    group.add_argument("--img_size", type=positive, default=224, metavar="PIXELS", help="side of the crops")
-    group.add_argument("--rounds", type=positive, default=5, metavar="N", help="timed rounds, after a warm-up")
+    group.add_argument("--images", type=positive, default=1024, metavar="N", help="Files, each read once per round.")
+    group.add_argument("--batch_size", type=positive, default=64, metavar="N", help="Images per batch.")
+    group.add_argument("--img_size", type=positive, default=224, metavar="PIXELS", help="Side of the crops.")
+    group.add_argument("--rounds", type=positive, default=5, metavar="N", help="Timed rounds, after a warm-up.")
     args = parser.parse_args()
     if args.images < 2 * args.batch_size:
         raise UserError(f"--images {args.images} is less than two batches, {2 * args.batch_size}")

@@ -88,26 +88,26 @@ def parse_flags():
     add_model_flag(group, default="ViT-Ti_16")
     add_step_flags(group, batch_size=64, rounds=3)
     group.set_defaults(img_size=64)
-    group.add_argument("--num_steps", type=positive, default=200, metavar="N", help="timed steps of a run")
-    group.add_argument("--first_steps", type=positive, default=50, metavar="N", help="steps before the timed ones")
+    group.add_argument("--num_steps", type=positive, default=200, metavar="N", help="Timed steps of a run.")
+    group.add_argument("--first_steps", type=positive, default=50, metavar="N", help="Steps before the timed ones.")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data_dir", metavar="DIR", help="a folder with train/ and val/ or test/; default: images of noise are made"
+        "--data_dir", metavar="DIR", help="A folder with train/ and val/ or test/; default: images of noise are made."
     )
-    data.add_argument("--images", type=positive, default=5000, metavar="N", help="training images to make")
+    data.add_argument("--images", type=positive, default=5000, metavar="N", help="Training images to make.")
     data.add_argument(
         "--image_side",
         type=positive,
         default=32,
         metavar="PIXELS",
-        help="side of the images to make; above 256 train.py reads them by worker processes, not from memory",
+        help="Side of the images to make; above 256 train.py reads them by worker processes, not from memory.",
     )
     data.add_argument(
         "--num_workers",
         type=natural,
         default=min(8, os.cpu_count()),
         metavar="N",
-        help="processes that read images, in train.py and in timm's loop",
+        help="Processes that read images, in train.py and in timm's loop.",
     )
     return parser.parse_args()
 

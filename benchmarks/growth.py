@@ -90,17 +90,17 @@ def parse_flags():
     group = parser.add_argument_group("benchmark")
     model = one_of("ViT", VITS)
     group.add_argument(
-        "--model_type", type=model, default="ViT-S_16", metavar="NAME", help="the ViT for batch size and resolution"
+        "--model_type", type=model, default="ViT-S_16", metavar="NAME", help="The ViT for batch size and resolution."
     )
     group.add_argument(
-        "--model_types", type=model, nargs="+", default=MODELS, metavar="NAME", help="the ViTs for model size"
+        "--model_types", type=model, nargs="+", default=MODELS, metavar="NAME", help="The ViTs for model size."
     )
     add_step_flags(group, batch_size=4, rounds=3)
     add_clock_flag(group)
     several = {"type": positive, "nargs": "+", "metavar": "N"}
-    group.add_argument("--batch_sizes", default=[1, 2, 4, 8, 16], help="batch sizes at --img_size", **several)
-    group.add_argument("--img_sizes", default=[224, 384, 512], help="resolutions at --batch_size", **several)
-    group.add_argument("--figure", metavar="PNG", help="draw this figure")
+    group.add_argument("--batch_sizes", default=[1, 2, 4, 8, 16], help="Batch sizes at --img_size.", **several)
+    group.add_argument("--img_sizes", default=[224, 384, 512], help="Resolutions at --batch_size.", **several)
+    group.add_argument("--figure", metavar="PNG", help="Draw this figure.")
     args = parser.parse_args()
     if args.figure:
         check_figure_path(args.figure, "--figure")

@@ -42,9 +42,11 @@ def parse_flags():
     parser = Parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("benchmark")
     add_model_flag(group, default="ViT-B_16")
-    group.add_argument("--task", type=one_of("task", (FORWARD, TRAINING)), default=TRAINING, help="forward or training")
+    group.add_argument(
+        "--task", type=one_of("task", (FORWARD, TRAINING)), default=TRAINING, help="What is timed: forward or training."
+    )
     add_step_flags(group, batch_size=16, rounds=3)
-    group.add_argument("--rows", type=positive, default=20, metavar="N", help="rows of the table, the longest first")
+    group.add_argument("--rows", type=positive, default=20, metavar="N", help="Rows of the table, the longest first.")
     return parser.parse_args()
 
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import train_parser
 from inference import make_model
-from models import MODEL_TYPES, canonical_model_type
+from models import CONFORMERS, MODEL_TYPES, REDUCTION_METHODS, canonical_model_type
 from models.bit_resnet import BiTResNet
+from models.token_reduction import cluster_tokens
 from utils.data.stream import MicroBatch
 from utils.errors import UserError
 from utils.flag_types import argument, one_of, positive
@@ -299,3 +300,27 @@ def matrix_product(model_type, precision, batch_size, img_size, device):
             F.linear(x, weight)
 
     return multiply, PRODUCTS_PER_CALL * 2 * rows * inputs * outputs, [rows, inputs, outputs]
+
+
+def reduction_grid(model_type, keep_tokens, reduction_layer):
+    """{(method, patches kept): (model type, keywords of `build_model`)} to compare the reductions of a ViT.
+
+    The ViT without reduction is ("none", "all"); the last one is the ViT's Conformer, if there is one.
+    """
+    layer = {"reduction_layer": reduction_layer}
+    grid = {("none", "all"): (model_type, {})}
+    for keep in keep_tokens:
+        for method in REDUCTION_METHODS:
+            grid[method, keep] = (model_type, {"token_reduction": method, "keep_tokens": keep, **layer})
+    conformer = model_type.replace("ViT", "Conformer")
+    if conformer in CONFORMERS:
+        grid[conformer, CONFORMERS[conformer].keep_tokens] = (conformer, layer)
+    return grid
+
+
+def choice_of_tokens(model, batch_size):
+    """A function that only chooses the tokens of a ViT or Conformer, from random keys, to be timed."""
+    weight, attention = model.blocks[0].attn.qkv.weight, model.blocks[0].attn
+    size = (batch_size, attention.num_heads, model.pos_embed.shape[1], weight.shape[1] // attention.num_heads)
+    keys = torch.randn(size, device=weight.device).to(weight.dtype)
+    return lambda: cluster_tokens(keys, model.reduction)

@@ -110,7 +110,7 @@ def parse_flags():
         type=one_of("comparison", (PEERS, NORMS, MODELS)),
         default=PEERS,
         metavar="CASE",
-        help="peers: other packages; norms: a ViT with each norm; models: the models with one another",
+        help="What is compared. peers: other packages; norms: a ViT with each norm; models: the given models.",
     )
     add_size_flag(group)
     group.add_argument(
@@ -120,24 +120,24 @@ def parse_flags():
         nargs="+",
         default=[16],
         metavar="N",
-        help=f"images per step; {LARGEST} is the largest batch that fits a GPU in the training step of all contenders",
+        help=f"Images per step; {LARGEST} is the largest batch that fits a GPU in the training step of all contenders.",
     )
     several = functools.partial(group.add_argument, nargs="+", metavar="NAME")
     model, precision, level = argument(canonical_model_type), one_of("precision", DTYPES), one_of("level", OPT_LEVELS)
     several("--model_type", dest="model_types", type=model, default=["ViT-B_16"], help=", ".join(MODEL_TYPES))
     several("--precision", dest="precisions", type=precision, default=["bf16"], help=", ".join(DTYPES))
-    several("--fp16_opt_level", dest="levels", type=level, default=["O2"], help="levels of this project in 16 bits")
+    several("--fp16_opt_level", dest="levels", type=level, default=["O2"], help="Levels of this project in 16 bits.")
     add_round_flags(group, rounds=7)
     add_clock_flag(group)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write the results there, with the seconds of every round")
-    output.add_argument("--figure", metavar="PNG", help="with --compare models: draw the table as bars")
+    output.add_argument("--json", metavar="FILE", help="Write the results there, with the seconds of every round.")
+    output.add_argument("--figure", metavar="PNG", help="With --compare models: draw the table as bars.")
     output.add_argument(
         "--runs",
         nargs="+",
         default=[],
         metavar="DIR",
-        help="with --compare models: add each model's best test accuracy in these finished runs; default: none",
+        help="With --compare models: add each model's best test accuracy in these finished runs; default: none.",
     )
     return parser.parse_args()
 

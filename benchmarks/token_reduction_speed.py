@@ -10,18 +10,16 @@ ToMe merges the others into, and for random ones. scripts/token_study.py compare
 
 import torch
 import torch.nn.functional as F
-from steps import NUM_CLASSES, add_step_flags, machine, random_batch, setting, step_of
+from steps import NUM_CLASSES, add_step_flags, choice_of_tokens, machine, random_batch, reduction_grid, setting, step_of
 
 from inference import SavedModel, make_model
 from models.configs import VITS
 from models.token_reduction import (
     REDUCTION_METHODS,
     Reduction,
-    choice_of_tokens,
     cluster_tokens,
     coverage,
     patches_to_keep,
-    reduction_grid,
     similarity,
     upper_bound,
 )
@@ -63,9 +61,9 @@ def parse_flags():
         "--checkpoint",
         default="checkpoint/ViT-Nano_4-digits.npz",
         metavar="FILE",
-        help="an .npz named after its model, whose tokens are chosen from; '' omits this table",
+        help="An .npz named after its model, whose tokens are chosen from; '' omits this table.",
     )
-    tokens.add_argument("--images", default="img/digits", metavar="DIR", help="images for it, which form one batch")
+    tokens.add_argument("--images", default="img/digits", metavar="DIR", help="Images for it, which form one batch.")
     return parser.parse_args()
 
 

@@ -23,8 +23,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from models.configs import CONFORMERS
-
 
 class Clusters(NamedTuple):
     """Which tokens were merged, including the class token (token 0, cluster 0)."""
@@ -207,27 +205,3 @@ def without_autocast(device):
 
 REDUCTION_METHODS = {"facility": facility_clusters, "tome": tome_clusters}
 TOKEN_REDUCTIONS = ("none", *REDUCTION_METHODS)
-
-
-def reduction_grid(model_type, keep_tokens, reduction_layer):
-    """{(method, patches kept): (model type, keywords of `build_model`)} to compare the reductions of a ViT.
-
-    The ViT without reduction is ("none", "all"); the last one is the ViT's Conformer, if there is one.
-    """
-    layer = {"reduction_layer": reduction_layer}
-    grid = {("none", "all"): (model_type, {})}
-    for keep in keep_tokens:
-        for method in REDUCTION_METHODS:
-            grid[method, keep] = (model_type, {"token_reduction": method, "keep_tokens": keep, **layer})
-    conformer = model_type.replace("ViT", "Conformer")
-    if conformer in CONFORMERS:
-        grid[conformer, CONFORMERS[conformer].keep_tokens] = (conformer, layer)
-    return grid
-
-
-def choice_of_tokens(model, batch_size):
-    """A function that only chooses the tokens of a ViT or Conformer, from random keys, to be timed."""
-    weight, attention = model.blocks[0].attn.qkv.weight, model.blocks[0].attn
-    size = (batch_size, attention.num_heads, model.pos_embed.shape[1], weight.shape[1] // attention.num_heads)
-    keys = torch.randn(size, device=weight.device).to(weight.dtype)
-    return lambda: cluster_tokens(keys, model.reduction)

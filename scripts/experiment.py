@@ -28,17 +28,21 @@ RECIPE = {
 
 def add_experiment_flags(group, name):
     """The flags of an experiment of runs from scratch: SHARED_FLAGS of the runs, --figure and --seeds."""
-    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="the data set, as for train.py")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="its folder, as for train.py")
-    group.add_argument("--output_dir", default=f"output/{name}", metavar="DIR", help="where runs are kept")
-    group.add_argument("--figure", default=f"img/{name}.png", metavar="PNG", help="the figure to draw")
+    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="The data set, as for train.py.")
+    group.add_argument("--data_dir", default="data", metavar="DIR", help="Its folder, as for train.py.")
     group.add_argument(
-        "--examples_per_class", type=positive, default=1000, metavar="N", help="training images per class"
+        "--output_dir", default=f"output/{name}", metavar="DIR", help="The folder that contains all runs."
     )
-    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="side of the images in pixels")
-    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="images per step")
-    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="optimizer steps of a run")
-    group.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help="one run of each model per seed")
+    group.add_argument("--figure", default=f"img/{name}.png", metavar="PNG", help="The figure to draw.")
+    group.add_argument(
+        "--examples_per_class", type=positive, default=1000, metavar="N", help="Training images per class."
+    )
+    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="Side of the images in pixels.")
+    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="Images per step.")
+    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="Optimizer steps of a run.")
+    group.add_argument(
+        "--seeds", type=seed, nargs="+", default=[0], metavar="N", help="One run of each model per seed."
+    )
 
 
 def plan_from_scratch(args, name, seed_number, **flags):

@@ -60,16 +60,19 @@ def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--output_dir", default="data/imagenet-like", metavar="DIR", help="the folder in which train/ and val/ are made"
+        "--output_dir",
+        default="data/imagenet-like",
+        metavar="DIR",
+        help="The folder in which train/ and val/ are made.",
     )
     group.add_argument(
         "--source",
         metavar="DIR",
-        help="an image folder to use instead of CIFAR-10, which is downloaded to data",
+        help="An image folder to use instead of CIFAR-10, which is downloaded to data.",
     )
-    group.add_argument("--per_class", type=positive, default=500, metavar="N", help="training images per class")
-    group.add_argument("--val_per_class", type=positive, default=50, metavar="N", help="validation images per class")
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="the seed of the sizes")
+    group.add_argument("--per_class", type=positive, default=500, metavar="N", help="Training images per class.")
+    group.add_argument("--val_per_class", type=positive, default=50, metavar="N", help="Validation images per class.")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="The seed of the sizes.")
     args = parser.parse_args()
     if any((Path(args.output_dir) / split).exists() for split in ("train", "val")):
         raise UserError(f"{args.output_dir} already has train/ or val/; delete them or give another --output_dir")

@@ -94,7 +94,7 @@ def parse_flags():
         nargs="+",
         default=REPORTED,
         metavar="NAME",
-        help=f"{', '.join(VITS)}; default: {' '.join(REPORTED)}",
+        help=f"The architectures: {', '.join(VITS)}; default: {' '.join(REPORTED)}.",
     )
     group.add_argument(
         "--norm_types",
@@ -102,7 +102,7 @@ def parse_flags():
         nargs="+",
         default=NORM_TYPES,
         metavar="NORM",
-        help=f"{', '.join(NORM_TYPES)}; default: all",
+        help=f"The norms: {', '.join(NORM_TYPES)}; default: all.",
     )
     group.add_argument(
         "--starts",
@@ -110,27 +110,27 @@ def parse_flags():
         nargs="+",
         default=tuple(STARTS),
         metavar="START",
-        help=f"{', '.join(STARTS)}; default: both",
+        help=f"How the runs start: {', '.join(STARTS)}; default: both.",
     )
     group.add_argument(
         "--pretrained_dir",
         default="checkpoint/{model_type}.npz",
         metavar="FILE",
-        help="weights of the pretrained runs; {model_type} is replaced by the architecture",
+        help="Weights of the pretrained runs; {model_type} is replaced by the architecture.",
     )
-    group.add_argument("--download", action="store_true", help="download Google's weights if they do not exist")
+    group.add_argument("--download", action="store_true", help="Download Google's weights if they do not exist.")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output_dir", type=Path, default="output/norm_study", metavar="DIR", help="where runs are kept"
+        "--output_dir", type=Path, default="output/norm_study", metavar="DIR", help="The folder that contains all runs."
     )
     output.add_argument(
-        "--figures", type=Path, metavar="DIR", help="folder of the figures; default: figures/ in --output_dir"
+        "--figures", type=Path, metavar="DIR", help="Folder of the figures; default: figures/ in --output_dir."
     )
     output.add_argument(
-        "--num_pictures", type=positive, default=2, metavar="N", help="number of test images whose attention is drawn"
+        "--num_pictures", type=positive, default=2, metavar="N", help="Number of test images whose attention is drawn."
     )
     output.add_argument(
-        "--dry_run", action="store_true", help="print the commands of the unfinished runs and start nothing"
+        "--dry_run", action="store_true", help="Print the commands of the unfinished runs and start nothing."
     )
     args, further = parser.parse_known_args()
     for flag in flags_in(further):

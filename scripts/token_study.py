@@ -14,10 +14,10 @@ import torch
 from experiment import RECIPE, add_experiment_flags, finish_runs, plan_from_scratch
 from matplotlib.figure import Figure
 
-from benchmarks.steps import TimedStep
+from benchmarks.steps import TimedStep, choice_of_tokens, reduction_grid
 from command_line import model_maker
 from models.configs import VITS
-from models.token_reduction import REDUCTION_METHODS, choice_of_tokens, reduction_grid
+from models.token_reduction import REDUCTION_METHODS
 from utils.checks import check_figure_path
 from utils.errors import run_script
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
@@ -58,7 +58,7 @@ def main():
 def parse_flags():
     parser = Parser(__doc__)
     group = parser.add_argument_group("experiment")
-    group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-Mini_4", metavar="NAME", help="the ViT")
+    group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-Mini_4", metavar="NAME", help="The ViT.")
     add_token_reduction_grid_flags(group, reduction_layer=2)
     add_experiment_flags(group, "token_reduction")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What several test files need: scripts run in the shell and in this process, small data, comparing runs."""
+"""What several test files need: running scripts, small data sets, reading and comparing runs."""
 
 import json
 import math
@@ -22,8 +22,10 @@ import train
 from models import build_model
 from models.configs import VITS
 from synthetic import make_checkpoint
-from utils.data.augmentation import normalise, random_crops, resized_crops
+from utils.data.augmentation import Augmentation, normalise, random_crops, resized_crops
 from utils.data.datasets import DataOptions, load_dataset
+from utils.data.images import stretch
+from utils.data.loading import FolderImages
 from utils.data.stream import samples_at
 from utils.errors import run_script
 from utils.parallel.processes import StopSignal, one_process
@@ -31,7 +33,8 @@ from utils.records.checkpoint import LAST
 from utils.records.run_folder import METRICS, read_rows
 
 ROOT = Path(__file__).parent.parent
-# A model and a data set on which a step takes milliseconds: the flags that a test does not give itself.
+CPU = torch.device("cpu")
+# A model and a data set on which a step takes milliseconds: the flags that a test does not give.
 TINY = {
     "--dataset": "digits",
     "--model_type": "ViT-Mini_4",
@@ -45,10 +48,11 @@ TINY = {
 }
 # The flags of a run that a SavedModel needs.
 DIGITS_RUN = {"model_type": "ViT-Mini_4", "img_size": 16, "dataset": "digits", "norm_type": "LN"}
+CROPS = Augmentation(seed=5, img_size=(16, 16), min_crop_scale=0.3, flip=True)
 
 
 def script(*command, processes=1, **keywords):
-    """Run a script of the repository in the shell's way; returns the CompletedProcess with its texts."""
+    """Run a script of the repository as the shell does, by torchrun if `processes` > 1; returns a CompletedProcess."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -64,14 +68,14 @@ def script(*command, processes=1, **keywords):
 
 
 def succeed(*command, **keywords):
-    """`script`, which must end well; returns what it printed."""
+    """`script` that must exit with status 0; returns what it printed."""
     done = script(*command, **keywords)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def call_main(module, flags, monkeypatch):
-    """Run a script's main() in this process, as quick as it gets. SystemExit carries the exit status."""
+    """Run a script's main() in this process, without the seconds of a new one. SystemExit has the exit status."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
     run_script(module.main)
 
@@ -80,6 +84,18 @@ def load_data(name, split, data_dir="data", processes=None, **options):
     """The split of a data set as a single process on the CPU loads it."""
     options = DataOptions(data_dir, **{"num_workers": 0, **options})
     return load_dataset(name, split, options, processes or one_process())
+
+
+def fails(module, flags, monkeypatch, capsys):
+    """The error of a script's main(): status 2 and one line on stderr, nothing on stdout."""
+    with pytest.raises(SystemExit) as stopped:
+        call_main(module, flags, monkeypatch)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"{module.__name__}.py: error: ")
+    assert printed.out == ""
+    return printed.err
 
 
 def read_config(run_dir):
@@ -98,15 +114,39 @@ def write_images(folder, sizes, seed=0):
     return paths
 
 
-def fails(module, flags, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        call_main(module, flags, monkeypatch)
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith(f"{module.__name__}.py: error: ")
-    assert printed.out == ""
-    return printed.err
+def photograph(height, width):
+    """A photograph as an image of Pillow, resized."""
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image("flower.jpg")).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_jpegs(folder, count, suffix=".JPEG"):
+    """JPEG files of different parts of a photograph, of different sizes; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:03d}{suffix}" for i in range(count)]
+    whole = photograph(120, 160)
+    for i, path in enumerate(paths):
+        whole.crop((4 * i, 3 * i, 50 + 5 * i, 40 + 5 * i)).save(path, format="JPEG", quality=95)
+    return paths
+
+
+def truncate(path, share=0.6):
+    """Keep only the first part of a file."""
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def folder_images(paths, workers=0, **options):
+    """FolderImages in which the label of each image is its index."""
+    options = DataOptions(num_workers=workers, **options)
+    return FolderImages(paths, list(range(len(paths))), map(str, range(len(paths))), CPU, stretch, options)
+
+
+def stream(data, ends, augmentation):
+    """Images and labels at the positions below ends[-1] of the stream, read in batches that end at `ends`."""
+    batches = [np.arange(*span) for span in zip([0, *ends], ends, strict=False)]
+    images, labels = zip(*data.train_batches(batches, augmentation), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def random_model(*arguments, **keywords):
@@ -129,8 +169,8 @@ def write_run(folder, flags=DIGITS_RUN, classes=("cat", "dog"), **keywords):
 # Runs of train.py in this process
 
 
-def run(flags, monkeypatch, name="run"):
-    """Train in this process; returns (weights of the last checkpoint, rows of metrics.csv)."""
+def train_run(flags, monkeypatch, name="run"):
+    """Run train.py in this process; returns (weights of the last checkpoint, rows of metrics.csv as floats)."""
     call_main(train, flags, monkeypatch)
     folder = Path(flags[flags.index("--output_dir") + 1]) / name
     rows = [{key: float(value) for key, value in row.items()} for row in read_rows(folder / METRICS)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import assert_same_bits, initial_weights, make_shallow, run
+from helpers import assert_same_bits, initial_weights, make_shallow, train_run
 from models import build_model
 from utils.parallel.averaging import WeightAverage
 
@@ -43,10 +43,10 @@ def test_the_model_has_the_average_only_inside_in_place():
 def test_the_average_is_evaluated_and_saved_as_the_best_weights(tiny_flags, monkeypatch, tmp_path):
     make_shallow(monkeypatch)
     folder = tmp_path / "output" / "run"
-    last, _ = run(tiny_flags("--ema_decay", 0.5, "--num_steps", 6), monkeypatch)
+    last, _ = train_run(tiny_flags("--ema_decay", 0.5, "--num_steps", 6), monkeypatch)
     assert not torch.equal(load_file(folder / "best.safetensors")["head.weight"], last["head.weight"])
     monkeypatch.setattr(WeightAverage, "update", lambda self, weights, step: None)
-    again, [row] = run(tiny_flags("--ema_decay", 0.5, "--num_steps", 6, "--overwrite"), monkeypatch)
+    again, [row] = train_run(tiny_flags("--ema_decay", 0.5, "--num_steps", 6, "--overwrite"), monkeypatch)
     assert_same_bits(load_file(folder / "best.safetensors"), initial_weights())
     assert_same_bits(again, last)
     model = build_model("ViT-Mini_4", img_size=8)

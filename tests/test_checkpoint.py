@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from helpers import assert_same_bits, call_main, fails, make_shallow, metrics, run, run_dir, script, succeed
+from helpers import assert_same_bits, call_main, fails, make_shallow, metrics, run_dir, script, succeed, train_run
 from utils.errors import UserError
 from utils.records import checkpoint
 from utils.records.checkpoint import load_into, load_weights, replace_file, save_weights, saved_step
@@ -25,7 +25,7 @@ def shallow(monkeypatch):
 def finished(tiny_flags, monkeypatch, capsys):
     """The flags of a finished run of two steps."""
     flags = tiny_flags("--num_steps", 2)
-    run(flags, monkeypatch)
+    train_run(flags, monkeypatch)
     capsys.readouterr()
     return flags
 
@@ -51,7 +51,7 @@ def test_a_state_of_one_file_is_not_resumed_but_overwritten(finished, monkeypatc
     shutil.rmtree(folder / "state-2")
     (folder / "state-2.pt").write_bytes(b"abc")
     assert "state-2 is missing, so" in fails(train, [*finished, "--resume"], monkeypatch, capsys)
-    run([*finished, "--overwrite", "--num_steps", "3"], monkeypatch)
+    train_run([*finished, "--overwrite", "--num_steps", "3"], monkeypatch)
     assert [path.name for path in folder.glob("state-*")] == ["state-3"]
 
 
@@ -61,7 +61,7 @@ def test_a_half_written_checkpoint_is_never_loaded(finished, monkeypatch, capsys
     (folder / ".last.safetensors.tmp").write_bytes(b"half")
     shutil.copytree(folder / "state-2", folder / "state-4")
     (folder / "state-4" / "state.json").unlink()
-    run([*finished, "--resume", "--num_steps", "4"], monkeypatch)
+    train_run([*finished, "--resume", "--num_steps", "4"], monkeypatch)
     assert "resuming at step 2 of 4" in capsys.readouterr().out
     assert [row["step"] for row in metrics(finished)] == ["2", "4"]
     assert [path.name for path in folder.glob("state-*")] == ["state-4"]
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before(part, finish
     assert f"the checkpoint of step 4 can't be written to {folder}: [Errno 28] No space left on device (" in error
     assert error.endswith("last.safetensors of step 2 is whole\n")
     assert_same_bits(before, load_file(folder / "last.safetensors"))
-    run([*finished, "--num_steps", "4", "--resume"], monkeypatch)
+    train_run([*finished, "--num_steps", "4", "--resume"], monkeypatch)
     assert "resuming at step 2 of 4" in capsys.readouterr().out
     assert [path.name for path in folder.glob("state-*")] == ["state-4"]
 

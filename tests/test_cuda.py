@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import ROOT, load_data, run, stop_after
+from helpers import ROOT, load_data, stop_after, train_run
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
@@ -154,11 +154,11 @@ def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
 def test_a_stopped_run_resumes_with_the_same_losses(tiny_flags, monkeypatch):
     """Adam's moments, the loss scale and the stream of samples are those of the run that was not stopped."""
     flags = ["--fp16", "--optimizer", "adamw", "--learning_rate", 0.001, "--num_steps", 24, "--eval_every", 8]
-    _, rows = run(tiny_flags(*flags), monkeypatch)
+    _, rows = train_run(tiny_flags(*flags), monkeypatch)
     stop_after(12, monkeypatch)
     with pytest.raises(SystemExit):
-        run(tiny_flags(*flags, "--name", "stopped"), monkeypatch)
-    _, resumed = run(tiny_flags(*flags, "--name", "stopped", "--resume"), monkeypatch, "stopped")
+        train_run(tiny_flags(*flags, "--name", "stopped"), monkeypatch)
+    _, resumed = train_run(tiny_flags(*flags, "--name", "stopped", "--resume"), monkeypatch, "stopped")
     assert [row["step"] for row in resumed] == [row["step"] for row in rows]
     losses, expected = ([row["test_loss"] for row in part] for part in (resumed, rows))
     assert losses == pytest.approx(expected, rel=1e-3)
@@ -220,5 +220,5 @@ def test_processes_of_several_gpus(parallel, tiny_flags):
 
 def test_averaged_and_mixed_training_learns(tiny_flags, monkeypatch):
     flags = ["--fp16", "--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--num_steps", 60, "--eval_every", 60]
-    _, rows = run(tiny_flags(*flags, "--learning_rate", 0.1), monkeypatch)
+    _, rows = train_run(tiny_flags(*flags, "--learning_rate", 0.1), monkeypatch)
     assert rows[-1]["test_loss"] < 2.25  # 2.30 is that of a uniform guess

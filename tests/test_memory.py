@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from helpers import ROOT, assert_same_bits, make_shallow, run
+from helpers import ROOT, assert_same_bits, make_shallow, train_run
 from models import build_model
 from utils.parallel.memory import recompute_activations
 from utils.profiling import activation_bytes
@@ -29,8 +29,8 @@ def test_recomputed_activations_give_the_same_bits(model_type, norm_type, tiny_f
     flags = ["--model_type", model_type, "--img_size", 16, "--num_steps", 3, "--eval_every", 3]
     if norm_type:
         flags += ["--norm_type", norm_type, "--dropout_rate", 0.1, "--drop_path_rate", 0.2]
-    plain, _ = run(tiny_flags(*flags), monkeypatch)
-    recomputed, _ = run(tiny_flags(*flags, "--grad_checkpointing", "--overwrite"), monkeypatch)
+    plain, _ = train_run(tiny_flags(*flags), monkeypatch)
+    recomputed, _ = train_run(tiny_flags(*flags, "--grad_checkpointing", "--overwrite"), monkeypatch)
     assert_same_bits(plain, recomputed)
 
 

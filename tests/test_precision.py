@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from helpers import TINY, assert_same_bits, differences, initial_weights, make_shallow, run
+from helpers import TINY, assert_same_bits, differences, initial_weights, make_shallow, train_run
 from models import build_model
 from utils.parallel.precision import Precision
 
@@ -26,7 +26,7 @@ def float32_loss(tmp_path_factory):
     flags = [f"{flag}={value}" for flag, value in {**TINY, **LEARNING}.items()]
     with pytest.MonkeyPatch.context() as patch:
         make_shallow(patch)
-        _, [row] = run([*flags, "--output_dir", str(tmp_path_factory.mktemp("float32"))], patch)
+        _, [row] = train_run([*flags, "--output_dir", str(tmp_path_factory.mktemp("float32"))], patch)
     return row["train_loss"]
 
 
@@ -34,7 +34,7 @@ def float32_loss(tmp_path_factory):
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 def test_16_bit_levels_learn_like_float32(level, float32_loss, tiny_flags, monkeypatch):
     flags = [item for pair in LEARNING.items() for item in pair]
-    weights, [row] = run(tiny_flags(*flags, "--bf16", "--fp16_opt_level", level), monkeypatch)
+    weights, [row] = train_run(tiny_flags(*flags, "--bf16", "--fp16_opt_level", level), monkeypatch)
     assert row["train_loss"] == pytest.approx(float32_loss, rel=0.06)
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if level == "O3" else torch.float32}
 
@@ -42,7 +42,7 @@ def test_16_bit_levels_learn_like_float32(level, float32_loss, tiny_flags, monke
 def test_on_a_cpu_fp16_means_bfloat16(tiny_flags, monkeypatch):
     flags = ["--num_steps", 3, "--warmup_steps", 0, "--overwrite"]
     float32, by_bf16, by_fp16 = (
-        run(tiny_flags(*flags, *bits), monkeypatch)[0] for bits in ([], ["--bf16"], ["--fp16"])
+        train_run(tiny_flags(*flags, *bits), monkeypatch)[0] for bits in ([], ["--bf16"], ["--fp16"])
     )
     assert_same_bits(by_fp16, by_bf16)
     assert max(differences(by_fp16, float32).values()) > 0
@@ -50,7 +50,7 @@ def test_on_a_cpu_fp16_means_bfloat16(tiny_flags, monkeypatch):
 
 def test_master_weights_take_updates_that_16_bits_would_lose(tiny_flags, monkeypatch):
     flags = ["--bf16", "--learning_rate", 0.01, "--num_steps", 4, "--warmup_steps", 0, "--min_crop_scale", 1]
-    masters, _ = run(tiny_flags(*flags), monkeypatch)
+    masters, _ = train_run(tiny_flags(*flags), monkeypatch)
     changed = differences(masters, initial_weights())
     assert 0 < changed["blocks.0.norm1.weight"] < 1e-3  # bfloat16 has no number between 1 and 1.008
     assert 0 < changed["blocks.0.attn.qkv.weight"] < 1e-3
@@ -144,8 +144,8 @@ def test_apex_is_used_where_an_old_build_is_installed(tiny_flags, monkeypatch):
     apex.amp = amp
     monkeypatch.setitem(sys.modules, "apex", apex)
     monkeypatch.setitem(sys.modules, "apex.amp", amp)
-    by_apex, _ = run(tiny_flags("--fp16", "--amp_backend", "apex"), monkeypatch)
+    by_apex, _ = train_run(tiny_flags("--fp16", "--amp_backend", "apex"), monkeypatch)
     assert calls[0] == ("O2", "dynamic")
     assert calls.count("scale") == 12
-    plain, _ = run(tiny_flags("--overwrite"), monkeypatch)
+    plain, _ = train_run(tiny_flags("--overwrite"), monkeypatch)
     assert max(differences(by_apex, plain).values()) < 1e-6

@@ -21,12 +21,12 @@ from helpers import (
     fails,
     make_shallow,
     metrics,
-    run,
     run_dir,
     run_processes,
     script,
     step_metrics,
     succeed,
+    train_run,
 )
 from utils.parallel.processes import StopSignal, choose_device, one_process
 
@@ -46,14 +46,14 @@ def test_two_processes_have_the_results_of_one_and_resume_in_it(parallel, tiny_f
     make_shallow(monkeypatch)
     flags = [*EVERYTHING, "--gradient_accumulation_steps", 2, "--num_steps", 8, "--eval_every", 4]
     one, two = (tiny_flags(*flags, "--name", name, "--parallel", parallel) for name in ("one", "two"))
-    run(one, monkeypatch, "one")
+    train_run(one, monkeypatch, "one")
     (status, printed), (other_status, others) = run_processes(2, two)
     assert (status, other_status, others) == (0, 0, ""), printed + others  # the first process alone prints
     sharded = ", each with its shard of the weights" if parallel == "fsdp" else ""
     assert f"8 steps of 16 images at 8x8, 2 processes on cpu{sharded}\n" in printed
     assert_same_results(two, one)
     for flags, name in ((one, "one"), (two, "two")):
-        run([*flags, "--resume", "--num_steps", "12"], monkeypatch, name)
+        train_run([*flags, "--resume", "--num_steps", "12"], monkeypatch, name)
     assert [row["step"] for row in metrics(two)] == ["4", "8", "12"]
     assert_same_results(two, one)
 

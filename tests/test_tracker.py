@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers import load_data, make_shallow, read_config, run, write_images
+from helpers import load_data, make_shallow, read_config, train_run, write_images
 from models import build_model
 from utils.data.augmentation import normalise
 from utils.errors import UserError
@@ -22,7 +22,7 @@ def shallow(monkeypatch):
 
 
 def test_the_files_of_a_run(tiny_flags, monkeypatch, tmp_path, capsys):
-    _, rows = run(tiny_flags("--num_steps", 13), monkeypatch)
+    _, rows = train_run(tiny_flags("--num_steps", 13), monkeypatch)
     folder = tmp_path / "output" / "run"
     names = {path.name.split(".")[0] for path in folder.iterdir()}
     assert names == {"last", "best", "state-13", "metrics", "config", "curves", "events"}
@@ -64,7 +64,7 @@ def test_of_more_than_ten_classes_the_top5_accuracy_is_recorded_and_printed(
     many_classes, tiny_flags, monkeypatch, capsys
 ):
     flags = tiny_flags("--dataset", "imagefolder", "--data_dir", many_classes, "--learning_rate", 0.1)
-    weights, rows = run(flags, monkeypatch)
+    weights, rows = train_run(flags, monkeypatch)
     model = build_model("ViT-Mini_4", img_size=8, num_classes=12).eval()
     model.load_state_dict(weights)
     test_set = load_data("imagefolder", "test", many_classes)
@@ -80,7 +80,7 @@ def test_of_more_than_ten_classes_the_top5_accuracy_is_recorded_and_printed(
 def test_metrics_without_a_newer_column_are_read_and_continued(many_classes, tiny_flags, monkeypatch, tmp_path, capsys):
     """A run of an earlier version, which had no top-5 accuracy."""
     flags = tiny_flags("--dataset", "imagefolder", "--data_dir", many_classes)
-    _, rows = run(flags, monkeypatch)
+    _, rows = train_run(flags, monkeypatch)
     path = tmp_path / "output" / "run" / "metrics.csv"
     with open(path, newline="") as file:
         older = [{name: row[name] for name in row if name != "test_top5_accuracy"} for row in csv.DictReader(file)]
@@ -91,9 +91,9 @@ def test_metrics_without_a_newer_column_are_read_and_continued(many_classes, tin
     assert read_metrics(path.parent)["test_accuracy"] == [row["test_accuracy"] for row in rows]
     assert "test_top5_accuracy" not in read_metrics(path.parent)
     capsys.readouterr()
-    run([*flags, "--resume"], monkeypatch)  # no step is left to do
+    train_run([*flags, "--resume"], monkeypatch)  # no step is left to do
     assert re.search(r"\ntest accuracy [\d.]+ %, best ", capsys.readouterr().out)
-    _, resumed = run([*flags, "--resume", "--num_steps", 18], monkeypatch)
+    _, resumed = train_run([*flags, "--resume", "--num_steps", 18], monkeypatch)
     assert np.isnan([row["test_top5_accuracy"] for row in resumed]).tolist() == [True, True, False]
     assert re.search(r"\ntest accuracy [\d.]+ %, top-5 [\d.]+ %, best ", capsys.readouterr().out)
     path.write_text(path.read_text().replace("train_loss", "loss"))
@@ -103,13 +103,13 @@ def test_metrics_without_a_newer_column_are_read_and_continued(many_classes, tin
 
 def test_a_run_whose_name_has_dollar_signs_is_drawn(tiny_flags, monkeypatch, tmp_path):
     """Between two of them matplotlib would read a formula."""
-    run(tiny_flags("--name", "$a_{$", "--num_steps", 1), monkeypatch, "$a_{$")
+    train_run(tiny_flags("--name", "$a_{$", "--num_steps", 1), monkeypatch, "$a_{$")
     assert (tmp_path / "output" / "$a_{$" / "curves.png").exists()
 
 
 def test_resuming_a_finished_run_prints_its_results_again(tiny_flags, monkeypatch, capsys):
-    run(tiny_flags("--num_steps", 2), monkeypatch)
+    train_run(tiny_flags("--num_steps", 2), monkeypatch)
     before = capsys.readouterr().out.splitlines()[-6:]
     assert before[0].startswith("test accuracy ")
-    run(tiny_flags("--num_steps", 2, "--resume"), monkeypatch)
+    train_run(tiny_flags("--num_steps", 2, "--resume"), monkeypatch)
     assert capsys.readouterr().out.splitlines()[-6:] == before

@@ -20,8 +20,8 @@ from helpers import (
     make_shallow,
     plain_loop,
     read_config,
-    run,
     stop_after,
+    train_run,
 )
 from utils.data.datasets import DATASETS, DataSource, Split
 from utils.training import is_due, train_step
@@ -37,7 +37,7 @@ def shallow(monkeypatch):
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.5, 0.0])
 def test_a_run_has_the_weights_and_metrics_of_a_plain_loop(max_grad_norm, tiny_flags, monkeypatch):
     flags = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1, "--max_grad_norm", max_grad_norm)
-    weights, rows = run(flags, monkeypatch)
+    weights, rows = train_run(flags, monkeypatch)
     expected, losses, correct, norms = plain_loop(12, 16, max_grad_norm=max_grad_norm)
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["step"] for row in rows] == [6, 12]
@@ -51,8 +51,8 @@ def test_a_run_has_the_weights_and_metrics_of_a_plain_loop(max_grad_norm, tiny_f
 
 def test_accumulation_gives_the_results_of_the_whole_batch_also_with_dropout(tiny_flags, monkeypatch):
     flags = ["--dropout_rate", 0.2, "--learning_rate", 0.1]
-    whole, rows = run(tiny_flags(*flags), monkeypatch)
-    parts, part_rows = run(tiny_flags(*flags, "--gradient_accumulation_steps", 4, "--overwrite"), monkeypatch)
+    whole, rows = train_run(tiny_flags(*flags), monkeypatch)
+    parts, part_rows = train_run(tiny_flags(*flags, "--gradient_accumulation_steps", 4, "--overwrite"), monkeypatch)
     assert max(differences(whole, parts).values()) < 2e-6
     for name in ("train_loss", "train_accuracy", "grad_norm"):
         assert [row[name] for row in part_rows] == pytest.approx([row[name] for row in rows], rel=1e-4), name
@@ -60,8 +60,8 @@ def test_accumulation_gives_the_results_of_the_whole_batch_also_with_dropout(tin
 
 def test_dropout_changes_a_run(tiny_flags, monkeypatch):
     """Without this the tests with dropout would show nothing."""
-    with_dropout, _ = run(tiny_flags("--num_steps", 2, "--warmup_steps", 0, "--dropout_rate", 0.2), monkeypatch)
-    without, _ = run(tiny_flags("--num_steps", 2, "--warmup_steps", 0, "--overwrite"), monkeypatch)
+    with_dropout, _ = train_run(tiny_flags("--num_steps", 2, "--warmup_steps", 0, "--dropout_rate", 0.2), monkeypatch)
+    without, _ = train_run(tiny_flags("--num_steps", 2, "--warmup_steps", 0, "--overwrite"), monkeypatch)
     assert max(differences(with_dropout, without).values()) > 1e-4
 
 
@@ -70,12 +70,12 @@ def test_dropout_changes_a_run(tiny_flags, monkeypatch):
 def test_a_resumed_run_ends_with_the_same_bits(optimizer, precision, tiny_flags, monkeypatch):
     """The run stops between two evaluations, so the sums of its metrics resume too."""
     flags = ["--optimizer", optimizer, "--dropout_rate", 0.1, "--num_steps", 8, *precision]
-    whole, rows = run(tiny_flags(*flags), monkeypatch)
+    whole, rows = train_run(tiny_flags(*flags), monkeypatch)
     stop_after(4, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
-        run(tiny_flags(*flags, "--name", "stopped"), monkeypatch)
+        train_run(tiny_flags(*flags, "--name", "stopped"), monkeypatch)
     assert stopped.value.code == 128 + 15
-    resumed, resumed_rows = run(tiny_flags(*flags, "--name", "stopped", "--resume"), monkeypatch, "stopped")
+    resumed, resumed_rows = train_run(tiny_flags(*flags, "--name", "stopped", "--resume"), monkeypatch, "stopped")
     assert_same_bits(whole, resumed)
     for row, other in zip(rows, resumed_rows, strict=True):
         assert [row[key] for key in row if key not in TIMING] == [other[key] for key in row if key not in TIMING]
@@ -86,32 +86,32 @@ def test_a_resumed_run_has_the_same_mixing_average_and_random_paths(tiny_flags, 
     flags = ["--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--drop_path_rate", 0.2, "--dropout_rate", 0.1]
     flags += ["--rand_augment", 2, 9, "--gradient_accumulation_steps", 2, "--num_steps", 8]
     whole = tiny_flags(*flags)
-    run(whole, monkeypatch)
+    train_run(whole, monkeypatch)
     stop_after(3, monkeypatch)
     stopped = tiny_flags(*flags, "--name", "stopped")
     with pytest.raises(SystemExit):
-        run(stopped, monkeypatch)
-    run([*stopped, "--resume"], monkeypatch, "stopped")
+        train_run(stopped, monkeypatch)
+    train_run([*stopped, "--resume"], monkeypatch, "stopped")
     folder = whole[whole.index("--output_dir") + 1]
     for name in ("last", "best"):
         assert_same_bits(*(load_file(f"{folder}/{each}/{name}.safetensors") for each in ("run", "stopped")))
 
 
 def test_resuming_without_a_checkpoint_starts_the_run(tiny_flags, monkeypatch):
-    _, rows = run(tiny_flags("--resume"), monkeypatch)
+    _, rows = train_run(tiny_flags("--resume"), monkeypatch)
     assert [row["step"] for row in rows] == [6, 12]
 
 
 def test_a_warning_names_the_flags_that_change_when_a_run_resumes(tiny_flags, monkeypatch, capsys):
-    run(tiny_flags("--num_steps", 2), monkeypatch)
-    run(tiny_flags("--resume", "--num_steps", 4), monkeypatch)
+    train_run(tiny_flags("--num_steps", 2), monkeypatch)
+    train_run(tiny_flags("--resume", "--num_steps", 4), monkeypatch)
     assert "warning: resuming with --num_steps 4; the run was started with 2" in capsys.readouterr().out
 
 
 def test_a_resumed_run_takes_the_weight_decay_of_the_flags(tiny_flags, monkeypatch):
-    run(tiny_flags("--num_steps", 6), monkeypatch)
-    weights, _ = run(tiny_flags("--resume", "--weight_decay", 10, "--learning_rate", 0.01), monkeypatch)
-    plain, _ = run(tiny_flags("--overwrite", "--learning_rate", 0.01), monkeypatch)
+    train_run(tiny_flags("--num_steps", 6), monkeypatch)
+    weights, _ = train_run(tiny_flags("--resume", "--weight_decay", 10, "--learning_rate", 0.01), monkeypatch)
+    plain, _ = train_run(tiny_flags("--overwrite", "--learning_rate", 0.01), monkeypatch)
     assert weights["blocks.0.mlp.fc1.weight"].norm() < 0.9 * plain["blocks.0.mlp.fc1.weight"].norm()
 
 
@@ -126,7 +126,7 @@ def test_a_resumed_run_takes_the_weight_decay_of_the_flags(tiny_flags, monkeypat
 def test_flags_that_can_not_resume_a_run_are_an_error_and_change_nothing(
     flags, message, tiny_flags, monkeypatch, capsys, tmp_path
 ):
-    run(tiny_flags("--num_steps", 2), monkeypatch)
+    train_run(tiny_flags("--num_steps", 2), monkeypatch)
     before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
         call_main(train, tiny_flags("--num_steps", 2, "--resume", *flags), monkeypatch)
@@ -136,7 +136,7 @@ def test_flags_that_can_not_resume_a_run_are_an_error_and_change_nothing(
 
 
 def test_epochs_are_converted_to_steps(tiny_flags, monkeypatch):
-    _, rows = run(tiny_flags("--epochs", 0.1, "--eval_every", 100), monkeypatch)
+    _, rows = train_run(tiny_flags("--epochs", 0.1, "--eval_every", 100), monkeypatch)
     assert [row["step"] for row in rows] == [math.ceil(0.1 * 1437 / 16)]
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
 ):
     flags = tiny_flags("--learning_rate", 1e30, "--max_grad_norm", 0, "--eval_every", eval_every, "--warmup_steps", 2)
     with pytest.raises(SystemExit) as stopped:
-        run(flags, monkeypatch)
+        train_run(flags, monkeypatch)
     assert stopped.value.code == 1
     message = capsys.readouterr().err
     kept = tmp_path / "output" / "run" / "last.safetensors"
@@ -173,7 +173,7 @@ def test_a_new_training_metric_is_recorded_everywhere(tiny_flags, monkeypatch, t
     monkeypatch.setattr("utils.training.train_step", step_with_one_more)
     shown = []
     monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda bar, text, refresh: shown.append(text))
-    _, rows = run(tiny_flags("--gradient_accumulation_steps", 2), monkeypatch)
+    _, rows = train_run(tiny_flags("--gradient_accumulation_steps", 2), monkeypatch)
     assert [row["step_number"] for row in rows] == [3, 9]  # means of 1, 3, 5 and of 7, 9, 11
     assert re.match(r"loss \S+, accuracy \S+, grad_norm \S+, step_number 11, lr ", shown[10])
     events = EventAccumulator(str(tmp_path / "output" / "run")).Reload()
@@ -192,9 +192,9 @@ def test_a_new_data_set_is_one_entry(tiny_flags, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setitem(DATASETS, "toy", DataSource(lambda data_dir: 3, read))
     flags = tiny_flags("--dataset", "toy", "--num_steps", 6, "--eval_every", 3, "--learning_rate", 0.1)
-    run(flags, monkeypatch)
+    train_run(flags, monkeypatch)
     assert read_config(tmp_path / "output" / "run")["classes"] == names
-    _, rows = run([*flags, "--num_steps", 9, "--resume"], monkeypatch)
+    _, rows = train_run([*flags, "--num_steps", 9, "--resume"], monkeypatch)
     assert [row["step"] for row in rows] == [3, 6, 9]
     capsys.readouterr()
     call_main(train, [*flags, "--mode", "eval"], monkeypatch)

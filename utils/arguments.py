@@ -46,8 +46,8 @@ def add_run_flags(group):
         type=one_of("mode", MODES),
         default="train",
         metavar="MODE",
-        help="train; or eval, which tests the run's best weights, or without a run --pretrained_dir with its head. "
-        "eval accepts the flags of the training and writes no files.",
+        help="What the script does. train: train a model; eval: test the run's best weights, or without a run "
+        "--pretrained_dir with its head. eval accepts the flags of the training and writes no files.",
     )
     group.add_argument("--output_dir", default="output", metavar="DIR", help="The folder that contains all runs.")
     group.add_argument(
