@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_cpu(model_type, norm_type, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_group_norm_of_tokens(dtype, device):
+def test_group_norm_of_tokens_in_16_bits_is_near_float64(dtype, device):
     norm = TokenGroupNorm(16).to(device)
     with torch.no_grad():
         norm.weight.normal_()
@@ -94,7 +94,7 @@ def test_group_norm_of_tokens(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention(dtype, device):
+def test_attention_in_16_bits_is_near_float64(dtype, device):
     q, k, v = torch.randn(3, 2, 4, 50, 16, device=device, dtype=DTYPES[dtype]).unbind(0)
     expected = attention_weights(q.double(), k.double()) @ v.double()
     assert relative_error(attend(q, k, v).cpu().double(), expected.cpu()) < 0.01
@@ -174,7 +174,7 @@ def test_tokens_are_chosen_as_on_the_cpu(method, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_with_sizes(dtype, device):
+def test_attention_with_token_sizes_in_16_bits_is_near_float64(dtype, device):
     q, k, v = torch.randn(3, 2, 4, 50, 16, device=device, dtype=DTYPES[dtype]).unbind(0)
     bias = torch.randint(1, 9, (2, 1, 1, 50), device=device).log().to(DTYPES[dtype])
     expected = attention_weights(q.double(), k.double(), bias.double()) @ v.double()
@@ -208,7 +208,7 @@ def test_images_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_of_several_gpus(parallel, tiny_flags):
+def test_a_run_of_two_gpus_finishes_and_resumes(parallel, tiny_flags):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     flags = tiny_flags("--parallel", parallel, "--bf16", "--ema_decay", 0.9, "--mixup", 0.2)

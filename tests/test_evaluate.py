@@ -88,7 +88,7 @@ def test_the_confusion_matrix_is_drawn_from_the_predictions(weights, report, dig
     assert path == tmp_path / "other.png"
 
 
-def test_the_text_of_an_evaluation(tmp_path, monkeypatch, capsys):
+def test_the_report_as_text(tmp_path, monkeypatch, capsys):
     path = tmp_path / "matrix.png"
     call_main(evaluate, ["--checkpoint", NANO, "--dataset", "digits", "--confusion_matrix", path], monkeypatch)
     first, second, third, *classes, last = capsys.readouterr().out.splitlines()
@@ -110,7 +110,7 @@ def test_of_many_classes_the_text_has_the_ten_lowest_accuracies():
     assert lines[3:-1] == [f"  class {number}   {100 - number}.00 %" for number in range(20, 10, -1)]
 
 
-def test_an_image_size_and_a_token_reduction_can_be_given(weights, report):
+def test_the_image_size_and_token_reduction_of_the_flags_are_used(weights, report):
     command = ("--checkpoint", weights, "--dataset", "digits")
     losses = [report(*command, *flags)["loss"] for flags in ((), ("--img_size", 16))]
     reduction = ("--token_reduction", "tome", "--keep_tokens", 1, "--reduction_layer", 1)
@@ -178,7 +178,7 @@ def test_of_fewer_than_five_classes_all_are_reported(tmp_path, report):
     assert sum(item["probability"] for item in found["classes"]) == pytest.approx(1)
 
 
-def test_wrong_flags_and_data(weights, tmp_path, monkeypatch, capsys):
+def test_wrong_flags_and_data_are_errors(weights, tmp_path, monkeypatch, capsys):
     _, cats = write_run(tmp_path / "cats")
     _, numbers = write_run(tmp_path / "numbers", classes=[*map(str, range(3)), "drei", *map(str, range(4, 10))])
     for flags, message in (

@@ -62,13 +62,13 @@ def of_each_image(*kinds):
     return {f"cats-00{i}-{kind}.png" for i in (0, 1) for kind in kinds}
 
 
-def test_all_figures_of_a_vit_and_one_image(draw, tmp_path):
+def test_without_flags_all_figures_of_a_vit_are_drawn(draw, tmp_path):
     together = {"distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", "--image", tmp_path / "cats" / "000.png")
     assert names == together | {f"cats-000-{kind}.png" for kind in ("rollout", "blocks", "heads")}
 
 
-def test_all_figures_of_a_vit_with_a_token_reduction_and_two_images(draw):
+def test_without_flags_all_figures_of_a_vit_with_a_token_reduction_are_drawn(draw):
     together = {"grid.png", "clusters.png", "distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", *REDUCTION, 0.5)
     assert names == together | of_each_image("rollout", "blocks", "heads", "clusters")
@@ -123,7 +123,7 @@ VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flo
         (("--curves", "nowhere", "--image", "000.png"), "--image needs --checkpoint"),
     ],
 )
-def test_wrong_flags(flags, message, weights, tmp_path, monkeypatch, capsys):
+def test_wrong_flags_are_errors(flags, message, weights, tmp_path, monkeypatch, capsys):
     write_images(tmp_path, [(8, 8)])
     for path in weights.iterdir():
         os.link(path, tmp_path / path.name)
