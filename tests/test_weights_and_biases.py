@@ -9,11 +9,11 @@ import sys
 import types
 
 import pytest
+from test_scripts import metrics, run_dir, start, wait_for_checkpoint
 
 import train
 from command_line import train_parser
 from helpers import ROOT, call_main, read_config, script, succeed
-from test_scripts import metrics, run_dir, start, wait_for_checkpoint
 from utils.records.weights_and_biases import WeightsAndBiases
 
 STAND_INS = ROOT / "tests" / "stand_ins"
