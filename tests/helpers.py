@@ -143,6 +143,9 @@ def write_images(folder, sizes, seed=0):
     return paths
 
 
+write_pictures = write_images  # until the last file uses the new name
+
+
 def photograph(height, width):
     """A photograph as an image of Pillow, resized."""
     from sklearn.datasets import load_sample_image
