@@ -36,10 +36,11 @@ def size(model_type, img_size):
 
 
 @pytest.mark.parametrize("model_type", RESNETS)
-@pytest.mark.parametrize("img_size", [(8, 8), (50, 33)])
-def test_every_resnet_maps_images_of_any_size_to_logits(model_type, img_size):
+def test_every_resnet_maps_images_of_any_size_to_logits(model_type):
     with torch.device("meta"):
-        assert build_model(model_type, img_size, num_classes=7)(torch.zeros(2, 3, *img_size)).shape == (2, 7)
+        model = build_model(model_type, (50, 33), num_classes=7)
+        for img_size in ((8, 8), (50, 33)):
+            assert model(torch.zeros(2, 3, *img_size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
