@@ -1,26 +1,36 @@
 """What several test files need: running scripts, small data sets, reading and comparing runs."""
 
-import csv
 import json
+import math
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train
 from models import build_model
+from models.configs import VITS
 from synthetic import make_checkpoint
-from utils.data.augmentation import Augmentation
+from utils.data.augmentation import Augmentation, normalise, random_crops, resized_crops
 from utils.data.datasets import DataOptions, load_dataset
 from utils.data.images import stretch
 from utils.data.loading import FolderImages
+from utils.data.stream import samples_at
 from utils.errors import run_script
 from utils.parallel.processes import StopSignal, one_process
+from utils.records.checkpoint import LAST
+from utils.records.run_folder import METRICS, read_rows
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -88,45 +98,6 @@ def fails(module, flags, monkeypatch, capsys):
     return printed.err
 
 
-def train_run(flags, monkeypatch, name="run"):
-    """Run train.py in this process; returns (weights of the last checkpoint, rows of metrics.csv as floats)."""
-    import train
-
-    call_main(train, flags, monkeypatch)
-    folder = Path(flags[flags.index("--output_dir") + 1]) / name
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    return load_file(folder / "last.safetensors"), rows
-
-
-def stop_after(step, monkeypatch):
-    """Let the training stop after that step, as if SIGTERM had been received while it ran."""
-    calls = []
-
-    def agreed(self):
-        calls.append(None)
-        return 15 if len(calls) == step else 0
-
-    monkeypatch.setattr(StopSignal, "agreed", agreed)
-
-
-def differences(weights, others):
-    """{name: largest absolute difference} of two state dicts with the same names."""
-    assert weights.keys() == others.keys()
-    return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
-
-
-def run_dir(flags):
-    """The folder of the run with these flags of train.py."""
-    return Path(flags[flags.index("--output_dir") + 1]) / flags[flags.index("--name") + 1]
-
-
-def metrics(flags):
-    """The rows of the run's metrics.csv, as text."""
-    with open(run_dir(flags) / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def read_config(run_dir):
     return json.loads((Path(run_dir) / "config.json").read_text())
 
@@ -141,9 +112,6 @@ def write_images(folder, sizes, seed=0):
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         paths.append(path)
     return paths
-
-
-write_pictures = write_images  # until the last file uses the new name
 
 
 def photograph(height, width):
@@ -196,3 +164,149 @@ def write_run(folder, flags=DIGITS_RUN, classes=("cat", "dog"), **keywords):
     save_file(model.state_dict(), folder / "best.safetensors", metadata={"step": "7"})
     (folder / "config.json").write_text(json.dumps({"flags": flags, "classes": list(classes)}))
     return model, folder / "best.safetensors"
+
+
+# Runs of train.py in this process
+
+
+def train_run(flags, monkeypatch, name="run"):
+    """Run train.py in this process; returns (weights of the last checkpoint, rows of metrics.csv as floats)."""
+    call_main(train, flags, monkeypatch)
+    folder = Path(flags[flags.index("--output_dir") + 1]) / name
+    rows = [{key: float(value) for key, value in row.items()} for row in read_rows(folder / METRICS)]
+    return load_file(folder / LAST), rows
+
+
+def run_dir(flags):
+    """The folder of the run with these flags."""
+    return Path(flags[flags.index("--output_dir") + 1]) / flags[flags.index("--name") + 1]
+
+
+def metrics(flags):
+    """The rows of the run's metrics.csv, {column: text}."""
+    return read_rows(run_dir(flags) / METRICS)
+
+
+def differences(weights, others):
+    """{name: largest absolute difference} of two state dicts with the same names."""
+    assert weights.keys() == others.keys()
+    return {name: (weights[name] - others[name]).abs().max().item() for name in weights}
+
+
+def assert_same_bits(weights, others):
+    """Both state dicts have the same names and the same bits."""
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+
+
+def initial_weights():
+    """The weights with which a run of TINY starts."""
+    torch.manual_seed(42)
+    return build_model("ViT-Mini_4", img_size=8).state_dict()
+
+
+def make_shallow(monkeypatch, num_layers=2):
+    """Give the small ViTs and hybrids fewer blocks, for tests of what does not depend on their depth."""
+    for name in ("ViT-Nano_4", "ViT-Mini_4", "R26-ViT-Mini_4"):
+        monkeypatch.setitem(VITS[name], "num_layers", num_layers)
+
+
+def stop_after(step, monkeypatch):
+    """The next run receives SIGTERM in that step, counted from its first one."""
+    calls = []
+
+    def agreed(self):
+        calls.append(None)
+        return signal.SIGTERM if len(calls) == step else 0
+
+    monkeypatch.setattr(StopSignal, "agreed", agreed)
+
+
+def one_hot(images, labels, step):
+    """The `mix` of `plain_loop` that mixes nothing."""
+    return images, F.one_hot(labels, 10).float()
+
+
+def plain_loop(steps, batch, mix=one_hot, max_grad_norm=1.0):
+    """A run of TINY in ordinary PyTorch: momentum SGD, clipping, warm-up of 3 steps, then cosine.
+
+    Returns (weights, losses, correct predictions and gradient norms of the steps).
+    """
+    torch.manual_seed(42)
+    model = build_model("ViT-Mini_4", img_size=8).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data = load_data("digits", "train")
+    losses, correct, norms = [], [], []
+    for step in range(steps):
+        progress = (step - 3) / (steps - 3)
+        optimizer.param_groups[0]["lr"] = 0.1 * (step / 3 if step < 3 else (1 + math.cos(math.pi * progress)) / 2)
+        epochs, indices = samples_at(42, np.arange(step * batch, (step + 1) * batch), len(data))
+        boxes, _ = random_crops(42, epochs, indices, len(data), 8, 8, 0.05)
+        images = normalise(resized_crops(data.images[indices], boxes, (8, 8)))
+        images, targets = mix(images, data.labels[indices], step)
+        logits = model(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item())
+        optimizer.step()
+        losses.append(loss.item())
+        correct.append((logits.argmax(dim=1) == targets.argmax(dim=1)).sum().item())
+    return model.state_dict(), losses, correct, norms
+
+
+# Runs of train.py in other processes
+
+
+def run_processes(count, flags):
+    """Train in `count` processes that are forked from this one; returns (exit status, what it printed) of each.
+
+    That is faster than torchrun. Only for Linux: elsewhere a process may not be able to compute after a fork.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    paths = [run_dir(flags).with_suffix(f".process-{rank}") for rank in range(count)]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    started = [fork.Process(target=run_rank, args=(rank, count, port, flags, paths[rank])) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()
+    return [(process.exitcode, path.read_text()) for process, path in zip(started, paths, strict=True)]
+
+
+def run_rank(rank, count, port, flags, path):
+    """The body of a process of `run_processes`, with the environment that torchrun gives it."""
+    sys.stdout = sys.stderr = open(path, "w", buffering=1)  # noqa: SIM115
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="localhost")
+    sys.argv = ["train.py", *flags]
+    run_script(train.main)
+
+
+def start(flags):
+    """Start train.py in the shell's way; returns the Popen."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def wait_for_checkpoint(process, flags, step):
+    """Wait until the run of a Popen has been evaluated at `step` or later."""
+    deadline = time.monotonic() + 120
+    while not ((run_dir(flags) / METRICS).exists() and any(int(row["step"]) >= step for row in metrics(flags))):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def step_metrics(run_dir, name):
+    """The values of a training metric in all steps, from the run's TensorBoard records."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars(f"train/{name}")]

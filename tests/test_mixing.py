@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import train
-from helpers import call_main, differences, fails, metrics, succeed, train_run
-from test_training import plain_loop
+from helpers import call_main, differences, fails, metrics, plain_loop, succeed, train_run
 from utils.data.mixing import make_mixing, mix_pairs
 
 CLASSES = 20

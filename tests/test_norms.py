@@ -14,11 +14,10 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from helpers import call_main, metrics, succeed
+from helpers import call_main, make_shallow, metrics, succeed
 from inference import SavedModel
 from models import CheckpointError, build_model
 from models import norms as norms_module
-from models.configs import VITS
 from models.norms import (
     TOKEN_NORMS,
     LayerNorm,
@@ -416,7 +415,7 @@ def test_training_with_batch_norm_in_two_processes_is_that_in_one(tiny_flags, mo
 
 
 def test_training_from_weights_of_another_norm_reports_it(tiny_flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(VITS["ViT-Mini_4"], "num_layers", 2)
+    make_shallow(monkeypatch, 2)
     weights = tmp_path / "ViT-Mini_4.npz"
     np.savez(weights, **make_checkpoint(shapes_of(build_model("ViT-Mini_4", 8))))
     flags = ["--pretrained_dir", weights, "--norm_type", "GN", "--fp16", "--num_steps", 2]
@@ -432,7 +431,7 @@ def test_training_from_weights_of_another_norm_reports_it(tiny_flags, tmp_path, 
 @pytest.mark.usefixtures("rms")
 def test_a_new_norm_is_trained_resumed_exported_and_resized(tiny_flags, monkeypatch, tmp_path, capsys):
     """By its name in train.py and evaluate.py, at level O2, where its own weights stay float32."""
-    monkeypatch.setitem(VITS["ViT-Mini_4"], "num_layers", 2)
+    make_shallow(monkeypatch, 2)
     flags = ["--norm_type", "RMS", "--bf16", "--learning_rate", 0.1]
     call_main(train, tiny_flags(*flags), monkeypatch)
     call_main(train, tiny_flags(*flags, "--num_steps", 6, "--name", "resumed"), monkeypatch)

@@ -7,17 +7,15 @@ import torch
 import train
 import train_flops
 from command_line import train_parser
-from helpers import call_main, differences, fails, metrics, stop_after, succeed, train_run
+from helpers import call_main, differences, fails, make_shallow, metrics, stop_after, succeed, train_run
 from models import build_model
-from models.configs import VITS
 from utils.optimizers import OPTIMIZERS, make_optimizer, restore_state, state_tensors
 from utils.records.checkpoint import load_checkpoint
 
 
 @pytest.fixture
 def two_blocks(monkeypatch):
-    """ViT-Mini_4 with two of its six blocks, which trains three times as fast."""
-    monkeypatch.setitem(VITS["ViT-Mini_4"], "num_layers", 2)
+    make_shallow(monkeypatch, 2)
 
 
 def two_block_model():

@@ -5,8 +5,7 @@ import math
 import pytest
 
 import train
-from helpers import call_main, fails
-from models.configs import VITS
+from helpers import call_main, fails, make_shallow
 from utils.records.run_folder import read_metrics
 from utils.scheduler import DECAY_TYPES, Schedule, learning_rate
 
@@ -61,7 +60,7 @@ def test_an_unknown_decay_type_is_an_error():
 
 
 def test_a_new_decay_type_needs_one_line_to_be_trained_and_resumed(tiny_flags, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(VITS["ViT-Mini_4"], "num_layers", 1)
+    make_shallow(monkeypatch, 1)
     monkeypatch.setitem(DECAY_TYPES, "hyperbola", lambda step, schedule: 1 / (1 + step - schedule.warmup_steps))
     flags = ["--decay_type", "hyperbola", "--learning_rate", 0.2]
     call_main(train, tiny_flags(*flags, "--num_steps", 6), monkeypatch)

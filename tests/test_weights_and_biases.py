@@ -12,9 +12,18 @@ import pytest
 
 import train
 from command_line import train_parser
-from helpers import ROOT, call_main, metrics, read_config, run_dir, script, succeed
-from models.configs import VITS
-from test_scripts import start, wait_for_checkpoint
+from helpers import (
+    ROOT,
+    call_main,
+    make_shallow,
+    metrics,
+    read_config,
+    run_dir,
+    script,
+    start,
+    succeed,
+    wait_for_checkpoint,
+)
 from utils.records.weights_and_biases import WeightsAndBiases
 
 STAND_INS = ROOT / "tests" / "stand_ins"
@@ -42,8 +51,7 @@ def calls(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one_block(monkeypatch):
-    """ViT-Mini_4 with one of its six blocks, which trains faster."""
-    monkeypatch.setitem(VITS["ViT-Mini_4"], "num_layers", 1)
+    make_shallow(monkeypatch, 1)
 
 
 def calls_of(calls, name):
