@@ -123,7 +123,7 @@ def test_weights_are_read_as_they_were_written(tmp_path):
     assert_same_bits(loaded, weights)
     with pytest.raises(UserError, match="nothing.safetensors does not exist"):
         saved_step(tmp_path / "nothing.safetensors")
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="is a folder; give its best.safetensors"):
         saved_step(tmp_path)
 
 

@@ -188,7 +188,7 @@ def test_wrong_flags_and_data_are_errors(weights, tmp_path, monkeypatch, capsys)
             ["--checkpoint", weights, "--dataset", "digits", "--confusion_matrix", "no/x.png"],
             "no/x.png can't be written",
         ),
-        (["--checkpoint", weights, "nothing.png"], "nothing.png is not a readable image"),
+        (["--checkpoint", weights, "nothing.png"], "nothing.png does not exist"),
         (["--checkpoint", weights, "--dataset", "digit"], "unknown dataset 'digit'; did you mean digits?"),
     ):
         assert message in fails(evaluate, flags, monkeypatch, capsys)

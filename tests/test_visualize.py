@@ -115,7 +115,7 @@ VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flo
         ((*VIT, "--image", "000.png", "--blocks", 6), "--blocks 6: the model has the blocks 0 to 5"),
         ((*VIT, "--image", "000.png", "--clusters"), "ViT-Mini_4.npz merges no tokens; give --token_reduction"),
         ((*VIT, "--image", "000.png", "--clusters", *REDUCTION, 16), "--keep_tokens 16 keeps all patches"),
-        ((*VIT, "--image", "nothing.png"), "nothing.png is not a readable image"),
+        ((*VIT, "--image", "nothing.png"), "nothing.png does not exist"),
         ((*VIT, "--image", "000.png", "--output_dir", "000.png"), "000.png can't be created: "),
         ((*CNN, "--image", "000.png", "--rollout"), "is a CNN without attention; omit --rollout"),
         (CNN, "Grad-CAM needs --image"),
