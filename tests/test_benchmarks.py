@@ -101,7 +101,7 @@ def test_throughput_compares_all_norms(run_main):
         (task, norm) for task in ("forward", "training step") for norm in NORM_TYPES
     )
     assert [ratio for _, norm, ratio in rows if norm == "LN"] == ["1.00", "1.00"]
-    assert "| x LN |" in printed
+    assert "| relative to LN |" in printed
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_the_experiment_of_hybrid_and_cnns_resumes(tmp_path):
     command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
     printed = succeed(*command)
     assert printed.count("20 training and 360 test images") == 3
-    rows = re.findall(r"\| (\S+), (hybrid ViT|CNN of [\w ]+) \| [\d.]+ M \| ([\d.]+) G \| [\d.]+ % \|", printed)
+    rows = re.findall(r"\| (\S+), (hybrid ViT|CNN with [\w ]+) \| [\d.]+ M \| ([\d.]+) G \| [\d.]+ % \|", printed)
     assert [name for name, _, _ in rows] == ["R26-ViT-Mini_4", "ResNet-Mini_Params", "ResNet-Mini_Flops"]
     (tmp_path / "figure.png").unlink()
     first, table = succeed(*command).split("\n", 1)
