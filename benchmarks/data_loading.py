@@ -130,13 +130,13 @@ def images_per_second(batches, device):
 
 
 def report(args, speeds, kilobytes):
-    """A Markdown table; `x timm` is the median over the rounds of this speed divided by timm's in the same round."""
+    """A Markdown table; ratios are medians over the rounds of a speed divided by timm's in the same round."""
     rows = []
     for (num_workers, name), own in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(own, speeds[num_workers, "timm"], strict=True))
         spread = f"{min(own):.0f} to {max(own):.0f}"
         rows.append([str(num_workers), name, f"{ratio:.2f}", f"{statistics.median(own):.0f}", spread])
-    titles = ["worker processes", "loader", "x timm", "images/s", "slowest to fastest round"]
+    titles = ["worker processes", "loader", "relative to timm", "images/s", "slowest to fastest round"]
     return (
         f"Input pipeline: JPEGs of {SIZES[0][1]}x{SIZES[0][0]} and similar sizes, {kilobytes:.0f} KB each, to random "
         f"crops at {args.img_size}x{args.img_size}, batch {args.batch_size}\n{machine()}, timm {timm.__version__}, "

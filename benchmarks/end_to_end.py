@@ -231,7 +231,7 @@ def report(args, speeds, images):
         rows[-1].append(ratio_range(values, speeds[MODEL], ".1%") if name != MODEL else "")
         compared = TIMM_LOOP in speeds and name != TIMM_LOOP
         rows[-1].append(ratio_range(values, speeds[TIMM_LOOP], ".2f") if compared else "")
-    titles = ["", "images/s", "slowest to fastest round", f"share of {MODEL}", f"x {TIMM_LOOP}"]
+    titles = ["", "images/s", "slowest to fastest round", f"relative to {MODEL}", f"relative to {TIMM_LOOP}"]
     return (
         f"{args.model_type} at {args.img_size}x{args.img_size}, {setting(args)}, timm by autocast, {images}\n"
         f"{machine()}, {versions()}; {args.num_steps} steps after the first {args.first_steps}, median of "

@@ -245,7 +245,7 @@ def measure(args, model_type, precision, batch_size, steps, device):
 
 
 def report(result):
-    """A Markdown table; `x reference` is the median over the rounds of its time divided by this one's."""
+    """A Markdown table; ratios are medians over the rounds of the reference's time divided by a row's."""
     compared = ""
     if result["reference"] in PACKAGES:
         compared = f", {result['versions']}; equal logits; momentum SGD, fused in this project"
@@ -261,7 +261,7 @@ def report(result):
         lines.append(f"largest batches whose training step fits, alongside the weights of the others: {sizes}")
     if result["out_of_memory"]:
         lines.append(f"out of memory: {', '.join(result['out_of_memory'])}")
-    titles = ["pass", "model", f"x {result['reference']}", "images/s", "slowest to fastest round"]
+    titles = ["pass", "model", f"relative to {result['reference']}", "images/s", "slowest to fastest round"]
     titles += ["share of the matrix product's FLOP/s", "memory (MiB)"]
     rows = [
         [

@@ -25,8 +25,8 @@ from utils.sweeps import data_name, mean_and_range
 
 MODELS = {
     "R26-ViT-Mini_4": "hybrid ViT",
-    "ResNet-Mini_Params": "CNN of as many parameters",
-    "ResNet-Mini_Flops": "CNN of as many FLOPs",
+    "ResNet-Mini_Params": "CNN with as many parameters",
+    "ResNet-Mini_Flops": "CNN with as many FLOPs",
 }
 
 
@@ -76,7 +76,7 @@ def table(metrics, img_size):
             ]
         )
     titles = ["model", "parameters", "FLOPs per image", "test accuracy", "training accuracy", "images/s"]
-    return markdown_table([*titles, "time of a run"], rows)
+    return markdown_table([*titles, "time per run"], rows)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from helpers import ROOT, TINY, call_main, fails, load_data, read_config, script, succeed, write_pictures  # noqa: F401
+from helpers import TINY, call_main, fails, write_images
 
-torch.set_num_threads(1)  # several test processes share the cores; threads that wait for each other would be slow
+torch.set_num_threads(1)  # several test processes share the cores; more threads than cores are slow
 
 
 @pytest.fixture
 def tiny_flags(tmp_path):
-    """`tiny_flags("--flag", value, ...)`: a full list of flags for train.py, the given ones in place of TINY's."""
+    """`tiny_flags("--flag", value, ...)`: the flags of a small run of train.py; the given ones replace TINY's."""
 
     def flags(*given):
         given = [str(item) for item in given]
@@ -23,7 +23,7 @@ def tiny_flags(tmp_path):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """`run_main(module, flag, value, ...)`: what a script's main() prints, in this process."""
+    """`run_main(module, flag, value, ...)`: run a script's main() in this process; returns what it prints."""
 
     def run(module, *flags):
         call_main(module, flags, monkeypatch)
@@ -34,15 +34,15 @@ def run_main(monkeypatch, capsys):
 
 @pytest.fixture
 def main_fails(monkeypatch, capsys):
-    """`main_fails(module, flag, value, ...)`: the error of one line that is all a script's main() prints."""
+    """`main_fails(module, flag, value, ...)`: run a script's main(), which must fail; returns its error of one line."""
     return lambda module, *flags: fails(module, flags, monkeypatch, capsys)
 
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """An image folder of two classes, 8 training and 4 test pictures each, of mixed sizes."""
-    root = tmp_path / "pictures"
+    """An image folder of two classes, 8 training and 4 test images each, of different sizes."""
+    root = tmp_path / "images"
     for split, count in (("train", 8), ("val", 4)):
         for number, name in enumerate(("cat", "dog")):
-            write_pictures(root / split / name, [(20 + i, 30 - i) for i in range(count)], seed=number)
+            write_images(root / split / name, [(20 + i, 30 - i) for i in range(count)], seed=number)
     return root

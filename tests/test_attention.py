@@ -84,7 +84,7 @@ def test_the_mask_shows_the_patch_that_a_model_attends_to():
     model.patch_embed.proj.weight[0] = 1  # which is the brightness
     images = torch.full((1, 3, 12, 20), -1.0)
     images[:, :, 4:8, 12:16] = 1  # row 1, column 3
-    model.pos_embed[..., 1] = 1e-3  # something for the norm to divide
+    model.pos_embed[..., 1] = 1e-3  # otherwise the norm divides 0 by 0
     _, attention = model.forward_with_attention(images)
     mask = class_token_mask(attention[0].mean(dim=1), model.patch_embed.grid_size)[0]
     assert mask.shape == (3, 5)

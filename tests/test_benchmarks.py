@@ -36,14 +36,14 @@ ALL = (data_loading, end_to_end, growth, kernels, throughput, token_reduction_sp
 
 
 @pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
-def test_help_of_every_benchmark(module, monkeypatch, capsys):
+def test_every_benchmark_prints_its_help(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call_main(module, ["--help"], monkeypatch)
     assert stopped.value.code == 0
     assert "--rounds" in capsys.readouterr().out
 
 
-def test_every_benchmark_is_listed():
+def test_every_benchmark_is_tested():
     found = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert found == {module.__name__ for module in ALL} | {"__init__", "steps", "peers"}
 
@@ -62,12 +62,12 @@ def test_every_benchmark_is_listed():
         (("--compare", "peer"), "did you mean peers"),
     ],
 )
-def test_wrong_flags_of_throughput(flags, message, main_fails):
+def test_wrong_flags_of_throughput_are_errors(flags, message, main_fails):
     assert message in main_fails(throughput, *flags)
 
 
 @pytest.mark.slow
-def test_throughput_of_several_models_and_levels(tmp_path, run_main):
+def test_throughput_measures_every_model_batch_size_and_level(tmp_path, run_main):
     flags = ["--model_type", "ViT-Ti_16", "ViT-S_32", *SMALL, "--precision", "bf16"]
     flags += ["--batch_size", 1, 2, "--fp16_opt_level", "O1", "O2", "--json", tmp_path / "speed.json"]
     printed = run_main(throughput, *flags)
@@ -88,12 +88,13 @@ def test_throughput_of_several_models_and_levels(tmp_path, run_main):
 
 
 @pytest.mark.slow
-def test_throughput_of_a_resnet_compared_with_timm(run_main):
+def test_throughput_compares_a_resnet_with_timm(run_main):
     printed = run_main(throughput, "--model_type", "BiT-M-R50x1", *SMALL, "--precision", "fp32")
     assert len(re.findall(r"\| (forward|training step) \| (this project|timm) \| [\d.]+ \| [\d.]+ \|", printed)) == 4
 
 
-def test_throughput_of_norms(run_main):
+@pytest.mark.slow
+def test_throughput_compares_all_norms(run_main):
     printed = run_main(throughput, "--compare", "norms", "--model_type", "ViT-Nano_4", "--img_size", 8, *SMALL[2:])
     rows = re.findall(r"^\| (forward|training step) \| (\w+) \| ([\d.]+) \| [\d.]+ \|", printed, re.MULTILINE)
     assert sorted(row[:2] for row in rows) == sorted(
@@ -103,7 +104,8 @@ def test_throughput_of_norms(run_main):
     assert "| x LN |" in printed
 
 
-def test_comparing_models_with_the_accuracy_of_a_run(tmp_path, run_main, main_fails):
+@pytest.mark.slow
+def test_throughput_compares_models_and_shows_the_accuracy_of_their_runs(tmp_path, run_main, main_fails):
     finished = tmp_path / "run"
     finished.mkdir()
     (finished / "config.json").write_text(json.dumps({"flags": {"model_type": "ViT-Mini_4"}}))
@@ -149,7 +151,7 @@ def with_fitting_depth(make, model):
     return theirs, model
 
 
-def test_every_weight_is_checked():
+def test_no_weight_of_a_compared_model_is_zero():
     """A weight of zeros would hide what it is multiplied with."""
     model = build_model("R26-ViT-S_32", 64, num_layers=1)
     peers.randomise(model)
@@ -159,7 +161,7 @@ def test_every_weight_is_checked():
 @pytest.mark.parametrize(
     "level, precision, expected_bytes", [(None, "fp32", (4, 4, 4)), ("O2", "bf16", (2, 6, 8))], ids=["fp32", "O2"]
 )
-def test_the_memory_of_a_level(level, precision, expected_bytes):
+def test_the_bytes_of_weights_gradients_and_optimizer_at_a_level(level, precision, expected_bytes):
     """O2 keeps weights and their gradients in 16 bits, and masters, their gradients and momenta in 32."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 10))
     step = steps.our_step(model, CPU, precision, level)
@@ -203,7 +205,8 @@ def test_activations_of_a_timed_step_can_be_counted(name):
     assert three - two == two - one > 0
 
 
-def test_growth(tmp_path, run_main):
+@pytest.mark.slow
+def test_growth_adds_up_the_parts_of_the_memory(tmp_path, run_main):
     """Parts add up to the floor, checkpointing keeps fewer activations and nothing else, and a figure is drawn."""
     sizes = ["--model_type", "ViT-Mini_4", "--model_types", "ViT-Nano_4", "--batch_sizes", 1, "--img_sizes", 64]
     figure = tmp_path / "growth.png"
@@ -236,11 +239,12 @@ def test_the_table_of_kernels_adds_up_to_the_step(task, shown, run_main):
         assert int(calls[names.index("aten.native_layer_norm.default")]) == 2 * VITS["ViT-Mini_4"].num_layers + 1
 
 
-def test_compiled_operators_of_a_cpu_are_refused(main_fails):
+def test_kernels_refuses_compiled_operators_of_a_cpu(main_fails):
     assert "--compile needs a GPU here" in main_fails(kernels, "--compile")
 
 
-def test_speed_and_coverage_of_token_reduction(run_main, main_fails):
+@pytest.mark.slow
+def test_token_reduction_speed_has_all_methods_and_facility_location_covers_best(run_main, main_fails):
     """Each row is there, and facility location covers the tokens best."""
     flags = ["--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2, "--rounds", 1]
     printed = run_main(token_reduction_speed, *flags, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
@@ -261,12 +265,12 @@ def test_speed_and_coverage_of_token_reduction(run_main, main_fails):
         (("--model_type", "ViT-S_16", "--keep_tokens", 98), "digits.npz: keep_tokens 98 is neither a count from 1"),
     ],
 )
-def test_wrong_flags_of_token_reduction_speed(flags, message, main_fails):
+def test_wrong_flags_of_token_reduction_speed_are_errors(flags, message, main_fails):
     assert message in main_fails(token_reduction_speed, *flags)
 
 
 @pytest.mark.slow
-def test_the_input_pipeline_compared_with_timm():
+def test_data_loading_compares_the_input_pipeline_with_timm():
     flags = ["--images", 16, "--batch_size", 4, "--img_size", 32, "--rounds", 1, "--num_workers", 0, 1]
     printed = succeed("benchmarks/data_loading.py", *flags)
     rows = re.findall(r"^\| ([01]) \| (this project|timm) \| ([\d.]+) \| ([\d.]+) \|", printed, re.MULTILINE)
@@ -275,12 +279,12 @@ def test_the_input_pipeline_compared_with_timm():
     assert [ratio for _, name, ratio, _ in rows if name == "timm"] == ["1.00", "1.00"]
 
 
-def test_the_input_pipeline_needs_two_batches(main_fails):
+def test_data_loading_needs_two_batches(main_fails):
     assert "--images 7 is less than two batches, 8" in main_fails(data_loading, "--images", 7, "--batch_size", 4)
 
 
 @pytest.mark.slow
-def test_end_to_end():
+def test_end_to_end_compares_train_py_with_its_step_and_with_timm():
     flags = ["--img_size", 32, "--batch_size", 4, "--num_steps", 4, "--first_steps", 2, "--rounds", 1]
     printed = succeed("benchmarks/end_to_end.py", *flags, "--images", 20, "--num_workers", 1)
     rows = re.findall(r"^\| (the model's step alone|train.py|timm's loop) \| [\d.]+ \|", printed, re.MULTILINE)
@@ -310,7 +314,7 @@ def test_the_ratios_of_end_to_end_are_those_of_the_same_round():
 
 
 @pytest.mark.slow
-def test_the_parts_of_gpu_sh_run_dry():
+def test_every_part_of_gpu_sh_starts():
     """Only whether each part starts: its flags are known and its files exist."""
     import subprocess
 

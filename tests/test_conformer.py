@@ -33,7 +33,7 @@ def test_every_conformer_maps_images_to_logits(model_type, method):
 
 
 def test_the_grid_keeps_the_spatial_order():
-    """Against the definition in plain Python; from top to bottom, in each row from left to right."""
+    """Compared with the definition in pure Python: from top to bottom, in each row from left to right."""
     model = build_model("Conformer-Mini_4", (24, 40), keep_tokens=9)  # patches: 6 x 10
     kept = torch.rand(5, 60, generator=torch.Generator().manual_seed(0)).topk(9).indices.sort(dim=1).values
     clusters = Clusters(torch.nn.functional.pad(kept + 1, (1, 0)), None)
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_key():
         ({"token_reduction": "topk"}, "unknown token reduction 'topk'"),
     ],
 )
-def test_wrong_keywords(keywords, message):
+def test_wrong_keywords_are_named_in_the_error(keywords, message):
     with pytest.raises(ValueError, match=message):
         build_model("Conformer-Mini_4", 32, **keywords)
 
@@ -160,11 +160,11 @@ def test_shares_are_rounded_to_squares(keep_tokens, side):
         assert build_model("Conformer-Mini_4", (8, 12), keep_tokens=1.0).grid_size == (2, 2)
 
 
-def test_train_and_evaluate(tiny_flags, tmp_path, monkeypatch, capsys):
+def test_a_conformer_is_trained_from_a_vit_and_evaluated(tiny_flags, tmp_path, monkeypatch, capsys):
     """From a ViT's checkpoint, through the training loop; evaluate.py restores the run with its grid."""
     np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 16)).export_npz())
     flags = ["--model_type", "Conformer-Mini_4", "--pretrained_dir", tmp_path / "ViT-Mini_4.npz", "--img_size", 16]
-    flags += ["--keep_tokens", 9, "--bf16", "--num_steps", 4, "--eval_every", 2, "--log_attention_every", 2]
+    flags += ["--keep_tokens", 9, "--bf16", "--num_steps", 4, "--eval_every", 2, "--log_attention_every", 4]
     call_main(train, tiny_flags(*flags), monkeypatch)
     assert "arrays of conformer/group_norm, conformer/unit01, conformer/unit02: initialised" in capsys.readouterr().out
     run_dir = tmp_path / "output" / "run"

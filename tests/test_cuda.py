@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import ROOT, load_data
+from helpers import ROOT, load_data, stop_after, train_run
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.norms import TokenGroupNorm
 from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
-from test_training import run, stop_after
 from utils.data.augmentation import Augmentation
 from utils.data.stream import stream_positions
 from utils.parallel.precision import Precision
@@ -82,7 +81,7 @@ def test_gradients_are_those_of_the_cpu(model_type, norm_type, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_group_norm_of_tokens(dtype, device):
+def test_group_norm_of_tokens_in_16_bits_is_near_float64(dtype, device):
     norm = TokenGroupNorm(16).to(device)
     with torch.no_grad():
         norm.weight.normal_()
@@ -95,7 +94,7 @@ def test_group_norm_of_tokens(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention(dtype, device):
+def test_attention_in_16_bits_is_near_float64(dtype, device):
     q, k, v = torch.randn(3, 2, 4, 50, 16, device=device, dtype=DTYPES[dtype]).unbind(0)
     expected = attention_weights(q.double(), k.double()) @ v.double()
     assert relative_error(attend(q, k, v).cpu().double(), expected.cpu()) < 0.01
@@ -152,14 +151,14 @@ def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
-def test_a_run_goes_on_where_it_stopped(tiny_flags, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_losses(tiny_flags, monkeypatch):
     """Adam's moments, the loss scale and the stream of samples are those of the run that was not stopped."""
     flags = ["--fp16", "--optimizer", "adamw", "--learning_rate", 0.001, "--num_steps", 24, "--eval_every", 8]
-    _, rows = run(tiny_flags(*flags), monkeypatch)
+    _, rows = train_run(tiny_flags(*flags), monkeypatch)
     stop_after(12, monkeypatch)
     with pytest.raises(SystemExit):
-        run(tiny_flags(*flags, "--name", "broken"), monkeypatch)
-    _, resumed = run(tiny_flags(*flags, "--name", "broken", "--resume"), monkeypatch, "broken")
+        train_run(tiny_flags(*flags, "--name", "stopped"), monkeypatch)
+    _, resumed = train_run(tiny_flags(*flags, "--name", "stopped", "--resume"), monkeypatch, "stopped")
     assert [row["step"] for row in resumed] == [row["step"] for row in rows]
     losses, expected = ([row["test_loss"] for row in part] for part in (resumed, rows))
     assert losses == pytest.approx(expected, rel=1e-3)
@@ -175,7 +174,7 @@ def test_tokens_are_chosen_as_on_the_cpu(method, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_with_sizes(dtype, device):
+def test_attention_with_token_sizes_in_16_bits_is_near_float64(dtype, device):
     q, k, v = torch.randn(3, 2, 4, 50, 16, device=device, dtype=DTYPES[dtype]).unbind(0)
     bias = torch.randint(1, 9, (2, 1, 1, 50), device=device).log().to(DTYPES[dtype])
     expected = attention_weights(q.double(), k.double(), bias.double()) @ v.double()
@@ -190,7 +189,7 @@ def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
-def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
+def test_images_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
     """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
     augmentation = Augmentation(0, (16, 16), 0.1, flip=True, rand_augment=None)
     batches = []
@@ -209,7 +208,7 @@ def test_pictures_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_of_several_gpus(parallel, tiny_flags):
+def test_a_run_of_two_gpus_finishes_and_resumes(parallel, tiny_flags):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     flags = tiny_flags("--parallel", parallel, "--bf16", "--ema_decay", 0.9, "--mixup", 0.2)
@@ -221,5 +220,5 @@ def test_processes_of_several_gpus(parallel, tiny_flags):
 
 def test_averaged_and_mixed_training_learns(tiny_flags, monkeypatch):
     flags = ["--fp16", "--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--num_steps", 60, "--eval_every", 60]
-    _, rows = run(tiny_flags(*flags, "--learning_rate", 0.1), monkeypatch)
-    assert rows[-1]["test_loss"] < 2.25  # 2.30 is what knows nothing
+    _, rows = train_run(tiny_flags(*flags, "--learning_rate", 0.1), monkeypatch)
+    assert rows[-1]["test_loss"] < 2.25  # 2.30 is that of a uniform guess

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import CPU
 from models import build_model
 from models.dropout import Dropout, StochasticDepth, dropout_mask
+from synthetic import randomised
 from utils.data.stream import dropout_keys
 
 
 def keys_at(*positions, seed=0, layer=0):
-    return dropout_keys(seed, np.array(positions), layer + 1, torch.device("cpu"))[layer]
+    return dropout_keys(seed, np.array(positions), layer + 1, CPU)[layer]
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_rate_and_independence(rate):
+def test_masks_have_their_rate_and_are_independent_between_samples_and_elements(rate):
     mask = dropout_mask(keys_at(*range(256)), 4096, rate).double()
     assert mask.mean() == pytest.approx(rate, abs=0.005)
     centred = (mask - rate) / (rate * (1 - rate)) ** 0.5
@@ -34,7 +36,7 @@ def test_the_mask_depends_on_the_sample_not_on_its_position_in_the_batch():
     assert set(whole.unique().tolist()) == {0.0, 2.0}
 
 
-def test_layers_seeds_and_positions_differ():
+def test_other_layers_seeds_and_positions_have_other_masks():
     masks = []
     for position, seed, number in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
         layer = Dropout(0.5).train()
@@ -54,7 +56,7 @@ def test_the_gradient_has_the_mask_of_the_output():
     torch.testing.assert_close(x.grad, out.detach())
 
 
-def test_nothing_is_dropped_in_evaluation():
+def test_dropout_does_nothing_in_evaluation():
     x = torch.randn(2, 10)
     assert torch.equal(Dropout(0.5).eval()(x), x)
 
@@ -72,8 +74,27 @@ def test_stochastic_depth_drops_whole_samples(seeded):
     assert torch.equal(layer.eval()(x), x)
 
 
-def test_stochastic_depth_grows_with_the_block():
+def test_the_rate_of_stochastic_depth_grows_with_the_block():
     blocks = build_model("ViT-Mini_4", 8, drop_path_rate=0.5).blocks
     for drop_path in ("drop_path1", "drop_path2"):
         rates = [getattr(block, drop_path).rate for block in blocks]
         assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-Mini_4", "Conformer-Mini_4", "ResNet-Mini_Flops"])
+def test_every_random_layer_of_a_model_draws_from_its_keys(model_type):
+    """With keys, the logits in training do not depend on the global generator; other keys give other logits."""
+    rates = {} if model_type.startswith("ResNet") else {"dropout_rate": 0.2, "drop_path_rate": 0.3}
+    model = randomised(build_model(model_type, 16, **rates)).train()
+    layers = [module for module in model.modules() if hasattr(module, "seed_samples")]
+    assert bool(layers) == bool(rates)
+    images = torch.randn(4, 3, 16, 16)
+
+    def logits(seed, generator_seed):
+        for layer, keys in zip(layers, dropout_keys(seed, np.arange(4), len(layers), CPU), strict=True):
+            layer.seed_samples(keys)
+        torch.manual_seed(generator_seed)
+        return model(images)
+
+    assert torch.equal(logits(0, 1), logits(0, 2))
+    assert torch.equal(logits(0, 1), logits(3, 1)) == (not rates)

@@ -18,7 +18,7 @@ import evaluate
 import models
 import train
 import visualize
-from helpers import call_main, write_pictures
+from helpers import call_main, write_images
 from inference import SavedModel
 from models.configs import VITS
 from utils.records.run_folder import read_metrics
@@ -57,7 +57,7 @@ def test_an_earlier_run_is_evaluated_with_the_numbers_of_its_metrics(earlier_run
 
 
 def test_the_curves_and_the_attention_of_an_earlier_run_are_drawn(earlier_run, tmp_path, monkeypatch):
-    [image] = write_pictures(tmp_path / "images", [(8, 8)])
+    [image] = write_images(tmp_path / "images", [(8, 8)])
     flags = ["--checkpoint", earlier_run / "best.safetensors", "--image", image, "--curves", earlier_run]
     call_main(visualize, flags, monkeypatch)
     kinds = ("blocks", "heads", "rollout")

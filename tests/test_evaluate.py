@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-from helpers import DIGITS_RUN, ROOT, call_main, fails, load_data, succeed, write_pictures, write_run
+from helpers import DIGITS_RUN, ROOT, call_main, fails, load_data, succeed, write_images, write_run
 from inference import SavedModel
 from models import build_model
 from synthetic import make_checkpoint
@@ -88,7 +88,7 @@ def test_the_confusion_matrix_is_drawn_from_the_predictions(weights, report, dig
     assert path == tmp_path / "other.png"
 
 
-def test_the_text_of_an_evaluation(tmp_path, monkeypatch, capsys):
+def test_the_report_as_text(tmp_path, monkeypatch, capsys):
     path = tmp_path / "matrix.png"
     call_main(evaluate, ["--checkpoint", NANO, "--dataset", "digits", "--confusion_matrix", path], monkeypatch)
     first, second, third, *classes, last = capsys.readouterr().out.splitlines()
@@ -110,7 +110,7 @@ def test_of_many_classes_the_text_has_the_ten_lowest_accuracies():
     assert lines[3:-1] == [f"  class {number}   {100 - number}.00 %" for number in range(20, 10, -1)]
 
 
-def test_an_image_size_and_a_token_reduction_can_be_given(weights, report):
+def test_the_image_size_and_token_reduction_of_the_flags_are_used(weights, report):
     command = ("--checkpoint", weights, "--dataset", "digits")
     losses = [report(*command, *flags)["loss"] for flags in ((), ("--img_size", 16))]
     reduction = ("--token_reduction", "tome", "--keep_tokens", 1, "--reduction_layer", 1)
@@ -123,7 +123,7 @@ def test_16_bit_weights_give_nearly_the_same_numbers(weights, report, tmp_path):
     loss, rounded = (report(*command, *flags)["loss"] for flags in ((), ("--bf16",)))
     assert rounded != loss
     assert rounded == pytest.approx(loss, rel=0.02)
-    [image] = write_pictures(tmp_path / "images", [(8, 8)])
+    [image] = write_images(tmp_path / "images", [(8, 8)])
     [exact], [approximate] = (report("--checkpoint", weights, image, *flags) for flags in ((), ("--bf16",)))
     best, other = exact["classes"][0], approximate["classes"][0]
     assert other["class"] == best["class"]
@@ -155,7 +155,7 @@ def test_a_class_without_test_images_has_no_accuracy(image_folder, tmp_path, rep
 
 
 def test_the_five_most_probable_classes_of_an_image(weights, report, tmp_path, monkeypatch, capsys):
-    paths = write_pictures(tmp_path / "images", [(20, 30), (8, 8)])
+    paths = write_images(tmp_path / "images", [(20, 30), (8, 8)])
     found = report("--checkpoint", weights, *paths)
     assert [item["image"] for item in found] == [str(path) for path in paths]
     images = torch.from_numpy(np.array(Image.open(paths[1]))).permute(2, 0, 1)[None]
@@ -173,12 +173,12 @@ def test_the_five_most_probable_classes_of_an_image(weights, report, tmp_path, m
 
 def test_of_fewer_than_five_classes_all_are_reported(tmp_path, report):
     _, checkpoint = write_run(tmp_path / "run")
-    [found] = report("--checkpoint", checkpoint, write_pictures(tmp_path, [(9, 9)])[0])
+    [found] = report("--checkpoint", checkpoint, write_images(tmp_path, [(9, 9)])[0])
     assert {item["class"] for item in found["classes"]} == {"cat", "dog"}
     assert sum(item["probability"] for item in found["classes"]) == pytest.approx(1)
 
 
-def test_wrong_flags_and_data(weights, tmp_path, monkeypatch, capsys):
+def test_wrong_flags_and_data_are_errors(weights, tmp_path, monkeypatch, capsys):
     _, cats = write_run(tmp_path / "cats")
     _, numbers = write_run(tmp_path / "numbers", classes=[*map(str, range(3)), "drei", *map(str, range(4, 10))])
     for flags, message in (
@@ -188,7 +188,7 @@ def test_wrong_flags_and_data(weights, tmp_path, monkeypatch, capsys):
             ["--checkpoint", weights, "--dataset", "digits", "--confusion_matrix", "no/x.png"],
             "no/x.png can't be written",
         ),
-        (["--checkpoint", weights, "nothing.png"], "nothing.png is not a readable image"),
+        (["--checkpoint", weights, "nothing.png"], "nothing.png does not exist"),
         (["--checkpoint", weights, "--dataset", "digit"], "unknown dataset 'digit'; did you mean digits?"),
     ):
         assert message in fails(evaluate, flags, monkeypatch, capsys)

@@ -12,10 +12,9 @@ import command_line
 import train
 import train_flops
 import train_resnet
-from helpers import call_main, fails, load_data, random_model, read_config, succeed
+from helpers import call_main, fails, load_data, metrics, random_model, read_config, run_dir, succeed
 from models import build_model
 from synthetic import make_checkpoint
-from test_scripts import metrics, run_dir
 from utils.data.augmentation import normalise, resized_crops
 from utils.evaluation import evaluate
 from utils.parallel.precision import Precision
@@ -37,9 +36,7 @@ def measured(model):
     data = load_data("digits", "test")
     boxes = torch.tensor([[0, 0, 8, 8]]).expand(len(data), -1)
     logits = model.eval()(normalise(resized_crops(data.images, boxes, (8, 8))))
-    places = (logits > logits.gather(1, data.labels[:, None])).sum(
-        dim=1
-    )  # how many classes have a higher logit than the true one
+    places = (logits > logits.gather(1, data.labels[:, None])).sum(dim=1)  # classes with a higher logit than the true
     top1, top5 = (100 * (places < count).float().mean().item() for count in (1, 5))
     return {"top-1": top1, "top-5": top5, "loss": F.cross_entropy(logits, data.labels).item()}
 
@@ -54,7 +51,7 @@ def assert_prints(printed, expected):
 
 
 def test_mode_eval_tests_the_best_weights_of_the_run(tiny_flags, monkeypatch, capsys):
-    """With the flags of training; flags that concern training only change nothing."""
+    """With the flags of training; those that concern training only change nothing."""
     flags = tiny_flags("--learning_rate", 0.1, "--num_steps", 30, "--dropout_rate", 0.1)
     call_main(train, flags, monkeypatch)
     folder = run_dir(flags)
@@ -99,7 +96,7 @@ def test_processes_share_the_test_images_and_count_each_once():
 
 
 @pytest.mark.slow
-def test_mode_eval_with_several_processes(tiny_flags, monkeypatch):
+def test_mode_eval_of_three_processes_prints_the_numbers_of_one(tiny_flags, monkeypatch):
     flags = tiny_flags("--num_steps", 6)
     call_main(train, flags, monkeypatch)
     before = file_contents(run_dir(flags))
@@ -132,7 +129,7 @@ def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypa
 
 
 @pytest.mark.parametrize("module", [train_resnet, train_flops])
-def test_mode_eval_of_the_scripts_of_the_cnns(module, tiny_flags, monkeypatch, capsys):
+def test_mode_eval_of_the_scripts_of_the_cnns_prints_the_metrics_of_the_run(module, tiny_flags, monkeypatch, capsys):
     """With a small CNN instead of theirs."""
     monkeypatch.setattr(
         command_line,

@@ -15,7 +15,7 @@ from PIL import Image
 
 import train
 from command_line import train_parser
-from helpers import ROOT, TINY, call_main, script, succeed, write_pictures
+from helpers import ROOT, TINY, call_main, script, succeed, write_images
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
 from utils.sweeps import LOG
@@ -46,14 +46,14 @@ def rows_of(output_dir):
 
 
 @pytest.mark.parametrize("module", [hybrid_vs_cnn, make_imagenet_like, norm_study, token_study])
-def test_help_of_every_script(module, monkeypatch, capsys):
+def test_every_script_prints_its_help(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call_main(module, ["--help"], monkeypatch)
     assert stopped.value.code == 0
     assert "--output_dir" in capsys.readouterr().out
 
 
-def test_every_script_is_listed():
+def test_every_script_is_tested():
     found = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     assert found == {"experiment", "hybrid_vs_cnn", "make_imagenet_like", "norm_study", "token_study"}
 
@@ -68,14 +68,14 @@ def test_every_script_is_listed():
         (["--img_size", 9], "image size 9 is not a multiple"),
     ],
 )
-def test_wrong_flags_of_an_experiment(module, flags, message, main_fails, tmp_path):
+def test_wrong_flags_of_an_experiment_are_errors_before_any_run(module, flags, message, main_fails, tmp_path):
     given = {"--figure": tmp_path / "figure.png", "--dataset": "digits", "--output_dir": tmp_path / "runs"}
     given |= {flags[0]: flags[1]}
     assert message in main_fails(module, *(item for pair in given.items() for item in pair))
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_plan_of_token_study(monkeypatch, tmp_path):
+def test_the_token_study_plans_one_run_per_model_and_seed(monkeypatch, tmp_path):
     """One run per model and seed, all with the same recipe; the names say what differs."""
     planned = []
     monkeypatch.setattr(token_study, "finish_runs", planned.extend)
@@ -94,7 +94,7 @@ def test_the_plan_of_token_study(monkeypatch, tmp_path):
         assert (run.flags.num_steps, run.flags.train_batch_size, run.flags.dataset) == (2, 4, "digits")
 
 
-def test_the_figure_of_token_study():
+def test_the_figure_of_the_token_study_has_one_line_per_method():
     """One line per method; the vertical bars range over the seeds."""
     accuracies = {("none", "all"): [0.5, 0.6], ("tome", 0.5): [0.4, 0.5], ("tome", 0.25): [0.3, 0.4]}
     speeds = {("none", "all"): 10.0, ("tome", 0.5): 15.0, ("tome", 0.25): 20.0}
@@ -142,7 +142,7 @@ def test_the_experiment_of_hybrid_and_cnns_resumes(tmp_path):
         assert f"was made with {flag} 2, not {value}; give another --output_dir" in done.stderr
 
 
-def test_the_table_of_hybrid_and_cnns():
+def test_the_table_of_hybrid_and_cnns_has_mean_and_range_over_seeds():
     """Mean and range over the seeds, in the order of the seeds' last evaluations."""
     seeds = [
         {
@@ -210,7 +210,7 @@ def test_a_norm_study_is_stopped_resumes_and_is_then_finished(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_does_not_stop_the_rest(tmp_path):
+def test_a_failed_run_does_not_stop_the_study(tmp_path):
     """The weights of one start are damaged, then replaced."""
     weights = tmp_path / "ViT-Mini_4-mine.npz"
     weights.write_bytes(b"damaged")
@@ -239,7 +239,7 @@ def test_a_run_that_fails_does_not_stop_the_rest(tmp_path):
     assert starts == {"pretrained", "scratch"}
 
 
-def test_a_norm_study_in_one_process(tmp_path, run_main, main_fails):
+def test_a_norm_study_uses_runs_that_are_finished(tmp_path, run_main, main_fails):
     """A run that the dry run's command makes is finished for the study; then other flags are refused."""
     flags = study(tmp_path, "--norm_types", "Rescale", "--starts", "scratch", "--num_steps", "2", "--eval_every", "2")
     flags += ["--examples_per_class", 2, "--num_pictures", 1]
@@ -257,7 +257,7 @@ def test_a_norm_study_in_one_process(tmp_path, run_main, main_fails):
     assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
 
 
-def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path, run_main):
+def test_a_dry_run_prints_commands_that_train_py_accepts(tmp_path, run_main):
     """Without weights, for the grid of the reported tables."""
     output = tmp_path / "a b"
     flags = ["--output_dir", output, "--pretrained_dir", "none/{model_type}.npz", "--dry_run", "--num_steps=7"]
@@ -297,16 +297,16 @@ def test_a_dry_run_prints_commands_that_train_py_takes(tmp_path, run_main):
         (["--starts", "scratch", "--figures", __file__], "test_experiments.py can't be created: File exists; see"),
     ],
 )
-def test_wrong_flags_of_the_norm_study(flags, message, main_fails, tmp_path):
+def test_wrong_flags_of_the_norm_study_are_errors_before_any_run(flags, message, main_fails, tmp_path):
     assert message in main_fails(norm_study, "--output_dir", tmp_path / "output", *flags)
     assert not list(tmp_path.glob("output/*"))
 
 
-def test_a_folder_like_imagenet(tmp_path, run_main, main_fails):
+def test_make_imagenet_like_has_the_ids_and_the_different_sizes_of_imagenet(tmp_path, run_main, main_fails):
     """ImageNet's ids as names, another size for each image, and the first images of each class only."""
     for split in ("train", "val"):
         for name, count in (("airplane", 4), ("cat", 5), ("emu", 6)):
-            write_pictures(tmp_path / "source" / split / name, [(20, 30)] * count)
+            write_images(tmp_path / "source" / split / name, [(20, 30)] * count)
     folder = tmp_path / "like"
     flags = ("--source", tmp_path / "source", "--output_dir", folder, "--per_class", 4, "--val_per_class", 2)
     printed = run_main(make_imagenet_like, *flags)
@@ -327,6 +327,6 @@ def test_a_folder_like_imagenet(tmp_path, run_main, main_fails):
     assert "already has train/ or val/" in main_fails(make_imagenet_like, *flags)
 
 
-def test_seeds_in_titles():
+def test_titles_name_the_seeds():
     assert experiment.seeds_text([3]) == "seed 3"
     assert experiment.seeds_text([0, 1]) == "seeds 0, 1"

@@ -74,7 +74,7 @@ def test_text_is_wrapped_and_keeps_its_own_lines():
     assert wrap_text("one two three\n\nfour $", 8) == "one two\nthree\n\nfour \\$"
 
 
-def test_blocks_and_captions():
+def test_the_blocks_to_draw_and_the_caption_of_a_prediction():
     assert blocks_to_draw(12) == [0, 3, 6, 9]
     assert blocks_to_draw(6) == [0, 3]
     logits = torch.tensor([[0.0, np.log(3.0)]])

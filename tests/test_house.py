@@ -50,7 +50,7 @@ def known(name, folder):
     return next((full for full in (name, f"{folder}.{name}") if full in MODULES), None)
 
 
-def test_the_modules_are_found():
+def test_the_modules_and_their_imports_are_found():
     """The tests below can't pass for lack of modules or imports."""
     assert {"train", "models", "models.norms", "utils.training", "utils.data.images"} <= MODULES.keys()
     assert MODULES.keys() >= LIBRARIES

@@ -92,7 +92,7 @@ def test_a_missing_npz_file_is_downloaded_only_on_request(tmp_path, monkeypatch)
     assert fetched == [path]
 
 
-def test_files_that_are_not_a_saved_model(tmp_path):
+def test_files_that_are_not_a_saved_model_are_errors(tmp_path):
     model, path = write_run(tmp_path / "run")
     arrays = model.export_npz()
     np.savez(tmp_path / "mine.npz", **arrays)

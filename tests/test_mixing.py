@@ -1,4 +1,4 @@
-"""Mixup and CutMix: the pictures, targets and shares in closed form, pairs that no division of the batch parts."""
+"""Mixup and CutMix: closed forms of images and targets, and the same pairs for any division of the batch."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import train
-from helpers import fails, succeed
-from test_scripts import metrics
-from test_training import differences, plain_loop, run
+from helpers import call_main, differences, fails, metrics, plain_loop, succeed, train_run
 from utils.data.mixing import make_mixing, mix_pairs
 
 CLASSES = 20
@@ -27,7 +25,7 @@ def mix(kinds, images, labels, step, seed=7):
 
 
 def shares_of(targets, labels):
-    """(what each target gives to the picture's own label, to its partner's), after a look that there is no more."""
+    """(share of the image's own label, of its partner's) in each target; no other label may have one."""
     rows = torch.arange(len(labels))
     own, others = targets[rows, labels], targets[rows, labels[PARTNER]]
     torch.testing.assert_close(own + others, torch.ones(len(labels)))
@@ -52,7 +50,7 @@ def test_cutmix_pastes_one_box_of_the_neighbour(step):
     images, labels = a_batch()
     mixed, targets = mix({"cutmix": 1.0}, images, labels, step)
     pasted = mixed != images
-    assert (pasted == pasted[:1, :1]).all()  # the same box in all pictures and channels
+    assert (pasted == pasted[:1, :1]).all()  # the same box in all images and channels
     box = pasted[0, 0]
     rows, columns = box.any(dim=1), box.any(dim=0)
     assert torch.equal(box, rows[:, None] & columns)
@@ -63,7 +61,7 @@ def test_cutmix_pastes_one_box_of_the_neighbour(step):
     torch.testing.assert_close(others, torch.full_like(own, box.sum().item() / box.numel()))
 
 
-def test_shares_have_the_beta_distribution_and_both_kinds_their_half_of_the_steps():
+def test_shares_have_the_beta_distribution_and_both_kinds_are_equally_frequent():
     images, labels = a_batch()
     images, labels = images[:2], labels[:2]
     shares, pasted = [], []
@@ -77,8 +75,8 @@ def test_shares_have_the_beta_distribution_and_both_kinds_their_half_of_the_step
 
 
 @pytest.mark.parametrize("kinds", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
-def test_parts_of_a_step_are_mixed_as_the_whole(kinds):
-    """Exactly; and what is drawn depends on the seed and the step alone, and disturbs nobody else."""
+def test_micro_batches_are_mixed_as_the_whole_batch(kinds):
+    """Exactly. The random numbers depend on seed and step alone, and the global generator is not changed."""
     images, labels = a_batch()
     whole, targets = mix(kinds, images, labels, 3)
     for size in (2, 4, 6):
@@ -93,7 +91,7 @@ def test_parts_of_a_step_are_mixed_as_the_whole(kinds):
         assert not torch.equal(other[0], whole)
 
 
-def test_pictures_in_channels_last_are_mixed_alike():
+def test_images_in_channels_last_are_mixed_in_the_same_way():
     images, labels = a_batch()
     for count in (2, 12):
         plain, _ = mix({"cutmix": 1.0}, images[:count], labels[:count], 0)
@@ -102,7 +100,7 @@ def test_pictures_in_channels_last_are_mixed_alike():
 
 
 def test_the_loss_is_the_cross_entropy_with_smoothed_shares():
-    """What the loop relies on of PyTorch: sum of -q log p with q = (1 - s) target + s / classes."""
+    """PyTorch's loss, as the training uses it: sum of -q log p with q = (1 - s) target + s / classes."""
     images, labels = a_batch()
     _, targets = mix({"mixup": 0.8}, images, labels, 0)
     logits = torch.randn(12, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -114,32 +112,33 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_shares():
 BOTH = ["--mixup", 0.8, "--cutmix", 1.0, "--label_smoothing", 0.1]
 
 
-def test_the_loop_trains_on_mixed_pictures_and_counts_hits_of_the_larger_share(tiny_flags, monkeypatch):
-    weights, rows = run(tiny_flags(*BOTH, "--learning_rate", 0.1), monkeypatch)
+def test_training_uses_mixed_images_and_counts_predictions_of_the_larger_share(tiny_flags, monkeypatch):
+    weights, rows = train_run(tiny_flags(*BOTH, "--learning_rate", 0.1), monkeypatch)
     mixing = make_mixing(0.8, 1.0)
-    expected, losses, hits, _ = plain_loop(
+    expected, losses, correct, _ = plain_loop(
         12, 16, lambda images, labels, step: mix_pairs(mixing, images, labels, 10, 42, step)
     )
     assert max(differences(weights, expected).values()) < 1e-6
     assert [row["train_loss"] for row in rows] == pytest.approx([np.mean(losses[:6]), np.mean(losses[6:])], rel=1e-5)
-    assert [96 * row["train_accuracy"] for row in rows] == pytest.approx([sum(hits[:6]), sum(hits[6:])])
+    assert [96 * row["train_accuracy"] for row in rows] == pytest.approx([sum(correct[:6]), sum(correct[6:])])
 
 
-def test_two_processes_and_accumulation_mix_as_one(tiny_flags):
+@pytest.mark.slow
+def test_two_processes_with_accumulation_mix_as_one(tiny_flags, monkeypatch):
     flags = [*BOTH, "--learning_rate", 0.1]
     one = tiny_flags(*flags, "--name", "one")
     two = tiny_flags(*flags, "--name", "two", "--gradient_accumulation_steps", 2)
     plain = tiny_flags("--learning_rate", 0.1, "--label_smoothing", 0.1, "--name", "plain")
-    succeed("train.py", *one)
+    call_main(train, one, monkeypatch)
     succeed("train.py", *two, processes=2)
-    succeed("train.py", *plain)
-    losses, others, unmixed = ([float(row["train_loss"]) for row in metrics(run)] for run in (one, two, plain))
+    call_main(train, plain, monkeypatch)
+    losses, others, unmixed = ([float(row["train_loss"]) for row in metrics(flags)] for flags in (one, two, plain))
     assert others == pytest.approx(losses, rel=1e-5)
     assert unmixed != pytest.approx(losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("flag", ["--mixup", "--cutmix"])
-def test_odd_parts_can_not_be_paired(flag, tiny_flags, monkeypatch, capsys):
+def test_an_odd_number_of_images_per_process_is_an_error(flag, tiny_flags, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = tiny_flags(flag, 0.5, "--train_batch_size", 20, "--gradient_accumulation_steps", 2)
     message = fails(train, flags, monkeypatch, capsys)

@@ -29,7 +29,7 @@ def test_every_name_is_in_one_table():
 
 
 @pytest.mark.parametrize("model_type", SIZES)
-def test_number_of_parameters(model_type):
+def test_the_number_of_parameters_is_the_published_one(model_type):
     with torch.device("meta"):
         model = build_model(model_type)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == SIZES[model_type]
@@ -38,11 +38,12 @@ def test_number_of_parameters(model_type):
 @pytest.mark.parametrize("model_type", VITS)
 def test_every_vit_maps_images_to_logits(model_type):
     img_size = 42 if model_type == "ViT-H_14" else 64
-    model = build_model(model_type, img_size, num_classes=7, num_layers=1)
-    assert model(torch.zeros(2, 3, img_size, img_size)).shape == (2, 7)
+    with torch.device("meta"):
+        model = build_model(model_type, img_size, num_classes=7)
+        assert model(torch.zeros(2, 3, img_size, img_size)).shape == (2, 7)
 
 
-def test_flops_of_vit_b_16_and_the_hybrid():
+def test_the_flops_of_vit_b_16_and_the_hybrid_are_known():
     for model_type, gflops in (("ViT-B_16", 35.13), ("R50-ViT-B_16", 43.0)):
         with torch.device("meta"):
             model = build_model(model_type)
@@ -54,7 +55,7 @@ def test_the_published_spelling_of_hybrids_is_known():
         assert build_model("R50+ViT-B_16").config == build_model("R50-ViT-B_16").config
 
 
-def test_dropout_rates_of_the_published_configs():
+def test_the_dropout_rates_are_those_of_the_published_configs():
     with torch.device("meta"):
         rates = {name: build_model(name).config.dropout_rate for name in VITS}
         assert build_model("ViT-B_16", dropout_rate=0.3).blocks[0].mlp.drop1.rate == 0.3
@@ -72,6 +73,6 @@ def test_dropout_rates_of_the_published_configs():
         (lambda: build_model("ViT-B_16", depth=3), "ViT-B_16 has no field 'depth'; it has .*num_layers"),
     ],
 )
-def test_wrong_arguments_name_the_thing(call, message):
+def test_wrong_arguments_are_named_in_the_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from helpers import call_main, succeed
+from helpers import call_main, make_shallow, metrics, succeed
 from inference import SavedModel
 from models import CheckpointError, build_model
 from models import norms as norms_module
@@ -30,7 +30,6 @@ from models.norms import (
     token_norm,
 )
 from synthetic import make_checkpoint, make_images, randomised, shapes_of, with_random_state
-from test_scripts import metrics
 from utils.records.run_folder import read_metrics
 
 TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
@@ -106,15 +105,15 @@ def test_a_state_dict_without_version_loads(norm_type):
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [12, 24, 32])
 def test_rescale_keeps_the_variance_of_the_residual_stream(depth):
-    """With two branches of variance 1 per block; the variance of a plain sum grows with their number."""
+    """With two branches of variance 1 per block; the variance of a simple sum grows with their number."""
     torch.manual_seed(0)
-    x = plain = torch.randn(100_000, dtype=torch.float64)
+    x = simple = torch.randn(100_000, dtype=torch.float64)
     for k in range(1, 2 * depth + 1):
         branch = torch.randn_like(x)
-        plain = plain + branch
+        simple = simple + branch
         x = RescaledResidual(k).double()(x, branch)
         assert x.var() == pytest.approx(1, abs=0.03)
-    assert plain.var() == pytest.approx(2 * depth + 1, rel=0.05)
+    assert simple.var() == pytest.approx(2 * depth + 1, rel=0.05)
 
 
 @torch.no_grad()
@@ -353,7 +352,7 @@ def test_a_checkpoint_with_a_part_of_a_norm_is_an_error():
 
 
 class ThreadsAsProcesses:
-    """Stands for torch.distributed where each thread of a test is one process."""
+    """Replaces torch.distributed in a test whose threads stand for processes."""
 
     def __init__(self, size):
         self.size = size
@@ -416,11 +415,12 @@ def test_training_with_batch_norm_in_two_processes_is_that_in_one(tiny_flags, mo
 
 
 def test_training_from_weights_of_another_norm_reports_it(tiny_flags, tmp_path, monkeypatch, capsys):
+    make_shallow(monkeypatch, 2)
     weights = tmp_path / "ViT-Mini_4.npz"
     np.savez(weights, **make_checkpoint(shapes_of(build_model("ViT-Mini_4", 8))))
     flags = ["--pretrained_dir", weights, "--norm_type", "GN", "--fp16", "--num_steps", 2]
     call_main(train, tiny_flags(*flags), monkeypatch)
-    assert f"{weights}: 26 arrays of another norm are left out, 26 of the model's own keep" in capsys.readouterr().out
+    assert f"{weights}: 10 arrays of another norm are left out, 10 of the model's own keep" in capsys.readouterr().out
     call_main(evaluate, ["--checkpoint", tmp_path / "output" / "run" / "last.safetensors"], monkeypatch)
     assert "top-1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -431,6 +431,7 @@ def test_training_from_weights_of_another_norm_reports_it(tiny_flags, tmp_path, 
 @pytest.mark.usefixtures("rms")
 def test_a_new_norm_is_trained_resumed_exported_and_resized(tiny_flags, monkeypatch, tmp_path, capsys):
     """By its name in train.py and evaluate.py, at level O2, where its own weights stay float32."""
+    make_shallow(monkeypatch, 2)
     flags = ["--norm_type", "RMS", "--bf16", "--learning_rate", 0.1]
     call_main(train, tiny_flags(*flags), monkeypatch)
     call_main(train, tiny_flags(*flags, "--num_steps", 6, "--name", "resumed"), monkeypatch)

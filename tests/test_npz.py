@@ -19,10 +19,10 @@ def tiny(model_type="ViT-Mini_4", img_size=32, **overrides):
     return build_model(model_type, img_size, **{**TINY, **overrides})
 
 
-@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-S_32"])
-def test_export_and_load_give_the_same_model(model_type):
-    model = randomised(tiny(model_type, img_size=64))
-    copy = tiny(model_type, img_size=64).eval()
+@pytest.mark.parametrize("model_type, overrides", [("ViT-Mini_4", {}), ("R26-ViT-S_32", {"root_width": 32})])
+def test_export_and_load_give_the_same_model(model_type, overrides):
+    model = randomised(tiny(model_type, 64, **overrides))
+    copy = tiny(model_type, 64, **overrides).eval()
     copy.load_from(model.export_npz(), head="keep")
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, copy.state_dict()[name]), name
@@ -64,7 +64,7 @@ def encoded(model, images):
     return x
 
 
-def broken_checkpoints():
+def checkpoints_with_faults():
     arrays = randomised(tiny()).export_npz()
     missing = {key: array for key, array in arrays.items() if key != "cls"}
     extra = {**arrays, "Transformer/encoderblock_2/LayerNorm_0/bias": np.zeros(32, np.float32)}
@@ -82,7 +82,7 @@ def broken_checkpoints():
 
 @pytest.mark.parametrize("fault", ["missing", "left over", "shape", "grid", "integers"])
 def test_a_checkpoint_that_does_not_fit_names_the_key(fault):
-    arrays, message = broken_checkpoints()[fault]
+    arrays, message = checkpoints_with_faults()[fault]
     with pytest.raises(CheckpointError, match=message) as error:
         tiny().load_from(arrays)
     assert "\n" not in str(error.value)

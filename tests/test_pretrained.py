@@ -1,4 +1,4 @@
-"""Google's files: their addresses, the download against a local server, and files that are not what they seem."""
+"""Google's files: their addresses, the download from a local server, and errors for damaged or wrong files."""
 
 import functools
 import http.server
@@ -30,11 +30,11 @@ AUGREG = "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
         ("checkpoint/BiT-M-R50x3.npz", "bit_models/BiT-M-R50x3.npz"),
     ],
 )
-def test_addresses(path, url):
+def test_each_published_file_has_its_address(path, url):
     assert published_url(path) == f"{STORAGE}/{url}"
 
 
-def test_a_name_of_no_published_file_has_no_address():
+def test_an_unpublished_name_has_no_address():
     assert published_url("checkpoint/mine.npz") is None
     assert published_url("checkpoint/ViT-B_17.npz") is None
 
@@ -55,11 +55,11 @@ def test_a_name_of_no_published_file_has_no_address():
         ("R50_L_32-i1k.npz", "R50-ViT-L_32"),
     ],
 )
-def test_the_model_that_a_name_stands_for(path, model_type):
+def test_the_name_of_a_file_gives_the_model_type(path, model_type):
     assert model_type_of(path, MODEL_TYPES) == model_type
 
 
-def test_a_missing_file_comes_with_its_download_command():
+def test_the_error_for_a_missing_file_has_its_download_command():
     with pytest.raises(UserError) as error:
         check_exists("checkpoint/ViT-B_16.npz")
     message = str(error.value)
@@ -70,7 +70,7 @@ def test_a_missing_file_comes_with_its_download_command():
         check_exists("checkpoint/mine.npz")
 
 
-def test_float16_weights_are_resized_too():
+def test_position_embeddings_in_float16_are_resized():
     arrays = {key: array.astype(np.float16) for key, array in tiny_vit().export_npz().items()}
     model = build_model("ViT-Ti_16", 96, num_layers=1, hidden_size=32, mlp_dim=32, num_heads=2)
     model.load_from(arrays, head="keep")
@@ -89,13 +89,13 @@ def weights(tmp_path):
     return path
 
 
-def test_a_good_file_loads(weights):
+def test_a_valid_file_loads(weights):
     model = tiny_vit()
     load_pretrained(model, weights, "ViT-Ti_16")
     assert np.array_equal(model.cls_token.detach().numpy(), np.load(weights)["cls"])
 
 
-def spoiled(weights, fault):
+def damage(weights, fault):
     content = weights.read_bytes()
     if fault == "truncated":
         weights.write_bytes(content[: len(content) // 2])
@@ -118,8 +118,8 @@ def spoiled(weights, fault):
 
 
 @pytest.mark.parametrize("fault", ["truncated", "empty", "web page", "flipped bytes", "pickle", "other architecture"])
-def test_a_bad_file_gets_one_clear_line(fault, weights):
-    message = spoiled(weights, fault)
+def test_a_damaged_or_wrong_file_is_an_error_in_one_line(fault, weights):
+    message = damage(weights, fault)
     with pytest.raises(UserError, match=message) as error:
         load_pretrained(tiny_vit(), weights, "ViT-Ti_16")
     assert "\n" not in str(error.value)
@@ -127,7 +127,7 @@ def test_a_bad_file_gets_one_clear_line(fault, weights):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; breaks off after `break_after` bytes once; honours Range if `ranges`."""
+    """Serves `content`; ends the connection once after `break_after` bytes; answers Range if `ranges`."""
 
     def __init__(self, *arguments, state, **keywords):
         self.state = state
@@ -162,7 +162,7 @@ def serve():
     def start(content, **options):
         state = {"content": content, "ranges": True, "requests": [], **options}
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, state=state))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}/ViT-B_16.npz", state
 
@@ -172,7 +172,7 @@ def serve():
         server.server_close()
 
 
-def test_download(serve, weights, tmp_path):
+def test_a_download_gives_the_file_and_nothing_else(serve, weights, tmp_path):
     url, _ = serve(weights.read_bytes())
     target = tmp_path / "new" / "ViT-B_16.npz"
     download(target, url)
@@ -181,7 +181,7 @@ def test_download(serve, weights, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_is_continued_or_begun_anew(ranges, serve, weights, tmp_path):
+def test_an_interrupted_download_continues_or_starts_again(ranges, serve, weights, tmp_path):
     content = weights.read_bytes()
     url, state = serve(content, ranges=ranges, break_after=10000)
     target = tmp_path / "ViT-B_16.npz"
@@ -193,26 +193,26 @@ def test_a_broken_download_is_continued_or_begun_anew(ranges, serve, weights, tm
     assert state["requests"] == [None, "bytes=10000-"]
 
 
-def test_a_part_that_is_too_long_is_begun_anew(serve, weights, tmp_path):
+def test_a_partial_file_that_is_too_long_is_downloaded_again(serve, weights, tmp_path):
     url, _ = serve(weights.read_bytes())
     (tmp_path / "ViT-B_16.npz.part").write_bytes(bytes(len(weights.read_bytes()) + 5))
     download(tmp_path / "ViT-B_16.npz", url)
     assert (tmp_path / "ViT-B_16.npz").read_bytes() == weights.read_bytes()
 
 
-def test_a_server_that_sends_something_else_leaves_nothing_behind(serve, tmp_path):
+def test_a_download_that_is_not_an_npz_is_deleted(serve, tmp_path):
     url, _ = serve(b"<html>not here</html>")
     with pytest.raises(UserError, match="did not send an .npz"):
         download(tmp_path / "ViT-B_16.npz", url)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreachable_server_is_one_line(tmp_path):
+def test_an_unreachable_server_is_an_error(tmp_path):
     with pytest.raises(UserError, match="could not be downloaded"):
         download(tmp_path / "ViT-B_16.npz", "http://127.0.0.1:9/ViT-B_16.npz")
 
 
-def test_arrays_are_a_mapping(weights):
+def test_an_open_npz_is_a_mapping(weights):
     arrays = open_npz(weights)
     assert set(arrays) == set(np.load(weights).files)
     assert len(arrays) == len(np.load(weights).files)

@@ -225,6 +225,7 @@ sys.exit(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_process_forked_after_the_import_computes_with_several_threads():
     """It would wait without end for OpenMP threads that the probe had started in its parent's main thread."""

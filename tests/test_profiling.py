@@ -51,7 +51,7 @@ def test_speedup_compares_the_times_of_the_same_round():
     assert speed_cells(12, [3.0, 2.0, 4.0]) == ["4.0", "3.0 to 6.0"]
 
 
-def test_the_table_of_token_reduction():
+def test_the_table_of_token_reduction_has_speed_ups_and_the_share_of_the_choice():
     names = [("none", "all"), ("tome", 0.5)]
     seconds = {(names[0], "step"): [4.0, 4.0], (names[1], "step"): [2.0, 2.0], (names[1], "choice"): [0.1, 0.3]}
     titles, cells = token_reduction_cells(names, seconds, batch_size=8)

@@ -13,7 +13,7 @@ from models import build_model, linear
 from models.npz import resnet_rows
 from synthetic import load_fixture, make_checkpoint, make_images, shapes_of
 
-NO_PRETRAINED = {"num_classes": 10, "act_layer": partial(torch.nn.GELU, approximate="tanh")}
+TIMM_OPTIONS = {"num_classes": 10, "act_layer": partial(torch.nn.GELU, approximate="tanh")}
 
 
 def relative_error(ours, theirs):
@@ -39,7 +39,12 @@ def later_spelling(key):
 BOUNDS = {"ViT-Ti_16": 1e-5, "R50_ViT-B_16": 5e-5, "BiT-M-R50x1": 1e-5}  # of the relative error
 
 
-@pytest.fixture(scope="module", params=BOUNDS)
+def by_name(*names):
+    """Parameters for `official`; the tests of one model share its fixture in one process."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"official {name}")) for name in names]
+
+
+@pytest.fixture(scope="module", params=by_name(*BOUNDS))
 def official(request):
     """(model with the official weights, images, official logits, bound)"""
     fixture = load_fixture(request.param)
@@ -54,7 +59,7 @@ def test_logits_are_the_official_ones(official):
     assert relative_error(logits_of(model, images), expected) < bound
 
 
-@pytest.mark.parametrize("official", ["ViT-Ti_16", "R50_ViT-B_16"], indirect=True)
+@pytest.mark.parametrize("official", by_name("ViT-Ti_16", "R50_ViT-B_16"), indirect=True)
 def test_logits_are_the_official_ones_if_weights_are_reordered(official, monkeypatch):
     """As on a CPU for many images, in evaluation and with the gradients of training."""
     model, images, expected, bound = official
@@ -83,27 +88,34 @@ def test_every_spelling_loads_the_same_weights(spelling):
     assert all(np.array_equal(exported[key], arrays[key]) for key in arrays)
 
 
-# Names, timm's names, and the depth compared: a block of a large model is like every other.
+# Names, timm's names, and the depths compared: all blocks of a model are alike.
 TIMM = [
     ("ViT-Ti_16", "vit_tiny_patch16_224", 12),
-    ("ViT-S_16", "vit_small_patch16_224", 12),
-    ("ViT-S_32", "vit_small_patch32_224", 12),
-    ("ViT-B_8", "vit_base_patch8_224", 2),
-    ("ViT-B_16", "vit_base_patch16_224", 3),
-    ("ViT-B_32", "vit_base_patch32_224", 3),
-    ("ViT-L_16", "vit_large_patch16_224", 2),
-    ("ViT-L_32", "vit_large_patch32_224", 2),
-    ("ViT-H_14", "vit_huge_patch14_224", 2),
+    ("ViT-S_16", "vit_small_patch16_224", 3),
+    ("ViT-S_32", "vit_small_patch32_224", 3),
+    ("ViT-B_8", "vit_base_patch8_224", 1),
+    ("ViT-B_16", "vit_base_patch16_224", 2),
+    ("ViT-B_32", "vit_base_patch32_224", 2),
+    ("ViT-L_16", "vit_large_patch16_224", 1),
+    ("ViT-L_32", "vit_large_patch32_224", 1),
+    ("ViT-H_14", "vit_huge_patch14_224", 1),
 ]
+DEEPER = [(name, timm_name, 12 if "-S_" in name else depth + 1) for name, timm_name, depth in TIMM[1:]]
 
 
-@pytest.mark.parametrize("name, timm_name, depth", TIMM, ids=[name for name, _, _ in TIMM])
+@pytest.mark.parametrize(
+    "name, timm_name, depth",
+    [
+        *(pytest.param(*case, id=case[0]) for case in TIMM),
+        *(pytest.param(*case, id=f"{case[0]}-{case[2]}-blocks", marks=pytest.mark.slow) for case in DEEPER),
+    ],
+)
 def test_vit_agrees_with_timm(name, timm_name, depth, tmp_path):
     ours = build_model(name, num_layers=depth)
     arrays = make_checkpoint(shapes_of(ours))
     np.savez(tmp_path / "weights.npz", **arrays)
     ours.load_from(arrays, head="keep")
-    theirs = timm.create_model(timm_name, depth=depth, **NO_PRETRAINED)
+    theirs = timm.create_model(timm_name, depth=depth, **TIMM_OPTIONS)
     theirs.load_pretrained(str(tmp_path / "weights.npz"))
     images = make_images(224, 1)
     assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 1e-5
@@ -125,15 +137,19 @@ HYBRIDS = [
 @pytest.mark.parametrize(
     "name, timm_name, depth, img_size",
     [
-        *(pytest.param(*hybrid, 224, id=f"{hybrid[0]}-224") for hybrid in HYBRIDS),
-        pytest.param(*HYBRIDS[0], 384, id=f"{HYBRIDS[0][0]}-384"),
-        *(pytest.param(*hybrid, 384, id=f"{hybrid[0]}-384", marks=pytest.mark.slow) for hybrid in HYBRIDS[1:]),
+        *(pytest.param(*HYBRIDS[0], img_size, id=f"{HYBRIDS[0][0]}-{img_size}") for img_size in (224, 384)),
+        *(pytest.param(*hybrid, 96, id=f"{hybrid[0]}-96") for hybrid in HYBRIDS[1:]),
+        *(
+            pytest.param(*hybrid, img_size, id=f"{hybrid[0]}-{img_size}", marks=pytest.mark.slow)
+            for hybrid in HYBRIDS[1:]
+            for img_size in (224, 384)
+        ),
     ],
 )
 def test_hybrid_agrees_with_timm(name, timm_name, depth, img_size, tmp_path):
     """timm divides by sqrt(var + 1e-8), Google by std + 1e-5; kernels scaled by 100 make the two the same.
 
-    At 384 timm gets the position embeddings that were resized here.
+    At other sizes than 224 timm gets the position embeddings that were resized here.
     """
     arrays = make_checkpoint(shapes_of(build_model(name, 224, num_layers=depth)))
     for key in arrays:
@@ -142,7 +158,7 @@ def test_hybrid_agrees_with_timm(name, timm_name, depth, img_size, tmp_path):
     ours = build_model(name, img_size, num_layers=depth)
     ours.load_from(arrays, head="keep")
     np.savez(tmp_path / "weights.npz", **ours.export_npz())
-    theirs = timm.create_model(timm_name, depth=depth, img_size=img_size, **NO_PRETRAINED)
+    theirs = timm.create_model(timm_name, depth=depth, img_size=img_size, **TIMM_OPTIONS)
     theirs.load_pretrained(str(tmp_path / "weights.npz"))
     set_group_norm_epsilon(theirs, 1e-6)
     images = make_images(img_size, 1)
@@ -156,7 +172,7 @@ def set_group_norm_epsilon(model, eps):
 
 
 @pytest.mark.parametrize("name, timm_name", [("ViT-Ti_16", "vit_tiny_patch16_224")])
-def test_384_agrees_with_timm_on_position_embeddings_resized_the_official_way(name, timm_name):
+def test_vit_at_384_agrees_with_timm_on_position_embeddings_resized_the_official_way(name, timm_name):
     ours = build_model(name, img_size=384)
     arrays = make_checkpoint(load_fixture("ViT-Ti_16")["shapes"])
     ours.load_from(arrays, head="keep")
@@ -164,7 +180,7 @@ def test_384_agrees_with_timm_on_position_embeddings_resized_the_official_way(na
     grid = ndimage.zoom(pos_embed[0, 1:].reshape(14, 14, -1), (24 / 14, 24 / 14, 1), order=1)
     expected = np.concatenate([pos_embed[0, :1], grid.reshape(576, -1)])
     np.testing.assert_array_equal(ours.pos_embed[0].detach().numpy(), expected)
-    theirs = timm.create_model(timm_name, img_size=384, **NO_PRETRAINED)
+    theirs = timm.create_model(timm_name, img_size=384, **TIMM_OPTIONS)
     theirs.load_state_dict(ours.state_dict())
     images = make_images(384, 1)
     assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 1e-5
@@ -206,10 +222,10 @@ def test_resnet_agrees_with_timm(name, timm_name, tmp_path):
     assert relative_error(logits_of(ours, images), logits_of(theirs, images)) < 1e-5
 
 
-@pytest.mark.parametrize("size", ["M", "S"])
 @pytest.mark.parametrize("name", ["R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4"])
-def test_state_dicts_of_resnets_have_timms_names(size, name):
+def test_state_dicts_of_resnets_have_timms_names(name):
     with torch.device("meta"):
-        ours = build_model(f"BiT-{size}-{name}").state_dict()
         theirs = timm.create_model(f"resnetv2_{name[1:]}_bit", num_classes=10).state_dict()
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+        for size in ("M", "S"):
+            ours = build_model(f"BiT-{size}-{name}").state_dict()
+            assert {key: value.shape for key, value in ours.items()} == {k: value.shape for k, value in theirs.items()}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import train
-from helpers import call_main, fails
+from helpers import call_main, fails, make_shallow
 from utils.records.run_folder import read_metrics
 from utils.scheduler import DECAY_TYPES, Schedule, learning_rate
 
@@ -34,15 +34,15 @@ from utils.scheduler import DECAY_TYPES, Schedule, learning_rate
         (900, "step", 0.00003),
     ],
 )
-def test_closed_form(step, decay_type, expected):
+def test_the_learning_rate_has_its_closed_form(step, decay_type, expected):
     assert learning_rate(step, 0.03, Schedule(1000, 100, decay_type)) == pytest.approx(expected, abs=1e-15)
 
 
-def test_without_warm_up_it_starts_at_the_base():
+def test_without_warm_up_the_first_step_has_the_base_rate():
     assert learning_rate(0, 0.03, Schedule(10, 0, "cosine")) == 0.03
 
 
-def test_a_warm_up_longer_than_the_run_is_cut_off():
+def test_a_run_shorter_than_its_warm_up_ends_within_it():
     assert [learning_rate(step, 1.0, Schedule(4, 10, "cosine")) for step in range(4)] == pytest.approx(
         [0, 0.1, 0.2, 0.3]
     )
@@ -59,8 +59,8 @@ def test_an_unknown_decay_type_is_an_error():
         learning_rate(5, 1.0, Schedule(10, 0, "cosin"))
 
 
-def test_a_new_decay_type_is_one_line(tiny_flags, monkeypatch, tmp_path, capsys):
-    """Trained and resumed by its name in train.py."""
+def test_a_new_decay_type_needs_one_line_to_be_trained_and_resumed(tiny_flags, monkeypatch, tmp_path, capsys):
+    make_shallow(monkeypatch, 1)
     monkeypatch.setitem(DECAY_TYPES, "hyperbola", lambda step, schedule: 1 / (1 + step - schedule.warmup_steps))
     flags = ["--decay_type", "hyperbola", "--learning_rate", 0.2]
     call_main(train, tiny_flags(*flags, "--num_steps", 6), monkeypatch)

@@ -36,7 +36,7 @@ def python_run(folder, name, code, *arguments):
     return Run([sys.executable, "-c", code, *map(str, arguments)], flags)
 
 
-def test_the_command_of_a_run():
+def test_a_planned_run_has_its_command_and_flags():
     flags = {"name": "a b", "num_steps": 7, "horizontal_flip": True, "output_dir": "runs"}
     run = plan_run(TRAIN, flags, ["--seed", "3"])
     assert run.command[:2] == [sys.executable, str(ROOT / "train.py")]
@@ -76,7 +76,7 @@ def test_a_run_whose_last_weights_were_not_saved_is_not_finished(tiny_flags, mon
     assert not is_finished(run)
 
 
-def test_gpus_are_those_that_the_user_admits(monkeypatch):
+def test_only_the_gpus_of_cuda_visible_devices_are_used(monkeypatch):
     for visible, count, devices in (
         (None, 0, [None]),
         ("", 0, [None]),
@@ -114,7 +114,7 @@ sys.exit(3)
     assert printed[1] == f"[2/3] b: started on GPU GPU-x, log in {tmp_path / 'out' / 'b' / LOG}"
 
 
-def test_why_a_run_failed(tmp_path, capsys):
+def test_a_failed_run_is_reported_with_its_last_line_and_its_log(tmp_path, capsys):
     """Its last line; on one device the output is printed as well."""
     runs = [python_run(tmp_path, "talks", "print('one\\ntwo\\n')"), python_run(tmp_path, "silent", "")]
     failed, _ = run_all(runs, [None])
@@ -158,6 +158,6 @@ time.sleep(60)
     assert not (tmp_path / "second").exists()
 
 
-def test_mean_and_range():
+def test_mean_and_range_in_percent():
     assert mean_and_range([0.5]) == "50.0 %"
     assert mean_and_range([0.5, 0.6, 0.4]) == "50.0 % (40.0 to 60.0)"

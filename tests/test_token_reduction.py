@@ -11,7 +11,7 @@ import torch._dynamo.testing
 
 import evaluate
 import train
-from helpers import call_main, read_config, script, succeed, write_pictures
+from helpers import call_main, read_config, script, succeed, write_images
 from inference import SavedModel
 from models import REDUCTION_METHODS, build_model
 from models.token_reduction import (
@@ -119,7 +119,7 @@ def test_no_token_is_picked_twice_where_none_gains():
 
 @pytest.mark.parametrize("clusters_of", [facility_clusters, tome_clusters])
 @pytest.mark.parametrize("tokens, k", [(16, 16), (16, 9), (17, 4), (17, 1)])
-def test_clusters(clusters_of, tokens, k):
+def test_clusters_partition_the_tokens_and_hold_their_representatives(clusters_of, tokens, k):
     """Each token belongs to one cluster, and its representative belongs to it; representatives ascend."""
     keys = torch.randn(3, tokens, 8, generator=torch.Generator().manual_seed(1))
     kept, assignment = clusters_of(keys, k)
@@ -304,24 +304,24 @@ def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
         ({"reduction_layer": 2}, "reduction_layer 2 needs a token_reduction: facility or tome"),
     ],
 )
-def test_wrong_keywords(keywords, message):
+def test_wrong_keywords_are_named_in_the_error(keywords, message):
     with pytest.raises(ValueError, match=message):
         small(**keywords)
 
 
 @pytest.mark.parametrize("keep_tokens", [0, 65, -1, 1.5, 0.0])
-def test_a_wrong_number_of_tokens(keep_tokens):
+def test_a_wrong_number_of_tokens_is_an_error(keep_tokens):
     with pytest.raises(ValueError, match=f"keep_tokens {keep_tokens} is neither a count from 1 to the model's 64"):
         reduced("facility", keep_tokens=keep_tokens)
 
 
 @pytest.mark.parametrize("layer", [0, 4, 5])
-def test_a_wrong_layer(layer):
+def test_a_wrong_layer_is_an_error(layer):
     with pytest.raises(ValueError, match=f"reduction_layer {layer} is not one of the model's 1 to 3"):
         reduced("facility", reduction_layer=layer)
 
 
-def test_a_resnet_has_no_tokens():
+def test_token_reduction_of_a_resnet_is_an_error():
     with pytest.raises(ValueError, match="ResNet-Mini_Flops has no tokens"):
         build_model("ResNet-Mini_Flops", token_reduction="facility", keep_tokens=0.5, reduction_layer=2)
 
@@ -343,7 +343,7 @@ GIVEN = ("--token_reduction", "facility", "--reduction_layer", 2)
         (("--token_reduction", "facilty"), "unknown token reduction 'facilty'"),
     ],
 )
-def test_wrong_flags(flags, message, tiny_flags, monkeypatch, capsys):
+def test_wrong_flags_are_named_in_one_line(flags, message, tiny_flags, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call_main(train, tiny_flags(*flags), monkeypatch)
     error = capsys.readouterr().err
@@ -364,7 +364,7 @@ def test_a_run_is_restored_with_its_reduction(tiny_flags, tmp_path, monkeypatch,
     assert SavedModel.load(path, token_reduction=other).model.reduction == Reduction("tome", 1, 2)
     assert SavedModel.load(path, token_reduction={"token_reduction": "none"}).model.reduction is None
     capsys.readouterr()
-    flags = ["--checkpoint", run_dir / "last.safetensors", "--keep_tokens", 5, write_pictures(tmp_path, [(8, 8)])[0]]
+    flags = ["--checkpoint", run_dir / "last.safetensors", "--keep_tokens", 5, write_images(tmp_path, [(8, 8)])[0]]
     with pytest.raises(SystemExit) as stopped:
         call_main(evaluate, flags, monkeypatch)
     assert stopped.value.code == 2
@@ -375,10 +375,10 @@ def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, c
     """Google's .npz with the three flags: the results are those of a model built that way, not of an unreduced one."""
     model = randomised(build_model("ViT-Mini_4", 32, num_classes=3))
     np.savez(tmp_path / "ViT-Mini_4.npz", **model.export_npz())
-    picture = write_pictures(tmp_path / "pictures", [(32, 32)])[0]
+    image = write_images(tmp_path / "images", [(32, 32)])[0]
     answers = []
     for flags in ([], [*GIVEN, "--keep_tokens", "7"], [*GIVEN, "--keep_tokens", "64"]):
-        command = ["--checkpoint", tmp_path / "ViT-Mini_4.npz", "--img_size", 32, "--json", *flags, picture]
+        command = ["--checkpoint", tmp_path / "ViT-Mini_4.npz", "--img_size", 32, "--json", *flags, image]
         call_main(evaluate, command, monkeypatch)
         answers.append(json.loads(capsys.readouterr().out)[0]["classes"])
     assert answers[0] == answers[2]
@@ -389,13 +389,13 @@ def test_a_pretrained_model_is_reduced_without_training(tmp_path, monkeypatch, c
 def test_figures_of_a_reduced_model(tmp_path):
     """A reduced model has all kinds of figures; those of clusters need one."""
     np.savez(tmp_path / "ViT-Mini_4.npz", **randomised(build_model("ViT-Mini_4", 32, num_classes=3)).export_npz())
-    write_pictures(tmp_path / "pictures", [(40, 50), (32, 32)])
-    command = ["visualize.py", "--checkpoint", tmp_path / "ViT-Mini_4.npz", "--image", tmp_path / "pictures"]
+    write_images(tmp_path / "images", [(40, 50), (32, 32)])
+    command = ["visualize.py", "--checkpoint", tmp_path / "ViT-Mini_4.npz", "--image", tmp_path / "images"]
     command += ["--output_dir", tmp_path / "out"]
     succeed(*command, *GIVEN, "--keep_tokens", 0.25)
     drawn = {path.stem for path in (tmp_path / "out").iterdir()}
     kinds = ("rollout", "blocks", "heads", "clusters")
-    assert drawn >= {f"pictures-00{i}-{kind}" for i in range(2) for kind in kinds} | {"clusters", "distance"}
+    assert drawn >= {f"images-00{i}-{kind}" for i in range(2) for kind in kinds} | {"clusters", "distance"}
     done = script(*command, "--clusters")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "merges no tokens; give --token_reduction" in done.stderr

@@ -16,7 +16,7 @@ def tiny(model_type="ViT-Mini_4", img_size=32, **overrides):
 
 
 @pytest.mark.parametrize("model_type", ["ViT-Mini_4", "R26-ViT-S_32"])
-def test_attention_rows_sum_to_one_and_leave_the_logits_alone(model_type):
+def test_attention_rows_sum_to_one_and_the_logits_are_those_of_forward(model_type):
     model = randomised(tiny(model_type, img_size=64))
     images = torch.from_numpy(make_images(64))
     with torch.no_grad():
@@ -27,14 +27,14 @@ def test_attention_rows_sum_to_one_and_leave_the_logits_alone(model_type):
     torch.testing.assert_close(torch.stack(attention).sum(-1), torch.ones(2, 2, 2, tokens))
 
 
-def test_non_square_images():
+def test_a_model_for_images_that_are_not_square_accepts_no_other_shape():
     model = randomised(tiny(img_size=(16, 32)))
     assert model(torch.zeros(1, 3, 16, 32)).shape == (1, 10)
     with pytest.raises(ValueError, match="the model was built for"):
         model(torch.zeros(1, 3, 32, 16))
 
 
-def test_initial_weights():
+def test_initial_weights_have_the_published_distributions():
     torch.manual_seed(0)
     model = build_model("ViT-Ti_16", num_layers=1).requires_grad_(False)
     block = model.blocks[0]

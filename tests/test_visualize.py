@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 import visualize
-from helpers import ROOT, call_main, fails, succeed, write_pictures
+from helpers import ROOT, call_main, fails, make_shallow, succeed, write_images
 from models import build_model
 from synthetic import make_checkpoint
 from visualize import unique_stems
@@ -39,7 +39,7 @@ def draw(weights, tmp_path, monkeypatch, capsys):
 
     Its --image is a folder of two images unless the flags have one.
     """
-    write_pictures(tmp_path / "cats", [(40, 60), (60, 30)])
+    write_images(tmp_path / "cats", [(40, 60), (60, 30)])
 
     def run(model_type, *flags):
         folder = tmp_path / "out"
@@ -62,13 +62,13 @@ def of_each_image(*kinds):
     return {f"cats-00{i}-{kind}.png" for i in (0, 1) for kind in kinds}
 
 
-def test_all_figures_of_a_vit_and_one_image(draw, tmp_path):
+def test_without_flags_all_figures_of_a_vit_are_drawn(draw, tmp_path):
     together = {"distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", "--image", tmp_path / "cats" / "000.png")
     assert names == together | {f"cats-000-{kind}.png" for kind in ("rollout", "blocks", "heads")}
 
 
-def test_all_figures_of_a_vit_with_a_token_reduction_and_two_images(draw):
+def test_without_flags_all_figures_of_a_vit_with_a_token_reduction_are_drawn(draw):
     together = {"grid.png", "clusters.png", "distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", *REDUCTION, 0.5)
     assert names == together | of_each_image("rollout", "blocks", "heads", "clusters")
@@ -89,7 +89,7 @@ def test_the_title_of_a_grid_says_if_images_are_omitted(draw, tmp_path, monkeypa
     monkeypatch.setattr(visualize, "plot_image_grid", lambda *given: titles.append(given[3]) or Figure())
     monkeypatch.setattr(visualize, "MAX_GRID", 2)
     draw("ViT-Mini_4", "--rollout")
-    write_pictures(tmp_path / "cats", [(9, 9), (9, 9), (9, 9)])
+    write_images(tmp_path / "cats", [(9, 9), (9, 9), (9, 9)])
     draw("ViT-Mini_4", "--rollout")
     whole, part = (title.partition("ViT-Mini_4.npz: ")[2] for title in titles)
     assert (whole, part) == ("attention rollout", "attention rollout, the first 2 of 3 images")
@@ -115,7 +115,7 @@ VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flo
         ((*VIT, "--image", "000.png", "--blocks", 6), "--blocks 6: the model has the blocks 0 to 5"),
         ((*VIT, "--image", "000.png", "--clusters"), "ViT-Mini_4.npz merges no tokens; give --token_reduction"),
         ((*VIT, "--image", "000.png", "--clusters", *REDUCTION, 16), "--keep_tokens 16 keeps all patches"),
-        ((*VIT, "--image", "nothing.png"), "nothing.png is not a readable image"),
+        ((*VIT, "--image", "nothing.png"), "nothing.png does not exist"),
         ((*VIT, "--image", "000.png", "--output_dir", "000.png"), "000.png can't be created: "),
         ((*CNN, "--image", "000.png", "--rollout"), "is a CNN without attention; omit --rollout"),
         (CNN, "Grad-CAM needs --image"),
@@ -123,36 +123,28 @@ VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flo
         (("--curves", "nowhere", "--image", "000.png"), "--image needs --checkpoint"),
     ],
 )
-def test_wrong_flags(flags, message, weights, tmp_path, monkeypatch, capsys):
-    write_pictures(tmp_path, [(8, 8)])
+def test_wrong_flags_are_errors(flags, message, weights, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path, [(8, 8)])
     for path in weights.iterdir():
         os.link(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
     assert message in fails(visualize, flags, monkeypatch, capsys)
 
 
-def test_attention_is_logged_during_training_and_curves_of_runs_are_drawn(tiny_flags, tmp_path, monkeypatch, capsys):
-    """--log_attention_every draws at its steps and leaves the weights unchanged."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    call_main(train, tiny_flags("--name", "without"), monkeypatch)
-    call_main(train, tiny_flags("--name", "logged", "--log_attention_every", 4), monkeypatch)
-    without, logged = tmp_path / "output" / "without", tmp_path / "output" / "logged"
-    events = EventAccumulator(str(logged), size_guidance={"images": 0}).Reload()
-    assert [image.step for image in events.Images("attention rollout")] == [4, 8, 12]
-    assert (without / "last.safetensors").read_bytes() == (logged / "last.safetensors").read_bytes()
+def test_curves_of_runs_are_drawn(tiny_flags, tmp_path, monkeypatch, capsys):
+    make_shallow(monkeypatch)
+    for name in ("one", "two"):
+        call_main(train, tiny_flags("--name", name, "--num_steps", 2), monkeypatch)
     capsys.readouterr()
-    call_main(visualize, ["--curves", without, logged, "--output_dir", tmp_path / "out"], monkeypatch)
+    folders = (tmp_path / "output" / name for name in ("one", "two"))
+    call_main(visualize, ["--curves", *folders, "--output_dir", tmp_path / "out"], monkeypatch)
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'curves.png'}\n"
     assert (tmp_path / "out" / "curves.png").exists()
-    flags = tiny_flags("--model_type", "ResNet-Mini_Flops", "--log_attention_every", 4)
-    message = fails(train, flags, monkeypatch, capsys)
-    assert "--log_attention_every: ResNet-Mini_Flops has no attention" in message
 
 
 @pytest.mark.slow
 def test_visualize_from_the_shell(weights, tmp_path):
-    write_pictures(tmp_path / "cats", [(40, 60), (60, 30)])
+    write_images(tmp_path / "cats", [(40, 60), (60, 30)])
     command = ("visualize.py", "--checkpoint", weights / "ViT-Mini_4.npz", "--output_dir", tmp_path / "out")
     printed = succeed(*command, "--image", tmp_path / "cats")
     assert {Path(line).name for line in printed.splitlines()} == {path.name for path in (tmp_path / "out").iterdir()}

@@ -99,8 +99,8 @@ def token_reduction_cells(names, seconds, batch_size):
     The `names` are pairs of a method and the patches kept, ("none", "all") among them; `seconds` are those of (name,
     "step") and, where tokens are chosen, of the choice alone (name, "choice").
     """
-    titles = ["token reduction", "patches kept", "x none", "images/s", "slowest to fastest round"]
-    titles += ["choosing alone (ms)", "share of the step"]
+    titles = ["token reduction", "patches kept", "relative to none", "images/s", "slowest to fastest round"]
+    titles += ["selection alone (ms)", "share of the step"]
     rows = {}
     for name in names:
         step, choice = seconds[name, "step"], seconds.get((name, "choice"))

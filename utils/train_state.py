@@ -125,7 +125,7 @@ class TrainState:
         """Add an evaluation and the mean metrics of the steps before it to the records."""
         if result["accuracy"] > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_step = result["accuracy"], self.step
-        # A training metric that evaluation measures too is told apart by its prefix.
+        # The prefix distinguishes a training metric from the same metric of the evaluation.
         training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
         row = {"step": self.step, **training}
         row |= {f"test_{name}": result[name] for name in ("loss", "accuracy", "top5_accuracy")}

@@ -43,6 +43,8 @@ def errors_name(path):
     try:
         yield
     except Exception as error:  # Pillow raises nearly every type for one damaged file or another
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} does not exist") from error
         why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UserError(f"{path} is not a readable image: {why}") from error
 

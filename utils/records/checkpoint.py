@@ -139,7 +139,8 @@ def saved_step(path):
 def opened_weights(path):
     """(file, step) of a .safetensors file. Raises UserError, also for errors while it is read."""
     if not Path(path).is_file():
-        raise UserError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}")
+        what = f"is a folder; give its {BEST}" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{path} {what}")
     try:
         with safe_open(path, framework="pt") as file:
             yield file, int((file.metadata() or {}).get("step", 0))

@@ -13,7 +13,7 @@ READ_EVERY = {"cpu": 1, "cuda": 20}  # steps after which the metrics are read, w
 class Meter:
     """Collects the metrics that steps return, {name: 0-dim tensor}, without naming any of them.
 
-    A metric that is NaN in a step was not measured there and is left out of its mean.
+    A metric that is NaN in a step was not measured there and is omitted from its mean.
     """
 
     def __init__(self, processes):

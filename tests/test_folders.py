@@ -1,0 +1,98 @@
+"""Image folders: how their files are listed, and an error for each mistake in their layout."""
+
+import os
+import shutil
+
+import pytest
+
+from helpers import load_data, write_images, write_jpegs
+from utils.data.folders import list_folder
+from utils.data.loading import FolderImages, TensorImages
+from utils.errors import UserError
+
+
+def test_a_folder_is_listed_by_class_without_reading_the_files(image_folder):
+    for path in image_folder.rglob("*.png"):
+        path.write_bytes(b"")
+    paths, labels, classes = list_folder(image_folder, "train")
+    assert classes == ["cat", "dog"]
+    assert labels == [0] * 8 + [1] * 8
+    names = [os.path.relpath(path, image_folder) for path in paths]
+    assert names == [f"train/{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(8)]
+
+
+def test_a_test_set_may_lack_a_class(image_folder):
+    shutil.rmtree(image_folder / "val" / "cat")
+    _, labels, classes = list_folder(image_folder, "test")
+    assert (classes, labels) == (["cat", "dog"], [1] * 4)
+
+
+def test_hidden_files_are_ignored_and_large_images_stay_files(tmp_path):
+    write_images(tmp_path / "train" / "one", [(300, 300)] * 2)
+    write_images(tmp_path / "val" / "one", [(8, 8)] * 2)
+    (tmp_path / "train" / "one" / "._000.png").write_bytes(b"written by macOS")
+    (tmp_path / "train" / "__MACOSX").mkdir()
+    train, test = (load_data("imagefolder", split, tmp_path) for split in ("train", "test"))
+    assert isinstance(train, FolderImages)
+    assert isinstance(test, TensorImages)
+    assert (len(train), train.classes) == (2, ["one"])
+
+
+def with_fault(root, fault):
+    if fault == "no folder":
+        return root / "nowhere", "nowhere is not a folder"
+    if fault == "no train":
+        (root / "train").rename(root / "training")
+        return root, "needs the folders train/ and val/ or test/"
+    if fault == "no test":
+        (root / "val").rename(root / "validation")
+        return root, "needs the folders train/ and val/ or test/"
+    if fault == "no classes":
+        for name in ("cat", "dog"):
+            (root / "train" / name).rename(root / name)
+        return root, "train has no folders"
+    if fault == "empty class":
+        (root / "train" / "emu").mkdir()
+        return root, "emu has no images"
+    if fault == "unknown class":
+        write_images(root / "val" / "fox", [(8, 8)])
+        return root, "val/fox is a class that .*train does not have"
+    path = root / "train" / "cat" / "000.png"
+    if fault == "truncated image":
+        path.write_bytes(path.read_bytes()[:200])
+    if fault == "not an image":
+        path.write_text("hello")
+    return root, "train/cat/000.png is not a readable image"
+
+
+FAULTS = [
+    "no folder",
+    "no train",
+    "no test",
+    "no classes",
+    "empty class",
+    "unknown class",
+    "truncated image",
+    "not an image",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_a_folder_is_named_in_the_error(fault, image_folder):
+    root, message = with_fault(image_folder, fault)
+    with pytest.raises(UserError, match=message):
+        load_data("imagefolder", "train", root)
+
+
+def test_imagenets_archives_and_loose_files_get_instructions(image_folder):
+    """Validation images without class folders, and the archives of the training classes."""
+    shutil.rmtree(image_folder / "val")
+    write_jpegs(image_folder / "val", 2)
+    message = "val has no folders; it needs one folder per class, but its 2 files are not in folders; valprep.sh"
+    with pytest.raises(UserError, match=message):
+        load_data("imagenet", "train", image_folder)
+    shutil.rmtree(image_folder / "train")
+    (image_folder / "train").mkdir()
+    (image_folder / "train" / "n01440764.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="train has no folders; .* holds 1 archives; unpack each into a folder of its"):
+        load_data("imagenet", "train", image_folder)
