@@ -287,12 +287,12 @@ def run_rank(rank, count, port, flags, path):
     run_script(train.main)
 
 
-def start(flags):
+def start(flags, **keywords):
     """Start train.py in the shell's way; returns the Popen."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **keywords)
 
 
 def wait_for_checkpoint(process, flags, step):

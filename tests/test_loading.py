@@ -1,8 +1,10 @@
 """Batches of images, from memory and from files by workers: the same ones; unreadable images skipped or reported."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -219,3 +221,17 @@ def test_batches_for_a_cpu_are_not_copied():
     batches = [(torch.ones(2), torch.zeros(2)), (torch.ones(1), torch.zeros(1))]
     found = list(on_device(iter(batches), CPU))
     assert all(mine is theirs for mine, theirs in zip(found, batches, strict=True))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to a process group")
+def test_workers_continue_after_stop_signals(tmp_path):
+    """As when a whole process group is signalled: the training process saves first, with its workers alive."""
+    data = folder_images(write_jpegs(tmp_path, 6), workers=2)
+    batches = data.train_batches(iter([np.arange(3)] * 12), Augmentation(1, (16, 16), 0.1, True))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+    assert len(list(batches)) == 11

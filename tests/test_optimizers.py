@@ -7,9 +7,20 @@ import torch
 import train
 import train_flops
 from command_line import train_parser
-from helpers import call_main, differences, fails, make_shallow, metrics, stop_after, succeed, train_run
+from helpers import (
+    assert_same_bits,
+    call_main,
+    differences,
+    fails,
+    make_shallow,
+    metrics,
+    stop_after,
+    succeed,
+    train_run,
+)
 from models import build_model
 from utils.optimizers import OPTIMIZERS, make_optimizer, restore_state, state_tensors
+from utils.parallel.precision import Precision
 from utils.records.checkpoint import load_checkpoint
 
 
@@ -195,3 +206,23 @@ def test_a_group_keeps_its_own_learning_rate_through_schedule_and_resumption(tin
     slow, fast = np.transpose(rates)
     assert slow == pytest.approx(fast / 10)
     assert len(set(fast)) > 4
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_first_step_that_loss_scaling_skips_leaves_no_trace(name):
+    """The next step is the first one of a fresh optimizer, to the bit."""
+    results = []
+    for skips in (True, False):
+        model = two_block_model()
+        precision = Precision("O1", torch.float16, torch.device("cpu"))
+        args = flags("--optimizer", name)
+        optimizer = precision.prepare(model, lambda named, args=args, model=model: make_optimizer(args, model, named))
+        garbage = [torch.full_like(p, torch.nan) for p in model.parameters()]
+        del garbage  # so that memory without values is likely to hold NaN
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for factor in (1e38, 1.0) if skips else (1.0,):
+            precision.backward(model(images).square().mean() * factor)
+            precision.step(optimizer, max_grad_norm=1.0)
+        results.append(model.state_dict())
+    assert_same_bits(*results)
+    assert not torch.equal(results[0]["head.bias"], two_block_model().head.bias)

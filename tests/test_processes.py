@@ -202,6 +202,19 @@ def test_signals_are_handled_only_while_listening():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(ignored, monkeypatch):
+    """As by nohup, which starts the run with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopSignal().listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed() == (0 if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_worker_that_reads_images_leaves_signals_to_its_training_process(monkeypatch, capsys):
     stop = StopSignal()
     monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked since

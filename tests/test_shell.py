@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import select
 import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from helpers import ROOT, assert_same_bits, metrics, run_dir, script, start, suc
 from models import build_model
 from models.npz import resnet_rows
 from synthetic import make_checkpoint
+from utils.records.checkpoint import saved_step
 
 LONG = [
     *("--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", "8", "--train_batch_size", "8"),
@@ -193,3 +197,47 @@ def test_the_demo_of_the_makefile_has_valid_flags():
     command = make.stdout.replace("\\\n", " ").split("train.py", 1)[1].split()
     args = train_parser().parse_args(command)
     assert (args.name, args.dataset, args.overwrite) == ("demo", "digits", True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="process groups and terminals")
+@pytest.mark.parametrize("how", ["SIGTERM to the group", "the terminal is closed"])
+def test_a_run_with_workers_saves_when_its_group_is_stopped(how, image_folder, tiny_flags):
+    """By `timeout`, systemd, Slurm or a dropped connection; and it resumes from there."""
+    data = ["--dataset", "imagenet", "--data_dir", image_folder, "--num_workers", 2, "--train_batch_size", 4]
+    flags = tiny_flags(*data, "--num_steps", 100000, "--eval_every", 5)
+    if how == "the terminal is closed":
+        import pty  # which Windows lacks
+
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(ROOT)
+            os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            os.execv(sys.executable, [sys.executable, "train.py", *flags])
+        wait_for_file(run_dir(flags) / "last.safetensors", terminal)
+        os.close(terminal)  # the kernel sends SIGHUP, and printing is an error from now on
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    else:
+        process = start(flags, start_new_session=True)
+        wait_for_file(run_dir(flags) / "last.safetensors")
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, errors
+        assert "Traceback" not in errors
+    step = saved_step(run_dir(flags) / "last.safetensors")
+    assert step >= 5
+    last = step + 1
+    printed = succeed("train.py", *tiny_flags(*data, "--num_steps", last, "--eval_every", 5, "--resume"))
+    assert f"resuming at step {step} of {last}" in printed
+
+
+def wait_for_file(path, terminal=None):
+    """Meanwhile read what is printed to the terminal, if one is given, so that it does not fill up."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        if terminal is None:
+            time.sleep(0.02)
+        elif select.select([terminal], [], [], 0.02)[0]:
+            os.read(terminal, 4096)

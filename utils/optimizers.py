@@ -28,10 +28,18 @@ def make_optimizer(args, model, named_parameters):
 
 
 def sgd(groups, lr, model):
-    """SGD with momentum 0.9."""
+    """SGD with momentum 0.9.
+
+    The momenta start at zero, which gives the same first step. Otherwise the fused SGD would create them without values
+    in a first step that dynamic loss scaling skips, and the second step would use these.
+    """
     # The fused SGD of torch 2.9 does not update bfloat16 weights on a CPU (level O3), and does not support shards.
     has_shards = any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"])
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=supports_fused(groups) and not has_shards)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=supports_fused(groups) and not has_shards)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adam(groups, lr, model):

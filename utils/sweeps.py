@@ -159,8 +159,6 @@ def run_all(runs, devices):
     waiting, free, running, failed = list(runs), list(devices), [], {}
     stop = StopSignal()
     forwarded = False
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
-        signal.signal(signal.SIGHUP, stop.receive)
     with stop.listening():
         try:
             while running or (waiting and not stop.number):

@@ -56,7 +56,7 @@ class TrainState:
             shard_weights(model, processes, dtype=self.precision.dtype if self.precision.level == "O2" else None)
         model.to(processes.device)
         self.optimizer = self.precision.prepare(model, lambda named: make_optimizer(args, model, named))
-        self.average = WeightAverage(self.precision.named, args.ema_decay) if args.ema_decay else None
+        self.average = WeightAverage(model, self.precision.named, args.ema_decay) if args.ema_decay else None
         self.network = model
         if processes.size > 1 and not sharded:
             # All steps have the same graph, which DDP need not search again; unsynchronised micro-batches differ.
@@ -182,9 +182,9 @@ class TrainState:
         self.step = progress.pop("step")
         self.meter.load_state_dict(progress.pop("metrics", None) or metrics_of_earlier_version(progress, self.args))
         self.progress = Progress(**progress)
-        named = self.precision.named
-        tensors = load_tensors(self.run_dir, self.step, empty_state(named))
-        averages = {name: tensors.pop(f"{name}/{AVERAGE}") for name in named if f"{name}/{AVERAGE}" in tensors}
+        places = {**self.precision.weights(), **self.precision.named}
+        tensors = load_tensors(self.run_dir, self.step, empty_state(places))
+        averages = {name: tensors.pop(f"{name}/{AVERAGE}") for name in places if f"{name}/{AVERAGE}" in tensors}
         if self.average:
             self.average.weights.update(averages)
         restore_state(self.optimizer, tensors)

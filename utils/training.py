@@ -129,7 +129,7 @@ def train_step(run, batches):
     grad_norm = precision.step(run.optimizer, args.max_grad_norm)  # before clipping
     run.step += 1
     if run.average:
-        run.average.update(precision.named, run.step)
+        run.average.update(run.step)
     return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
 
 

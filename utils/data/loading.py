@@ -5,6 +5,7 @@ each image once; and `examples`, a few images.
 """
 
 import os
+import signal
 import sys
 
 import numpy as np
@@ -153,6 +154,7 @@ class FolderImages:
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=collate,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=self.device.type == "cuda",
         )
         for images, labels in on_device(self.readable(loader), self.device):
@@ -177,6 +179,12 @@ class FolderImages:
             raise UserError(f"none of the {len(self)} images can be read")
         if errors and errors[-1][0] is None:
             raise UserError(errors[-1][1])
+
+
+def ignore_stop_signals(worker):
+    """Let a worker process outlive a signal to the whole process group: its training process saves, then ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def default_workers():

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which is evaluated and saved instead of them."""
+"""An exponential moving average of a model, which is evaluated and saved in its place."""
 
 import contextlib
 
@@ -12,32 +12,42 @@ from utils.parallel.processes import local_parts
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weight after each step (Polyak and Juditsky, 1992).
 
-    In the first steps the decay is at most (1 + step) / (10 + step), as in TensorFlow, so that the initial weights
-    lose their influence quickly.
+    Buffers, such as the running statistics of BN, are averaged like the weights that they were measured with. In the
+    first steps the decay is at most (1 + step) / (10 + step), as in TensorFlow, so that the initial weights lose their
+    influence quickly.
     """
 
-    def __init__(self, weights, decay):
-        """`weights` are {name: parameter}, whole or sharded, in the order of the model's parameters."""
+    def __init__(self, model, masters, decay):
+        """`masters` are {name: parameter} of all of the model's parameters, in float32, whole or sharded."""
         self.decay = decay
-        self.weights = {name: weight.detach().float().clone() for name, weight in weights.items()}
+        self.sources = {**masters, **floating_buffers(model)}
+        self.weights = {name: source.detach().float().clone() for name, source in self.sources.items()}
 
-    def update(self, weights, step):
-        """Add the weights after step number `step`, counted from 1."""
+    def update(self, step):
+        """Add the weights and buffers after step number `step`, counted from 1."""
         average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         with torch.no_grad():
-            average(local_parts(self.weights.values()), [w.float() for w in local_parts(weights.values())], None)
+            sources = [source.float() for source in local_parts(self.sources.values())]
+            average(local_parts(self.weights.values()), sources, None)
 
     @contextlib.contextmanager
     def in_place(self, model):
-        """Inside, the model has the averaged weights."""
+        """Inside, the model has the averaged weights and buffers."""
         reshard(model)
-        weights = local_parts(model.parameters())
+        tensors = {**dict(model.named_parameters()), **floating_buffers(model)}
+        weights = local_parts(tensors[name] for name in self.weights)
         with torch.no_grad():
             kept = [weight.clone() for weight in weights]
             torch._foreach_copy_(weights, local_parts(self.weights.values()))
             yield
             torch._foreach_copy_(weights, kept)
         reshard(model)
+
+
+def floating_buffers(model):
+    """{name: buffer} of the model's persistent buffers that can be averaged."""
+    persistent = model.state_dict()
+    return {name: b for name, b in model.named_buffers() if name in persistent and b.is_floating_point()}
 
 
 def reshard(model):

@@ -191,13 +191,20 @@ class StopSignal:
     def __init__(self):
         self.number = 0
         self.received = 0.0
+        self.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         self.process = os.getpid()
         self.pending = None
 
     @contextlib.contextmanager
     def listening(self):
-        """Inside, SIGTERM and Ctrl-C are recorded; a second one, at least two seconds later, interrupts at once."""
-        previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Inside, SIGTERM, Ctrl-C and SIGHUP (a closed terminal) are recorded, SIGHUP unless it is ignored (nohup).
+
+        A second signal, at least two seconds later, interrupts at once.
+        """
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self.receive) for number in numbers}
         try:
             yield self
         finally:
@@ -207,6 +214,8 @@ class StopSignal:
     def receive(self, number, frame):
         if os.getpid() != self.process:  # a worker that reads images; its training process ends it
             return
+        if signal.Signals(number).name == "SIGHUP":
+            self.silence_terminals()
         # A launcher forwards a signal that the terminal has already sent; a second Ctrl-C of the user comes later.
         if self.number and time.monotonic() - self.received > 2:
             raise KeyboardInterrupt
@@ -214,6 +223,12 @@ class StopSignal:
             name = signal.Signals(number).name
             print(f"\n{name}: stopping at the end of this step; repeat it to stop at once, unsaved", file=sys.stderr)
         self.number, self.received = number, time.monotonic()
+
+    def silence_terminals(self):
+        """Discard what is printed to a terminal that is gone, since writing to it would be an error."""
+        for stream in self.terminals:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
     def agreed(self):
         """The signal's number, or 0. Every process must call it once per step."""
