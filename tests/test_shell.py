@@ -193,7 +193,8 @@ def test_a_run_that_receives_a_signal_saves_and_reports_it(number, uninterrupted
 
 
 def test_the_demo_of_the_makefile_has_valid_flags():
-    make = subprocess.run(["make", "--no-print-directory", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "-n", "demo"]
+    make = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     command = make.stdout.replace("\\\n", " ").split("train.py", 1)[1].split()
     args = train_parser().parse_args(command)
     assert (args.name, args.dataset, args.overwrite) == ("demo", "digits", True)
