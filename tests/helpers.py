@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import train
+from inference import SavedModel
 from models import build_model
 from models.configs import VITS
 from synthetic import make_checkpoint
@@ -175,6 +177,23 @@ def train_run(flags, monkeypatch, name="run"):
     folder = Path(flags[flags.index("--output_dir") + 1]) / name
     rows = [{key: float(value) for key, value in row.items()} for row in read_rows(folder / METRICS)]
     return load_file(folder / LAST), rows
+
+
+def evaluate_and_export(flags, monkeypatch, capsys):
+    """The report of evaluate.py on the last weights of a run, which must also survive an export to Google's format."""
+    path = run_dir(flags) / LAST
+    capsys.readouterr()
+    call_main(evaluate, ["--checkpoint", path, "--json"], monkeypatch)
+    report = json.loads(capsys.readouterr().out)
+    assert report["top1_accuracy"] == pytest.approx(float(metrics(flags)[-1]["test_accuracy"]))
+    model = SavedModel.load(path).model
+    arrays, weights = model.export_npz(), {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    model.load_from(arrays, head="keep")
+    assert_same_bits(model.state_dict(), weights)
+    return report
 
 
 def run_dir(flags):

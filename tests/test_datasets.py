@@ -11,9 +11,10 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as tv
 
-from helpers import load_data, photograph
+import train
+from helpers import call_main, evaluate_and_export, fails, load_data, photograph, read_config, train_run
 from utils.data.augmentation import normalise
-from utils.data.datasets import DATASETS
+from utils.data.datasets import DATASETS, DataSource, Split
 from utils.data.loading import FolderImages, TensorImages
 from utils.errors import UserError
 from utils.parallel.processes import one_process
@@ -104,3 +105,26 @@ def test_imagenet_is_read_by_workers_even_if_it_would_fit_into_memory(tmp_path):
     assert labels.tolist() == [0, 1]
     image = torch.from_numpy(np.array(photograph(20, 20))).permute(2, 0, 1)
     assert torch.equal(images[0], normalise(tv.center_crop(tv.resize(image, 18, antialias=True), 16)))
+
+
+def test_a_new_data_set_needs_one_entry_to_be_trained_resumed_and_evaluated(tiny_flags, monkeypatch, capsys, tmp_path):
+    """Trained, resumed, exported and evaluated by its name."""
+    random = np.random.default_rng(0)
+    sizes = {"train": 48, "test": 20}
+    images = {split: random.integers(0, 256, (size, 3, 9, 7), dtype=np.uint8) for split, size in sizes.items()}
+    names = ["left", "right", "straight on"]
+
+    def read(data_dir, split):
+        return Split(images[split], np.arange(sizes[split]) % 3, names)
+
+    monkeypatch.setitem(DATASETS, "toy", DataSource(lambda data_dir: 3, read))
+    flags = tiny_flags("--dataset", "toy", "--num_steps", 6, "--eval_every", 3, "--learning_rate", 0.1)
+    train_run(flags, monkeypatch)
+    assert read_config(tmp_path / "output" / "run")["classes"] == names
+    _, rows = train_run([*flags, "--num_steps", 9, "--resume"], monkeypatch)
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    assert evaluate_and_export(flags, monkeypatch, capsys)["images"] == 20
+    call_main(train, [*flags, "--mode", "eval"], monkeypatch)
+    assert "on toy: 20 test images, 3 classes, at 8x8" in capsys.readouterr().out
+    unknown = tiny_flags("--dataset", "toys")
+    assert "unknown dataset 'toys'; did you mean toy" in fails(train, unknown, monkeypatch, capsys)

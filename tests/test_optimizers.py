@@ -11,6 +11,7 @@ from helpers import (
     assert_same_bits,
     call_main,
     differences,
+    evaluate_and_export,
     fails,
     make_shallow,
     metrics,
@@ -174,7 +175,7 @@ def test_a_new_optimizer_needs_one_line_to_be_trained_resumed_and_evaluated(tiny
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     by_sgd, _ = train_run(tiny_flags("--learning_rate", 1e-3, "--name", "sgd"), monkeypatch, "sgd")
     assert max(differences(whole, by_sgd).values()) > 1e-4
-    capsys.readouterr()
+    evaluate_and_export(tiny_flags(*given), monkeypatch, capsys)
     call_main(train, tiny_flags("--mode", "eval"), monkeypatch)
     assert f"top-1    {100 * max(row['test_accuracy'] for row in rows):.2f} %" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import train
-from helpers import call_main, fails, make_shallow
+from helpers import call_main, evaluate_and_export, fails, make_shallow
 from utils.records.run_folder import read_metrics
 from utils.scheduler import DECAY_TYPES, Schedule, learning_rate
 
@@ -66,7 +66,7 @@ def test_a_new_decay_type_needs_one_line_to_be_trained_and_resumed(tiny_flags, m
     call_main(train, tiny_flags(*flags, "--num_steps", 6), monkeypatch)
     call_main(train, tiny_flags(*flags, "--resume"), monkeypatch)
     assert read_metrics(tmp_path / "output" / "run")["lr"] == pytest.approx([0.2 / 4, 0.2 / 10])
-    capsys.readouterr()
+    evaluate_and_export(tiny_flags(*flags), monkeypatch, capsys)
     message = fails(train, tiny_flags("--decay_type", "hyperbole"), monkeypatch, capsys)
     assert "unknown decay type 'hyperbole'; did you mean hyperbola" in message
     message = fails(train, tiny_flags("--decay_steps", 5), monkeypatch, capsys)

@@ -15,15 +15,12 @@ from helpers import (
     assert_same_bits,
     call_main,
     differences,
-    fails,
     initial_weights,
     make_shallow,
     plain_loop,
-    read_config,
     stop_after,
     train_run,
 )
-from utils.data.datasets import DATASETS, DataSource, Split
 from utils.training import is_due, train_step
 
 TIMING = ("images_per_second", "seconds")  # columns that differ from run to run
@@ -178,29 +175,6 @@ def test_a_new_training_metric_is_recorded_everywhere(tiny_flags, monkeypatch, t
     assert re.match(r"loss \S+, accuracy \S+, grad_norm \S+, step_number 11, lr ", shown[10])
     events = EventAccumulator(str(tmp_path / "output" / "run")).Reload()
     assert [event.value for event in events.Scalars("train/step_number")][::2] == [1, 3, 5, 7, 9, 11]
-
-
-def test_a_new_data_set_is_one_entry(tiny_flags, monkeypatch, capsys, tmp_path):
-    """Trained, resumed and evaluated by its name."""
-    random = np.random.default_rng(0)
-    sizes = {"train": 48, "test": 20}
-    images = {split: random.integers(0, 256, (size, 3, 9, 7), dtype=np.uint8) for split, size in sizes.items()}
-    names = ["left", "right", "straight on"]
-
-    def read(data_dir, split):
-        return Split(images[split], np.arange(sizes[split]) % 3, names)
-
-    monkeypatch.setitem(DATASETS, "toy", DataSource(lambda data_dir: 3, read))
-    flags = tiny_flags("--dataset", "toy", "--num_steps", 6, "--eval_every", 3, "--learning_rate", 0.1)
-    train_run(flags, monkeypatch)
-    assert read_config(tmp_path / "output" / "run")["classes"] == names
-    _, rows = train_run([*flags, "--num_steps", 9, "--resume"], monkeypatch)
-    assert [row["step"] for row in rows] == [3, 6, 9]
-    capsys.readouterr()
-    call_main(train, [*flags, "--mode", "eval"], monkeypatch)
-    assert "on toy: 20 test images, 3 classes, at 8x8" in capsys.readouterr().out
-    unknown = tiny_flags("--dataset", "toys")
-    assert "unknown dataset 'toys'; did you mean toy" in fails(train, unknown, monkeypatch, capsys)
 
 
 def functions_that_call(method, path):
