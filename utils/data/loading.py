@@ -4,6 +4,7 @@ Both kinds have the same methods: `train_batches`, the endless shuffled stream f
 each image once; and `examples`, a few images.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -154,15 +155,16 @@ class FolderImages:
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=collate,
-            worker_init_fn=ignore_stop_signals,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels in on_device(self.readable(loader), self.device):
+        with stop_signals_blocked():
+            decoded = iter(loader)  # starts the workers
+        for images, labels in on_device(self.readable(decoded), self.device):
             yield normalise(images, self.mean_std), labels
 
-    def readable(self, loader):
+    def readable(self, batches):
         """The readable images of each batch; a batch without any is omitted."""
-        for images, labels, errors in loader:
+        for images, labels, errors in batches:
             self.report(errors)
             if len(labels):
                 yield images, labels
@@ -181,10 +183,20 @@ class FolderImages:
             raise UserError(errors[-1][1])
 
 
-def ignore_stop_signals(worker):
-    """Let a worker process outlive a signal to the whole process group: its training process saves, then ends it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def stop_signals_blocked():
+    """Processes that start inside never receive SIGTERM and SIGINT; this process receives them afterwards.
+
+    So workers outlive a signal to the whole process group: their training process saves, then ends them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def default_workers():
