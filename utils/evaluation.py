@@ -87,23 +87,25 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     was_training = model.training
     model.eval()
     num_classes = len(test_set.classes)
-    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, top-1 and top-5 correct, images
+    totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1 correct, top-5 correct
     confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=processes.device)
-    batches = 0
+    batches = count = 0
     with progress_bar(test_set, processes) as bar:
         for images, labels in test_set.eval_batches(img_size, batch_size, processes):
             with precision.autocast():
                 logits = model(precision.inputs(images)).float()
             correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack([loss, correct[:, 0].sum(), correct.sum(), loss.new_tensor(len(labels))])
+            totals += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
             if per_class:
                 cells = labels * num_classes + logits.argmax(1)
                 confusion += torch.bincount(cells, minlength=num_classes**2)
             batches += 1
+            count += len(labels)  # on the host, so that no batch waits for the device
             bar.update(len(labels))
         join_remaining_batches(model, precision, test_set, img_size, batch_size, batches, processes)
     model.train(was_training)
+    totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()
     if not count:
         raise UserError(f"none of the {len(test_set)} test images can be read")
