@@ -32,7 +32,8 @@ from utils.data.stream import samples_at
 from utils.errors import run_script
 from utils.parallel.processes import one_process
 from utils.records.checkpoint import LAST
-from utils.records.run_folder import LOCK, METRICS, read_rows
+from utils.records.metrics_file import read_rows
+from utils.records.run_folder import LOCK, METRICS
 from utils.training import train_step
 
 ROOT = Path(__file__).parent.parent

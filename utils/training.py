@@ -18,6 +18,7 @@ from utils.evaluation import check_classes, run_evaluation
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
 from utils.records.checkpoint import load_checkpoint, load_into
+from utils.records.metrics_file import read_rows
 from utils.records.run_folder import (
     METRICS,
     check_shared,
@@ -27,12 +28,11 @@ from utils.records.run_folder import (
     open_run_folder,
     prepare_run_folder,
     read_config,
-    read_rows,
     report_changed_flags,
     resumes,
     started_with,
 )
-from utils.records.tracker import Tracker
+from utils.records.tracker import Tracker, summary
 from utils.records.weights_and_biases import WeightsAndBiases
 from utils.train_state import TrainState, is_due, is_sharded
 
@@ -162,7 +162,6 @@ def training_batches(train_set, args, processes, first_step, num_steps):
 
 def report_finished(run_dir):
     """Print the results of a run whose last step has been evaluated."""
-    from utils.records.tracker import summary
 
     rows = read_rows(run_dir / METRICS)
     best = max(rows, key=lambda row: float(row["test_accuracy"]))

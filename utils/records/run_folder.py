@@ -1,7 +1,6 @@
 """The folder of a run: which files it holds, who may write to it, and reading its config.json and metrics.csv."""
 
 import contextlib
-import csv
 import importlib.metadata
 import json
 import math
@@ -18,24 +17,17 @@ from utils.errors import UserError
 from utils.locks import LockedError, exclusive_lock
 from utils.parallel.processes import device_name, launcher, restarted, union_over_processes
 from utils.records.checkpoint import BEST, LAST, has_checkpoint, older_weights, replace_file, saved_step
+from utils.records.metrics_file import REQUIRED_COLUMNS, as_columns, damaged_metrics, read_rows
 from utils.records.weights_and_biases import RECORDS, RUN_ID
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.csv", "curves.png", ".lock"
+EVENTS = "events.out.tfevents.*"
 RESULTS = (BEST, METRICS, CURVES)
 # Flags that do not change the results of a run: its folder may be moved, its weights downloaded before a resumption.
 WITHOUT_EFFECT = {
     *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
 }
-REQUIRED_COLUMNS = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "images_per_second",
-    "seconds",
-)
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 
 
@@ -91,7 +83,7 @@ def check_earlier_results(run_dir, args):
 def files_of_run(run_dir):
     """The paths of all files and folders that a new run in this folder would delete."""
     # What --resume needs comes first, so that it never continues from what is left of an interrupted deletion.
-    patterns = (LAST, "state-*", *RESULTS, CONFIG, "events.out.tfevents.*", ".*.tmp", RUN_ID, RECORDS)
+    patterns = (LAST, "state-*", *RESULTS, CONFIG, EVENTS, ".*.tmp", RUN_ID, RECORDS)
     paths = [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]
     return [*older_weights(run_dir).values(), *paths]
 
@@ -221,18 +213,11 @@ def read_metrics(run_dir):
     path = Path(run_dir) / METRICS
     if not path.exists():
         return {}
-    try:
-        rows = read_rows(path)
-        columns = dict.fromkeys((*rows[0], *REQUIRED_COLUMNS)) if rows else ()
-        return {name: [float(row[name]) for row in rows] for name in columns}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: it needs numbers in the columns {', '.join(REQUIRED_COLUMNS)}") from error
-
-
-def read_rows(path):
-    """The rows of a metrics.csv as {column: text}."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    rows = read_rows(path)
+    for name in REQUIRED_COLUMNS if rows else ():
+        if name not in rows[0]:
+            raise damaged_metrics(path, f"it has no column {name}")
+    return as_columns(rows)
 
 
 def read_run(run_dir):
