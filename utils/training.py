@@ -162,7 +162,6 @@ def training_batches(train_set, args, processes, first_step, num_steps):
 
 def report_finished(run_dir):
     """Print the results of a run whose last step has been evaluated."""
-
     rows = read_rows(run_dir / METRICS)
     best = max(rows, key=lambda row: float(row["test_accuracy"]))
     num_classes = len(read_config(run_dir)["classes"])
