@@ -134,7 +134,7 @@ def test_a_resumed_run_continues_the_same_run_there(calls, tiny_flags, monkeypat
 
 STARTED = ["online"]
 RETRIED = ["online", "teardown", "offline"]
-WORKS = ["log", "image", "log", "summary", "log", "finish"]
+WORKS = ["log", "image", "log", "log", "summary", "log", "finish"]
 KEPT = "its records are kept in .*wandb for `wandb sync`"
 CONTINUES = "the training continues"
 
@@ -155,7 +155,7 @@ CONTINUES = "the training continues"
         ),
         ("log", [("Weights & Biases", "log", CONTINUES)], [*STARTED, "log", "log", "finish"]),
         ("image", [("a figure for Weights & Biases", "image", CONTINUES)], [*STARTED, *WORKS[:2], *WORKS[3:]]),
-        ("summary", [("Weights & Biases", "summary", CONTINUES)], [*STARTED, *WORKS[:4], "finish"]),
+        ("summary", [("Weights & Biases", "summary", CONTINUES)], [*STARTED, *WORKS[:5], "finish"]),
         ("finish", [("the end of the run at Weights & Biases", "finish", KEPT)], [*STARTED, *WORKS]),
     ],
 )
