@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import RunStoppedError, UserError
 from utils.parallel.memory import keep_freed_memory
+from utils.terminal import say_on_stderr
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -230,7 +231,7 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.number and not (dist.is_initialized() and dist.get_rank()):
             name = signal.Signals(number).name
-            print(f"\n{name}: stopping at the end of this step; repeat it to stop at once, unsaved", file=sys.stderr)
+            say_on_stderr(f"\n{name}: stopping at the end of this step; repeat it to stop at once, unsaved")
         self.number, self.received = number, time.perf_counter()
 
     def silence_terminals(self):
