@@ -29,8 +29,8 @@ from utils.figures import blocks_to_draw, plot_attention_rows, prediction_captio
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
-from utils.records.checkpoint import LAST
 from utils.records.run_folder import is_finished, read_config, read_metrics
+from utils.records.weights import LAST
 from utils.sweeps import check_plan, data_name, plan_run, raise_failures, run_unfinished
 
 REPORTED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")

@@ -31,9 +31,9 @@ from utils.data.loading import FolderImages
 from utils.data.stream import samples_at
 from utils.errors import run_script
 from utils.parallel.processes import one_process
-from utils.records.checkpoint import LAST
 from utils.records.metrics_file import read_rows
 from utils.records.run_folder import LOCK, METRICS
+from utils.records.weights import LAST
 from utils.training import train_step
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +138,13 @@ def write_jpegs(folder, count, suffix=".JPEG"):
 def truncate(path, share=0.6):
     """Keep only the first part of a file."""
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def flip_bit(path, position=0.7):
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 4
+    path.write_bytes(data)
 
 
 def folder_images(paths, workers=0, **options):

@@ -1,14 +1,12 @@
-"""Checkpoints of a run: damaged files, a full disk, a crash between two files, and atomic writing."""
+"""Checkpoints of a run: damaged files, a full disk, a crash between two files, and how many are kept."""
 
 import errno
 import gc
 import os
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import train
@@ -16,6 +14,7 @@ from helpers import (
     assert_same_bits,
     call_main,
     fails,
+    flip_bit,
     make_shallow,
     metrics,
     run_dir,
@@ -25,9 +24,7 @@ from helpers import (
     train_run,
     truncate,
 )
-from utils.errors import UserError
-from utils.records import checkpoint
-from utils.records.checkpoint import load_into, load_weights, replace_file, save_weights, saved_step
+from utils.records import weights
 from utils.training import train_step
 
 
@@ -43,13 +40,6 @@ def finished(tiny_flags, monkeypatch, capsys):
     train_run(flags, monkeypatch)
     capsys.readouterr()
     return flags
-
-
-def flip_bit(path, position=0.7):
-    """Change one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[int(position * len(data))] ^= 4
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("damage", [flip_bit, truncate, Path.unlink])
@@ -151,26 +141,6 @@ def test_a_resumed_run_does_not_keep_the_old_checkpoint_open(finished, monkeypat
     assert not any(found)
 
 
-def test_a_file_system_that_can_not_sync_folders_is_tolerated(tmp_path, monkeypatch):
-    """As some network and FUSE file systems; any other error is one."""
-    real = os.fsync
-
-    def fail_for_folders(number):
-        def fsync(file):
-            if stat.S_ISDIR(os.fstat(file).st_mode):
-                raise OSError(number, os.strerror(number))
-            real(file)
-
-        return fsync
-
-    monkeypatch.setattr(os, "fsync", fail_for_folders(errno.EINVAL))
-    replace_file(tmp_path / "file", lambda path: path.write_text("new"))
-    assert (tmp_path / "file").read_text() == "new"
-    monkeypatch.setattr(os, "fsync", fail_for_folders(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
-        replace_file(tmp_path / "file", lambda path: path.write_text("newer"))
-
-
 def full_disk(*arguments, **keywords):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -184,7 +154,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before(part, finish
         if part == "state":
             patch.setattr("torch.distributed.checkpoint.save", full_disk)
         else:
-            patch.setattr(checkpoint, "save_file", full_disk)
+            patch.setattr(weights, "save_file", full_disk)
         call_main(train, [*finished, "--num_steps", 4, "--resume"], patch)
     assert stopped.value.code == 1
     error = capsys.readouterr().err
@@ -217,51 +187,3 @@ def test_a_limited_file_size_leaves_the_checkpoint_before(tiny_flags):
     assert error.endswith("last.safetensors of step 2 is whole")
     assert_same_bits(before, load_file(run_dir(flags) / "last.safetensors"))
     assert "resuming at step 2 of 4" in succeed("train.py", *flags, "--num_steps", 4, "--resume")
-
-
-def test_weights_are_read_as_they_were_written(tmp_path):
-    weights = {"a": torch.randn(3, 4).T, "b": torch.randn(2).bfloat16()}  # not contiguous; 16 bits
-    save_weights(tmp_path / "w.safetensors", weights, step=7)
-    loaded, step = load_weights(tmp_path / "w.safetensors")
-    assert (step, saved_step(tmp_path / "w.safetensors")) == (7, 7)
-    assert_same_bits(loaded, weights)
-    flip_bit(tmp_path / "w.safetensors", 0.99)
-    with pytest.raises(UserError, match="w.safetensors is damaged: its checksum does not match"):
-        load_weights(tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="nothing.safetensors does not exist"):
-        saved_step(tmp_path / "nothing.safetensors")
-    with pytest.raises(UserError, match="is a folder; give its best.safetensors"):
-        saved_step(tmp_path)
-
-
-def test_weights_that_do_not_fit_are_named():
-    model = torch.nn.Linear(3, 2)
-    state = {name: torch.randn_like(weight) for name, weight in model.state_dict().items()}
-    load_into(model, state, "w")
-    assert_same_bits(model.state_dict(), state)
-    for wrong, message in (
-        ({**state, "weight": torch.zeros(4, 3)}, r"w does not fit the model: weight has \(4, 3\), expected \(2, 3\)"),
-        ({"weight": state["weight"]}, r"bias has nothing, expected \(2,\)"),
-        ({**state, "scale": torch.zeros(1)}, r"scale has \(1,\), expected nothing"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_into(model, wrong, "w")
-
-
-def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("ne")
-        raise OSError
-
-    with pytest.raises(OSError):
-        replace_file(path, fail)
-    assert path.read_text() == "old"
-    replace_file(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
-    if os.name == "posix":
-        os.umask(umask := os.umask(0))
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask

@@ -13,8 +13,8 @@ from command_line import train_parser
 from helpers import call_main, contents, fails, make_shallow, run_dir
 from utils.errors import UserError
 from utils.locks import exclusive_lock
-from utils.records.checkpoint import save_weights
 from utils.records.run_folder import LOCK, is_finished, read_config, read_metrics, read_run
+from utils.records.weights import save_weights
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from utils.errors import UserError
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes, sum_over_processes
 from utils.pretrained import load_pretrained_flag
-from utils.records.checkpoint import load_into, load_weights
 from utils.records.run_folder import best_weights, read_config
+from utils.records.weights import load_into, load_weights
 
 
 def run_evaluation(args, make_model):

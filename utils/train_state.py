@@ -18,8 +18,9 @@ from utils.parallel.averaging import WeightAverage
 from utils.parallel.memory import recompute_activations
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import local_parts, shard_weights, sum_over_processes
-from utils.records.checkpoint import LAST, load_tensors, save_best, save_checkpoint, update_state
+from utils.records.checkpoint import load_tensors, save_best, save_checkpoint, update_state
 from utils.records.meter import Meter
+from utils.records.weights import LAST
 from utils.scheduler import Schedule, learning_rate
 
 AVERAGE = "average"  # the name of a weight's moving average in a checkpoint

@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
-from utils.records.checkpoint import load_checkpoint, load_into
+from utils.records.checkpoint import load_checkpoint
 from utils.records.metrics_file import read_rows
 from utils.records.run_folder import (
     METRICS,
@@ -33,6 +33,7 @@ from utils.records.run_folder import (
     started_with,
 )
 from utils.records.tracker import Tracker, summary
+from utils.records.weights import load_into
 from utils.records.weights_and_biases import WeightsAndBiases
 from utils.train_state import TrainState, is_due, is_sharded
 

@@ -10,7 +10,6 @@ All files carry checksums, which are verified when they are loaded. Earlier vers
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -19,17 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
+from safetensors import SafetensorError
 
 from utils.errors import RunStoppedError, UserError
 from utils.parallel.processes import barrier, from_first_process, union_over_processes
+from utils.records.files import file_checksum, replace_file, text_checksum
+from utils.records.weights import BEST, LAST, load_weights, save_weights, saved_step
 
 STATE = "state.json"
-LAST, BEST = "last.safetensors", "best.safetensors"
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # from some network and FUSE file systems
 
 
 class Checkpoint(NamedTuple):
@@ -95,20 +91,6 @@ def file_checksums(folder, is_first):
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     paths = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if is_first else [])]
     return {(path.name, file_checksum(path)) for path in paths}
-
-
-def file_checksum(path):
-    """The XXH3 of a file's bytes."""
-    hashed = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            hashed.update(chunk)
-    return hashed.hexdigest()
-
-
-def text_checksum(text):
-    """The XXH3 of a text."""
-    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def write_state(folder, state, files):
@@ -232,92 +214,3 @@ def distributed_checkpoint():
         except dcp.api.CheckpointException as error:  # not a subclass of Exception
             reasons = {str(reason) for reason, _ in error.failures.values()}
             raise OSError("; ".join(sorted(reasons))) from error
-
-
-def save_weights(path, weights, step, is_first=True):
-    """Write {name: tensor}, whole or sharded, as one file by the first process; all processes call it."""
-    tensors = {}
-    for name, tensor in weights.items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if is_first:
-            tensors[name] = tensor.cpu().contiguous()
-    if is_first:
-        metadata = {"step": str(step), "checksum": weights_checksum(tensors, step)}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def weights_checksum(tensors, step):
-    """The XXH3 of a step and of the names, types, shapes and bytes of {name: tensor}."""
-    hashed = xxhash.xxh3_128(str(step).encode())
-    for name, tensor in sorted(tensors.items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
-
-
-def load_weights(path):
-    """({name: tensor}, step) of a .safetensors file. Raises UserError."""
-    with opened_weights(path) as (file, metadata):
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    step, checksum = int(metadata.get("step", 0)), metadata.get("checksum")
-    if checksum not in (None, weights_checksum(weights, step)):
-        raise UserError(f"{path} is damaged: its checksum does not match")
-    return weights, step
-
-
-def saved_step(path):
-    """The step at which a .safetensors file was saved, without reading its weights. Raises UserError."""
-    with opened_weights(path) as (_, metadata):
-        return int(metadata.get("step", 0))
-
-
-@contextlib.contextmanager
-def opened_weights(path):
-    """(file, metadata) of a .safetensors file. Raises UserError, also for errors while it is read."""
-    if not Path(path).is_file():
-        what = f"is a folder; give its {BEST}" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {what}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file: {error}") from error
-
-
-def load_into(model, weights, path):
-    """Load a run's weights into the model. Raises UserError that names the first weight that does not fit."""
-    expected = model.state_dict()
-    for name in sorted(set(expected) | set(weights)):
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if found != wanted:
-            raise UserError(f"{path} does not fit the model: {name} has {found}, expected {wanted}")
-    model.load_state_dict(weights)
-
-
-def replace_file(path, write):
-    """Write a file atomically: `write` fills a temporary file, which is synced to the disk and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    if os.name == "posix":
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes its files readable by their owner only
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name is durable once its folder is
-        sync_folder(path.parent)
-
-
-def sync_folder(path):
-    """Write a folder's entries to the disk, where its file system can do that."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
-    finally:
-        os.close(folder)

@@ -6,7 +6,7 @@ import math
 
 from utils.errors import UserError
 from utils.records.best_effort import reason
-from utils.records.checkpoint import replace_file
+from utils.records.files import replace_file
 from utils.terminal import say
 
 REQUIRED_COLUMNS = (

@@ -16,8 +16,10 @@ import torch
 from utils.errors import UserError
 from utils.locks import LockedError, exclusive_lock
 from utils.parallel.processes import device_name, launcher, restarted, union_over_processes
-from utils.records.checkpoint import BEST, LAST, has_checkpoint, older_weights, replace_file, saved_step
+from utils.records.checkpoint import has_checkpoint, older_weights
+from utils.records.files import replace_file
 from utils.records.metrics_file import REQUIRED_COLUMNS, as_columns, damaged_metrics, read_rows
+from utils.records.weights import BEST, LAST, saved_step
 from utils.records.weights_and_biases import RECORDS, RUN_ID
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.csv", "curves.png", ".lock"

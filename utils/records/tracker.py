@@ -7,9 +7,9 @@ import time
 from tqdm import tqdm
 
 from utils.records.best_effort import BestEffort, reason
-from utils.records.checkpoint import BEST, LAST
 from utils.records.metrics_file import MetricsFile, as_columns
 from utils.records.run_folder import CURVES, EVENTS, METRICS, read_config
+from utils.records.weights import BEST, LAST
 from utils.terminal import say
 
 FEW_CLASSES = 10  # up to this number of classes the terminal omits the top-5 accuracy

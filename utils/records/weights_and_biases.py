@@ -6,7 +6,7 @@ import sys
 
 from utils.errors import UserError
 from utils.records.best_effort import BestEffort, reason
-from utils.records.checkpoint import replace_file
+from utils.records.files import replace_file
 from utils.terminal import say
 
 RUN_ID, RECORDS = "wandb-id.txt", "wandb"  # in the run's folder; W&B chooses the second name
