@@ -61,6 +61,7 @@ def write_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_fi
         for path in Path(run_dir).glob("state-*"):
             if path != folder:
                 shutil.rmtree(path, ignore_errors=True)  # a remaining file does no harm and is deleted next time
+    barrier()  # a launcher ends all processes when one has ended, so none may go before the first one has written
 
 
 def load_checkpoint(run_dir):
