@@ -20,8 +20,8 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 CODE_FOLDERS = ("models", "utils", "scripts", "benchmarks", "tests")
-# Flags of torchrun, TensorBoard and argparse itself.
-FOREIGN_FLAGS = {"--max-restarts", "--nproc_per_node", "--logdir", "--help"}
+# Flags of torchrun, Slurm, TensorBoard and argparse itself.
+FOREIGN_FLAGS = {"--max-restarts", "--nproc_per_node", "--batch", "--signal", "--logdir", "--help"}
 TRAINING = {"train.py": None, "train_resnet.py": "ResNet50x3_Params", "train_flops.py": "ResNet50x3_Flops"}
 FORWARDING = {"scripts/norm_study.py"}  # passes flags that it does not define to train.py
 # Phrases that plain technical English has a better word for; the second of each pair is what to write.

@@ -30,6 +30,9 @@ from helpers import (
 )
 from utils import train_state
 from utils.parallel.processes import StopSignal, choose_device, one_process
+from utils.records import checkpoint
+from utils.records.checkpoint import LAST
+from utils.train_state import TrainState
 
 EVERYTHING = [
     *("--optimizer", "adamw", "--learning_rate", "1e-3", "--dropout_rate", "0.1", "--drop_path_rate", "0.1"),
@@ -360,3 +363,25 @@ def test_a_dead_worker_costs_only_the_steps_since_the_last_checkpoint(agents, un
     assert saved <= resumed < 200
     assert resumed % 5 == 0
     assert_same_bits(*(load_file(folder / "last.safetensors") for folder in (undisturbed, run_dir)))
+
+
+@FORKS
+def test_no_process_continues_before_the_checkpoint_is_whole(tiny_flags, monkeypatch):
+    """Otherwise the launcher, which sees one process end, ends the first one while it writes."""
+    make_shallow(monkeypatch)
+    save, save_weights = TrainState.save, checkpoint.save_weights
+
+    def write_slowly(path, weights, step, is_first=True):
+        time.sleep(0.5 * is_first)
+        save_weights(path, weights, step, is_first)
+
+    def save_and_check(run, seconds):
+        save(run, seconds)
+        assert checkpoint.saved_step(run.run_dir / LAST) == run.step
+
+    monkeypatch.setattr(checkpoint, "save_weights", write_slowly)
+    monkeypatch.setattr(TrainState, "save", save_and_check)
+    flags = tiny_flags("--num_steps", 2, "--eval_every", 1)
+    outcome = run_processes(2, flags)
+    for status, printed in outcome:
+        assert status == 0, printed

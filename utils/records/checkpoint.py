@@ -58,6 +58,7 @@ def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1):
         save_weights(Path(run_dir) / LAST, weights, step, is_first)
         if is_first:
             delete_oldest(Path(run_dir), step, keep)
+        barrier()  # a launcher ends all processes when one has ended, so none may go before the first one has written
 
 
 def save_best(run_dir, step, weights, is_first):
@@ -79,8 +80,9 @@ def errors_stop_the_run(run_dir, what):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        path = Path(run_dir) / LAST
-        kept = f"{path} of step {saved_step(path)} is whole" if path.exists() else "there is no earlier one"
+        kept = "there is no earlier one"
+        with contextlib.suppress(UserError):
+            kept = f"{Path(run_dir) / LAST} of step {saved_step(Path(run_dir) / LAST)} is whole"
         free = shutil.disk_usage(run_dir).free / 1e9
         why = f"{' '.join(str(error).split())} ({free:.1f} GB are free on that disk)"
         raise RunStoppedError(f"{what} can't be written to {run_dir}: {why}; {kept}", status=1) from error
