@@ -9,8 +9,8 @@ ToMe               bipartite soft matching (Bolya et al., 2023): every second to
                    in each block.)
 
 Both compare the keys of the attention in the block before the reduction, averaged over the heads as in ToMe:
-s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. No gradient flows through the choice. The class token is
-always kept, and no token is merged into it.
+s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. Of exactly equal choices the one of lowest index is taken.
+No gradient flows through the choice. The class token is always kept, and no token is merged into it.
 
 Merging exact duplicates does not change the output: their mean is equal to them, and attention weights a merged token
 by its size. This holds for the norms LN and Rescale, and for BN in evaluation. The statistics of GN, and of BN in
@@ -179,7 +179,8 @@ def tome_clusters(keys, k):
         count = min(n - k, max(1, n // 4))  # merged in this round
         unit = F.normalize(keys, dim=-1)
         score, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)  # (B, even tokens)
-        best_matches = score.topk(count).indices
+        # A stable sort, because topk leaves open which of several equal matches it takes.
+        best_matches = score.argsort(dim=1, descending=True, stable=True)[:, :count]
         indices = torch.arange(n, device=keys.device).expand(batch, -1)
         target = indices.scatter(1, 2 * best_matches, 2 * partner.gather(1, best_matches) + 1)  # (B, n)
         is_merged = (target != indices).int()
