@@ -115,9 +115,12 @@ def size_bias(sizes, dtype):
 
 
 def similarity(keys):
-    """Keys (B, N, C) -> s (B, N, N), their cosines mapped to [0, 1]."""
+    """Keys (B, N, C) -> s (B, N, N), their cosines mapped to [0, 1]; exactly symmetric, with ones on the diagonal."""
     keys = F.normalize(keys, dim=-1)
-    return (0.5 + 0.5 * keys @ keys.transpose(1, 2)).clamp(min=0)
+    s = (0.5 + 0.5 * keys @ keys.transpose(1, 2)).clamp(min=0)
+    s = torch.maximum(s, s.transpose(1, 2))
+    s.diagonal(dim1=1, dim2=2).fill_(1)
+    return s
 
 
 def coverage(s, kept):
@@ -164,7 +167,9 @@ def upper_bound(s, k):
 def facility_clusters(keys, k):
     """Keys of the patches (B, N, C) -> kept (B, k), assignment (B, N); see Clusters, but without the class token."""
     s = similarity(keys)
-    kept = facility_location(s, k).sort(dim=1).values
+    # Two tokens that are nearest to each other gain the same. In float64, sums of float32 values do not depend on their
+    # order, so the index decides; in float32, rounding would decide, and it differs with the size of the batch.
+    kept = facility_location(s.double(), k).sort(dim=1).values
     assignment = gather_rows(s, kept).argmax(dim=1)
     # Each kept token is in its own cluster, also if two kept tokens are equal, so no cluster is empty.
     return kept, assignment.scatter(1, kept, torch.arange(k, device=s.device).expand_as(kept))

@@ -180,6 +180,23 @@ def test_of_duplicated_patches_the_first_are_chosen(method, keep):
     assert (kept[:, 1:] - 1).tolist() == [first] * 3
 
 
+@pytest.mark.parametrize("k", [16, 48])
+def test_tokens_that_are_nearest_to_each_other_gain_the_same_and_the_first_is_kept(k):
+    """As greedy in integers picks. In float32 the order of a sum would decide, and it differs with the batch size."""
+    keys = torch.rand(4, 64, 32, generator=torch.Generator().manual_seed(3))  # so s is at least 0.5
+    s = (similarity(keys) * 2**24).long()
+    assert torch.equal(s, s.transpose(1, 2)) and (s.diagonal(dim1=1, dim2=2) == 2**24).all()
+    best, picks = torch.zeros(4, 1, 64, dtype=torch.long), []
+    for _ in range(k):
+        values = torch.maximum(s, best).sum(dim=-1)
+        for image, tokens in enumerate(zip(*picks, strict=True)):
+            values[image, list(tokens)] = -1
+        picks.append(values.argmax(dim=1).tolist())
+        best = torch.maximum(best, s[torch.arange(4), picks[-1]][:, None])
+    kept, _ = facility_clusters(keys, k)
+    assert kept.tolist() == [sorted(tokens) for tokens in zip(*picks, strict=True)]
+
+
 @pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_the_class_token_is_kept_and_alone(method):
     """Also if patches have the same key as the class token."""
