@@ -9,8 +9,8 @@ ToMe               bipartite soft matching (Bolya et al., 2023): every second to
                    in each block.)
 
 Both compare the keys of the attention in the block before the reduction, averaged over the heads as in ToMe:
-s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. No gradient flows through the choice. The class token is
-always kept, and no token is merged into it.
+s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. Of exactly equal choices the one of lowest index is taken.
+No gradient flows through the choice. The class token is always kept, and no token is merged into it.
 
 Merging exact duplicates does not change the output: their mean is equal to them, and attention weights a merged token
 by its size. This holds for the norms LN and Rescale, and for BN in evaluation. The statistics of GN, and of BN in
@@ -115,9 +115,12 @@ def size_bias(sizes, dtype):
 
 
 def similarity(keys):
-    """Keys (B, N, C) -> s (B, N, N), their cosines mapped to [0, 1]."""
+    """Keys (B, N, C) -> s (B, N, N), their cosines mapped to [0, 1]; exactly symmetric, with ones on the diagonal."""
     keys = F.normalize(keys, dim=-1)
-    return (0.5 + 0.5 * keys @ keys.transpose(1, 2)).clamp(min=0)
+    s = (0.5 + 0.5 * keys @ keys.transpose(1, 2)).clamp(min=0)
+    s = torch.maximum(s, s.transpose(1, 2))
+    s.diagonal(dim1=1, dim2=2).fill_(1)
+    return s
 
 
 def coverage(s, kept):
@@ -164,7 +167,9 @@ def upper_bound(s, k):
 def facility_clusters(keys, k):
     """Keys of the patches (B, N, C) -> kept (B, k), assignment (B, N); see Clusters, but without the class token."""
     s = similarity(keys)
-    kept = facility_location(s, k).sort(dim=1).values
+    # Two tokens that are nearest to each other gain the same. In float64, sums of float32 values do not depend on their
+    # order, so the index decides; in float32, rounding would decide, and it differs with the size of the batch.
+    kept = facility_location(s.double(), k).sort(dim=1).values
     assignment = gather_rows(s, kept).argmax(dim=1)
     # Each kept token is in its own cluster, also if two kept tokens are equal, so no cluster is empty.
     return kept, assignment.scatter(1, kept, torch.arange(k, device=s.device).expand_as(kept))
@@ -179,7 +184,8 @@ def tome_clusters(keys, k):
         count = min(n - k, max(1, n // 4))  # merged in this round
         unit = F.normalize(keys, dim=-1)
         score, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)  # (B, even tokens)
-        best_matches = score.topk(count).indices
+        # A stable sort, because topk leaves open which of several equal matches it takes.
+        best_matches = score.argsort(dim=1, descending=True, stable=True)[:, :count]
         indices = torch.arange(n, device=keys.device).expand(batch, -1)
         target = indices.scatter(1, 2 * best_matches, 2 * partner.gather(1, best_matches) + 1)  # (B, n)
         is_merged = (target != indices).int()

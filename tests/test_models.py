@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import models
+from helpers import random_model
 from models import CONFORMERS, MODEL_TYPES, REDUCTION_METHODS, RESNETS, TOKEN_REDUCTIONS, VITS, build_model
 from utils.profiling import count_flops
 
@@ -41,6 +42,25 @@ def test_every_vit_maps_images_to_logits(model_type):
     with torch.device("meta"):
         model = build_model(model_type, img_size, num_classes=7)
         assert model(torch.zeros(2, 3, img_size, img_size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "model_type, keywords",
+    [
+        ("ViT-Nano_4", {}),
+        ("ViT-Nano_4", {"token_reduction": "facility", "keep_tokens": 4, "reduction_layer": 1}),
+        ("ViT-Nano_4", {"token_reduction": "tome", "keep_tokens": 4, "reduction_layer": 1}),
+        ("ViT-Nano_4", {"norm_type": "BN"}),
+        ("R26-ViT-Mini_4", {}),
+        ("Conformer-Mini_4", {}),
+        ("ResNet-Mini_Params", {}),
+    ],
+)
+def test_evaluation_accepts_a_batch_without_images(model_type, keywords):
+    """All images of a batch may be unreadable."""
+    model = random_model(model_type, 32, 7, **keywords)
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 7)
 
 
 def test_the_flops_of_vit_b_16_and_the_hybrid_are_known():

@@ -1,8 +1,4 @@
-"""Google's files: their addresses, the download from a local server, and errors for damaged or wrong files."""
-
-import functools
-import http.server
-import threading
+"""Google's files: their addresses, and errors for damaged or wrong files."""
 
 import numpy as np
 import pytest
@@ -28,6 +24,10 @@ AUGREG = "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
         (f"checkpoint/{AUGREG}", f"vit_models/augreg/{AUGREG}"),
         ("checkpoint/R_Ti_16-i1k-300ep.npz", "vit_models/augreg/R_Ti_16-i1k-300ep.npz"),
         ("checkpoint/BiT-M-R50x3.npz", "bit_models/BiT-M-R50x3.npz"),
+        ("checkpoint/imagenet21k/BiT-M-R50x3.npz", "bit_models/BiT-M-R50x3.npz"),
+        ("checkpoint/imagenet21k/ViT-B_16.npz", "vit_models/imagenet21k/ViT-B_16.npz"),
+        ("checkpoint/sam/ViT-B_16.npz", "vit_models/sam/ViT-B_16.npz"),
+        ("checkpoint/gsam/ViT-S_32.npz", "vit_models/gsam/ViT-S_32.npz"),
     ],
 )
 def test_each_published_file_has_its_address(path, url):
@@ -37,6 +37,13 @@ def test_each_published_file_has_its_address(path, url):
 def test_an_unpublished_name_has_no_address():
     assert published_url("checkpoint/mine.npz") is None
     assert published_url("checkpoint/ViT-B_17.npz") is None
+
+
+@pytest.mark.parametrize("path", ["sam/ViT-H_14.npz", "lit/ViT-B_16.npz", "imagenet1k/ViT-B_16.npz", f"sam/{AUGREG}"])
+def test_a_file_that_the_published_folder_of_that_name_lacks_is_never_fetched_from_another(path):
+    assert published_url(path) is None
+    with pytest.raises(UserError, match=f"publishes no file of that name in {path.split('/')[0]}/; see "):
+        download(path)
 
 
 @pytest.mark.parametrize(
@@ -124,92 +131,6 @@ def test_a_damaged_or_wrong_file_is_an_error_in_one_line(fault, weights):
         load_pretrained(tiny_vit(), weights, "ViT-Ti_16")
     assert "\n" not in str(error.value)
     assert str(weights) in str(error.value)
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; ends the connection once after `break_after` bytes; answers Range if `ranges`."""
-
-    def __init__(self, *arguments, state, **keywords):
-        self.state = state
-        super().__init__(*arguments, **keywords)
-
-    def do_GET(self):
-        content, start = self.state["content"], 0
-        wanted = self.headers.get("Range")
-        self.state["requests"].append(wanted)
-        if wanted and self.state["ranges"]:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        end = self.state.pop("break_after", len(content))
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(content, **options):
-        state = {"content": content, "ranges": True, "requests": [], **options}
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, state=state))
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/ViT-B_16.npz", state
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_download_gives_the_file_and_nothing_else(serve, weights, tmp_path):
-    url, _ = serve(weights.read_bytes())
-    target = tmp_path / "new" / "ViT-B_16.npz"
-    download(target, url)
-    assert target.read_bytes() == weights.read_bytes()
-    assert [path.name for path in target.parent.iterdir()] == ["ViT-B_16.npz"]
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_an_interrupted_download_continues_or_starts_again(ranges, serve, weights, tmp_path):
-    content = weights.read_bytes()
-    url, state = serve(content, ranges=ranges, break_after=10000)
-    target = tmp_path / "ViT-B_16.npz"
-    with pytest.raises(UserError, match=f"broke after 10000 of {len(content)} bytes"):
-        download(target, url)
-    assert not target.exists()
-    download(target, url)
-    assert target.read_bytes() == content
-    assert state["requests"] == [None, "bytes=10000-"]
-
-
-def test_a_partial_file_that_is_too_long_is_downloaded_again(serve, weights, tmp_path):
-    url, _ = serve(weights.read_bytes())
-    (tmp_path / "ViT-B_16.npz.part").write_bytes(bytes(len(weights.read_bytes()) + 5))
-    download(tmp_path / "ViT-B_16.npz", url)
-    assert (tmp_path / "ViT-B_16.npz").read_bytes() == weights.read_bytes()
-
-
-def test_a_download_that_is_not_an_npz_is_deleted(serve, tmp_path):
-    url, _ = serve(b"<html>not here</html>")
-    with pytest.raises(UserError, match="did not send an .npz"):
-        download(tmp_path / "ViT-B_16.npz", url)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unreachable_server_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="could not be downloaded"):
-        download(tmp_path / "ViT-B_16.npz", "http://127.0.0.1:9/ViT-B_16.npz")
 
 
 def test_an_open_npz_is_a_mapping(weights):

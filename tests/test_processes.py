@@ -1,5 +1,6 @@
 """Several processes: the same results as one, checkpoints for any number of them, signals, and dead workers."""
 
+import functools
 import os
 import re
 import shutil
@@ -8,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
@@ -29,9 +32,10 @@ from helpers import (
     train_run,
 )
 from utils import train_state
-from utils.parallel.processes import StopSignal, choose_device, one_process
+from utils.errors import UserError
+from utils.parallel.processes import StopSignal, choose_device, first_on_each_machine, join_processes, one_process
 from utils.records import checkpoint
-from utils.records.checkpoint import LAST
+from utils.records.weights import LAST
 from utils.train_state import TrainState
 
 EVERYTHING = [
@@ -259,6 +263,31 @@ def test_restarts_on_several_machines_need_resume(tiny_flags, monkeypatch, capsy
         monkeypatch.setenv(name, str(value))
     message = fails(train, tiny_flags(), monkeypatch, capsys)
     assert "torchrun --max-restarts on several machines needs --resume" in message
+
+
+@FORKS
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_others_wait_for_the_first_process_of_the_machine_longer_than_for_a_step(fails, tiny_flags, monkeypatch):
+    """And if its body fails, they end too, without running it."""
+    limited = functools.partial(dist.init_process_group, timeout=timedelta(seconds=1.2))
+    monkeypatch.setattr(dist, "init_process_group", limited)
+
+    def body():
+        with join_processes() as processes, first_on_each_machine(processes):
+            if processes.is_first:
+                time.sleep(0.1 if fails else 1.8)
+                if fails:
+                    raise UserError("no such file")
+            print("prepared", time.time())
+
+    monkeypatch.setattr(train, "main", body)
+    first, second = run_processes(2, tiny_flags())
+    if fails:
+        assert first == (2, "train.py: error: no such file\n")
+        assert second == (1, "")
+    else:
+        assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+        assert first[1].split()[1] < second[1].split()[1]
 
 
 @FORKS

@@ -156,6 +156,47 @@ def test_tome_merges_a_quarter_at_once():
     assert assignment.tolist() == [[0, 1, 5, 2, 3, 4, 1, 5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", REDUCTION_METHODS)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_of_equal_patches_the_first_are_chosen(compiled, method, dtype):
+    """48 of 64 patches of a constant image. ToMe matches each even patch with patch 1 and merges the first 16."""
+    choose = torch.compile(cluster_tokens, fullgraph=True) if compiled else cluster_tokens
+    kept, assignment = choose(torch.ones(3, 2, 65, 16, dtype=dtype), Reduction(method, 48, 1))
+    first = {"facility": [*range(48)], "tome": [*range(1, 32, 2), *range(32, 64)]}[method]
+    assert (kept[:, 1:] - 1).tolist() == [first] * 3
+    clusters = [first.index(patch) if patch in first else 0 for patch in range(64)]
+    assert (assignment[:, 1:] - 1).tolist() == [clusters] * 3
+
+
+@pytest.mark.parametrize("method, keep", [("facility", 32), ("tome", 48)])
+def test_of_duplicated_patches_the_first_are_chosen(method, keep):
+    """The lower half repeats the upper half, shifted by one patch so that ToMe can match them."""
+    upper = torch.randn(3, 1, 32, 16, generator=torch.Generator().manual_seed(2)).sign()  # so similarities are exact
+    keys = torch.cat([torch.ones(3, 1, 1, 16), upper, upper.roll(1, dims=2)], dim=2).expand(-1, 2, -1, -1)
+    kept, _ = cluster_tokens(keys, Reduction(method, keep, 1))
+    # ToMe merges the first 16 of 32 even patches that have a duplicate, into it.
+    first = {"facility": [*range(32)], "tome": [*range(1, 32, 2), *range(32, 64)]}[method]
+    assert (kept[:, 1:] - 1).tolist() == [first] * 3
+
+
+@pytest.mark.parametrize("k", [16, 48])
+def test_tokens_that_are_nearest_to_each_other_gain_the_same_and_the_first_is_kept(k):
+    """As greedy in integers picks. In float32 the order of a sum would decide, and it differs with the batch size."""
+    keys = torch.rand(4, 64, 32, generator=torch.Generator().manual_seed(3))  # so s is at least 0.5
+    s = (similarity(keys) * 2**24).long()
+    assert torch.equal(s, s.transpose(1, 2)) and (s.diagonal(dim1=1, dim2=2) == 2**24).all()
+    best, picks = torch.zeros(4, 1, 64, dtype=torch.long), []
+    for _ in range(k):
+        values = torch.maximum(s, best).sum(dim=-1)
+        for image, tokens in enumerate(zip(*picks, strict=True)):
+            values[image, list(tokens)] = -1
+        picks.append(values.argmax(dim=1).tolist())
+        best = torch.maximum(best, s[torch.arange(4), picks[-1]][:, None])
+    kept, _ = facility_clusters(keys, k)
+    assert kept.tolist() == [sorted(tokens) for tokens in zip(*picks, strict=True)]
+
+
 @pytest.mark.parametrize("method", REDUCTION_METHODS)
 def test_the_class_token_is_kept_and_alone(method):
     """Also if patches have the same key as the class token."""

@@ -2,41 +2,49 @@
 
 import os
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from utils.download import download_npz
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
 
 STORAGE = "https://storage.googleapis.com"
-CHUNK = 2**20
 
-# The first pattern that matches a file's name gives the folder where it is published.
+# {published folder: names of its files}. A file in a local folder with the name of a published one is fetched from that
+# one, any other file from the first folder that has its name.
 VIT = r"(ViT-(B_16|B_32|L_16|L_32)|R50\+ViT-B_16)"
-PUBLISHED = (
-    (re.compile(rf"({VIT}|ViT-H_14)\.npz"), "vit_models/imagenet21k"),
-    (re.compile(rf"{VIT}-224\.npz"), "vit_models/imagenet21k+imagenet2012"),
-    (re.compile(r"(R\d*_)?(Ti|S|B|L)_\d+-i.*\.npz"), "vit_models/augreg"),
-    (re.compile(r"BiT-[SM]-R\d+x\d.*\.npz"), "bit_models"),
-)
-PUBLISHED_FOLDERS = ("imagenet21k", "imagenet21k+imagenet2012", "augreg")  # the name of the parent folder decides
+PUBLISHED = {
+    "vit_models/imagenet21k": rf"({VIT}|ViT-H_14)\.npz",
+    "vit_models/imagenet21k+imagenet2012": rf"({VIT}(-224)?|ViT-H_14)\.npz",
+    "vit_models/augreg": r"(R\d*_)?(Ti|S|B|L)_\d+-i.*\.npz",
+    "vit_models/sam": r"ViT-(S|B|L)_(16|32)\.npz",
+    "vit_models/gsam": r"ViT-(S|B|L)_(16|32)\.npz",
+    "bit_models": r"BiT-[SM]-R\d+x\d.*\.npz",
+    "vit_models/lit": None,  # for text and images
+    "mixer_models/imagenet1k": None,  # MLP-Mixers
+}
+
+
+def published_folder(path):
+    """(the folder in which Google publishes the file that `path` names, its name there); None if there is none."""
+    path = Path(path)
+    name = path.name.replace("R50-ViT", "R50+ViT")
+    folders = [folder for folder in PUBLISHED if folder.rpartition("/")[2] == path.parent.name]
+    if not folders or name.startswith("BiT-"):  # there is one BiT of each name
+        folders = PUBLISHED
+    return next(((folder, name) for folder in folders if re.fullmatch(PUBLISHED[folder] or "", name)), None)
 
 
 def published_url(path, storage=STORAGE):
-    """The URL of the published file of the same name as `path`, or None."""
-    path = Path(path)
-    name = path.name.replace("R50-ViT", "R50+ViT")
-    folder = next((folder for pattern, folder in PUBLISHED if pattern.fullmatch(name)), None)
-    if folder is None:
+    """The URL of the published file that `path` names by its file name and its parent folder, or None."""
+    found = published_folder(path)
+    if found is None:
         return None
-    if path.parent.name in PUBLISHED_FOLDERS and folder != "bit_models":
-        folder = f"vit_models/{path.parent.name}"
+    folder, name = found
     return f"{storage}/{urllib.parse.quote(folder, safe='/+')}/{urllib.parse.quote(name, safe='+')}"
 
 
@@ -53,7 +61,8 @@ def download_command(path):
     """How to get the file, in one line, or a hint if Google publishes no file of that name."""
     url = published_url(path)
     if url is None:
-        return f"Google publishes no file of that name; see {STORAGE}/vit_models and {STORAGE}/bit_models"
+        where = f" in {Path(path).parent.name}/" if published_url(Path(path).name) else ""
+        return f"Google publishes no file of that name{where}; see {STORAGE}/vit_models and {STORAGE}/bit_models"
     return f"get it with --download, or: curl --create-dirs -o '{path}' '{url}'"
 
 
@@ -126,50 +135,8 @@ class Arrays:
 
 
 def download(path, url=None):
-    """Download the published file to `path`, with a progress bar; an interrupted download is continued.
-
-    The bytes go to `<path>.part`, which is renamed once it is complete. Raises UserError.
-    """
-    path = Path(path)
+    """Download the published file to `path`, with a progress bar; see `download_npz`. Raises UserError."""
     url = url or published_url(path)
     if url is None:
         raise UserError(f"{path} can't be downloaded: {download_command(path)}")
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fetch(url, part)
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(
-            f"{url} could not be downloaded: {error}; the same command continues where it stopped"
-        ) from error
-    if not zipfile.is_zipfile(part):
-        part.unlink()
-        raise UserError(f"{url} did not send an .npz file; nothing is kept")
-    os.replace(part, path)
-
-
-def fetch(url, part):
-    """Append the missing bytes of `url` to the file `part`, or start again if the server can't continue."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # 416: the part is as long as the file, or longer
-            raise
-        part.unlink()
-        fetch(url, part)
-        return
-    with response:
-        continues = response.status == 206
-        have = have if continues else 0
-        length = response.headers["Content-Length"]  # None if the server does not know
-        total = length and have + int(length)
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem)
-        with open(part, "ab" if continues else "wb") as file, bar:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-    size = part.stat().st_size
-    if total and size != total:
-        raise OSError(f"the connection broke after {size} of {total} bytes")
+    download_npz(url, path)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from utils.parallel.memory import keep_freed_memory
 from utils.terminal import say_on_stderr
 
 PARALLEL = ("ddp", "fsdp")
+NO_LIMIT = timedelta(days=365)
 
 
 class Processes(NamedTuple):
@@ -182,14 +184,33 @@ def gradients_summed(network, last):
 
 @contextlib.contextmanager
 def first_on_each_machine(processes):
-    """The body runs in one process of each machine before it runs in the others, for files that are written once."""
-    if processes.local_rank != 0:
-        barrier()
-    try:
+    """The body runs in one process of each machine before it runs in the others, for files that are written once.
+
+    The others wait without a time limit, since the body may download. If it fails in one of the first processes, it
+    does not run in the others, which raise RunStoppedError.
+    """
+    if not dist.is_initialized():
         yield
-    finally:  # after an error too: the others then raise it themselves instead of waiting forever
-        if processes.local_rank == 0:
-            barrier()
+        return
+    group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    if processes.local_rank == 0:
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # if another process has ended too, this error is still reported
+                one_failed(True, group)
+            raise
+    if one_failed(False, group):
+        raise RunStoppedError("another process of the run could not prepare its files; see its message", 1)
+    if processes.local_rank != 0:
+        yield
+
+
+def one_failed(failed, group):
+    """Whether one of the group's processes has `failed`."""
+    flag = torch.tensor(int(failed))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group)
+    return bool(flag)
 
 
 class StopSignal:
