@@ -401,7 +401,7 @@ def test_no_process_continues_before_the_checkpoint_is_whole(tiny_flags, monkeyp
     save, save_weights = TrainState.save, checkpoint.save_weights
 
     def write_slowly(path, weights, step, is_first=True):
-        time.sleep(0.5 * is_first)
+        time.sleep(0.3 * is_first)
         save_weights(path, weights, step, is_first)
 
     def save_and_check(run, seconds):
@@ -410,7 +410,7 @@ def test_no_process_continues_before_the_checkpoint_is_whole(tiny_flags, monkeyp
 
     monkeypatch.setattr(checkpoint, "save_weights", write_slowly)
     monkeypatch.setattr(TrainState, "save", save_and_check)
-    flags = tiny_flags("--num_steps", 2, "--eval_every", 1)
+    flags = tiny_flags("--num_steps", 1)
     outcome = run_processes(2, flags)
     for status, printed in outcome:
         assert status == 0, printed
