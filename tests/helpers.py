@@ -138,6 +138,14 @@ def truncate(path, share=0.6):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def damage(path, surplus=False):
+    """Overwrite bytes in the middle of a JPEG's pixels, or with `surplus` add some that decoders ignore."""
+    data = path.read_bytes()
+    middle = len(data) // 2
+    damaged = data[:middle] + b"\xff\x7b" + data[middle + 2 :]
+    path.write_bytes(data[:-2] + bytes(40) + data[-2:] if surplus else damaged)
+
+
 def folder_images(paths, workers=0, **options):
     """FolderImages in which the label of each image is its index."""
     options = DataOptions(num_workers=workers, **options)
