@@ -88,8 +88,8 @@ def parse_flags():
 def load_images(args, split, count):
     """(images uint8 (3, h, w), their labels, names of the classes): the first `count` images of each class."""
     name, data_dir = ("imagefolder", args.source) if args.source else ("cifar10", "data")
-    images, labels, classes = read_split(name, split, DataOptions(data_dir, examples_per_class=count), one_process())
-    return map(read_image if args.source else torch.from_numpy, images), labels.tolist(), classes
+    found = read_split(name, split, DataOptions(data_dir, examples_per_class=count), one_process())
+    return map(read_image if args.source else torch.from_numpy, found.images), found.labels.tolist(), found.classes
 
 
 def write(image, path, key):

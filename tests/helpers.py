@@ -147,6 +147,14 @@ def flip_bit(path, position=0.7):
     path.write_bytes(data)
 
 
+def damage_jpeg(path, surplus=False):
+    """Overwrite bytes in the middle of a JPEG's pixels, or with `surplus` add some that decoders ignore."""
+    data = path.read_bytes()
+    middle = len(data) // 2
+    damaged = data[:middle] + b"\xff\x7b" + data[middle + 2 :]
+    path.write_bytes(data[:-2] + bytes(40) + data[-2:] if surplus else damaged)
+
+
 def folder_images(paths, workers=0, **options):
     """FolderImages in which the label of each image is its index."""
     options = DataOptions(num_workers=workers, **options)

@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as tv
 
 import train
-from helpers import call_main, evaluate_and_export, fails, load_data, photograph, read_config, train_run
+from helpers import CPU, call_main, evaluate_and_export, fails, load_data, photograph, read_config, train_run
 from utils.data.augmentation import normalise
 from utils.data.datasets import DATASETS, DataSource, Split
 from utils.data.loading import FolderImages, TensorImages
 from utils.errors import UserError
-from utils.parallel.processes import one_process
+from utils.parallel.processes import Processes, one_process
 
 
 def load_both(name, data_dir):
@@ -46,6 +46,17 @@ def test_examples_per_class_takes_the_first_of_each_class(image_folder):
     names = [os.fsdecode(path)[-11:] for path in folder.paths]
     assert names == [f"{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(5)]
     assert len(load_data("imagefolder", "train", image_folder, examples_per_class=99)) == 16
+
+
+def test_the_note_of_a_data_set_is_printed_once_by_the_first_process(monkeypatch, capsys):
+    def read(data_dir, split):
+        return Split(np.zeros((2, 3, 4, 4), np.uint8), [0, 1], ["a", "b"], f"{split}: 3 files ignored")
+
+    monkeypatch.setitem(DATASETS, "toy", DataSource(lambda data_dir: 2, read))
+    for rank in range(2):
+        load_data("toy", "train", processes=Processes(rank, 2, 0, CPU))
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "train: 3 files ignored\n")
 
 
 @pytest.mark.parametrize("name, classes, size", [("cifar10", 10, 20), ("cifar100", 100, 15)])

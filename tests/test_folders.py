@@ -1,20 +1,25 @@
 """Image folders: how their files are listed, and an error for each mistake in their layout."""
 
+import json
 import os
 import shutil
 
 import pytest
 
-from helpers import load_data, write_images, write_jpegs
+import evaluate
+import train
+from helpers import CPU, call_main, load_data, write_images, write_jpegs
 from utils.data.folders import list_folder
 from utils.data.loading import FolderImages, TensorImages
 from utils.errors import UserError
+from utils.parallel.processes import Processes
 
 
 def test_a_folder_is_listed_by_class_without_reading_the_files(image_folder):
     for path in image_folder.rglob("*.png"):
         path.write_bytes(b"")
-    paths, labels, classes = list_folder(image_folder, "train")
+    paths, labels, classes, note = list_folder(image_folder, "train")
+    assert note == ""
     assert classes == ["cat", "dog"]
     assert labels == [0] * 8 + [1] * 8
     names = [os.path.relpath(path, image_folder) for path in paths]
@@ -23,7 +28,7 @@ def test_a_folder_is_listed_by_class_without_reading_the_files(image_folder):
 
 def test_a_test_set_may_lack_a_class(image_folder):
     shutil.rmtree(image_folder / "val" / "cat")
-    _, labels, classes = list_folder(image_folder, "test")
+    _, labels, classes, _ = list_folder(image_folder, "test")
     assert (classes, labels) == (["cat", "dog"], [1] * 4)
 
 
@@ -36,6 +41,56 @@ def test_hidden_files_are_ignored_and_large_images_stay_files(tmp_path):
     assert isinstance(train, FolderImages)
     assert isinstance(test, TensorImages)
     assert (len(train), train.classes) == (2, ["one"])
+
+
+def add_ignored_files(root):
+    """Files next to the images of `image_folder` that are not read, and some that nobody misses."""
+    for name in ("train/cat/a.heic", "train/dog/b.HEIC", "train/dog/sub/notes.txt", "train/labels.csv", "val/dog/c"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    for name in ("train/.DS_Store", "train/cat/Thumbs.db", "val/cat/.hidden.txt"):
+        (root / name).touch()
+
+
+def test_files_that_are_ignored_are_counted_in_one_line_per_split(image_folder, capsys):
+    add_ignored_files(image_folder)
+    lines = {
+        "train": "train: 16 images; files ignored: 4 (2 .heic, 1 outside the class folders, 1 .txt)",
+        "test": "val: 8 images; files ignored: 1 (1 without suffix)",
+    }
+    for split, line in lines.items():
+        load_data("imagefolder", split, image_folder)
+        printed = capsys.readouterr()
+        assert printed.err == f"{image_folder}/{line}\n"
+        assert printed.out == ""
+        load_data("imagefolder", split, image_folder, Processes(1, 2, 1, CPU), num_workers=0)
+        assert capsys.readouterr().err == ""
+
+
+def test_training_and_evaluation_report_ignored_files_outside_their_results(
+    image_folder, tiny_flags, tmp_path, monkeypatch, capsys
+):
+    add_ignored_files(image_folder)
+    data = ["--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 0, "--num_steps", 1]
+    call_main(train, tiny_flags(*data, "--eval_every", 1), monkeypatch)
+    assert capsys.readouterr().err.count("; files ignored: ") == 2
+    call_main(train, tiny_flags(*data, "--mode", "eval"), monkeypatch)
+    assert "/val: 8 images; files ignored: 1 (" in capsys.readouterr().err
+    call_main(evaluate, ["--checkpoint", tmp_path / "output" / "run" / "best.safetensors", "--json"], monkeypatch)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 8
+    assert "/val: 8 images; files ignored: 1 (1 without suffix)\n" in printed.err
+
+
+def test_links_to_classes_and_to_folders_of_images_are_followed(image_folder, tmp_path):
+    extra = write_images(tmp_path / "elsewhere", [(8, 8)] * 3)
+    (image_folder / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (image_folder / "train" / "emu").symlink_to(tmp_path / "elsewhere")
+    (image_folder / "train" / "dog" / "loop").symlink_to(image_folder / "train")
+    paths, labels, classes, _ = list_folder(image_folder, "train")
+    assert classes == ["cat", "dog", "emu"]
+    assert labels == [0] * 11 + [1] * 8 + [2] * 3
+    assert [os.path.realpath(path) for path in paths[8:11]] == [str(path) for path in extra]
 
 
 def with_fault(root, fault):

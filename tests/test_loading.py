@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -77,6 +78,29 @@ def test_images_in_memory_and_from_workers_give_the_same_batches(tmp_path):
         for (mine, my_labels), (theirs, their_labels) in zip(found, expected + expected_eval, strict=True):
             assert torch.equal(my_labels, their_labels)
             torch.testing.assert_close(mine, theirs, rtol=0, atol=2.02 / 255)  # a level of 8-bit rounding
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_are_stored_lying_give_the_batches_of_upright_ones(workers, tmp_path):
+    """By their EXIF data: the same crops in training, the same images in evaluation, from files and from memory."""
+    for name in ("upright", "turned"):
+        for split in ("train", "val"):
+            (tmp_path / name / split / "one").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, shape in enumerate([(40, 60)] * 4 + [(50, 30)] * 3):
+        image, split = photograph(*shape), "train" if i < 4 else "val"
+        image.save(tmp_path / "upright" / split / "one" / f"{i}.png")
+        image.rotate(90, expand=True).save(tmp_path / "turned" / split / "one" / f"{i}.png", exif=exif)
+    for source in ("imagefolder", "imagenet"):
+        batches = []
+        for name in ("upright", "turned"):
+            data, test = (load_data(source, split, tmp_path / name, num_workers=workers) for split in ("train", "test"))
+            assert isinstance(data, TensorImages if source == "imagefolder" else FolderImages)
+            found = [*data.train_batches([np.arange(8)], CROPS), *test.eval_batches((16, 16), 3, one_process())]
+            batches.append([images for images, _ in found])
+        assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
+        assert [len(images) for images in batches[0]] == [8, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -223,7 +247,7 @@ def test_batches_for_a_cpu_are_not_copied():
     assert all(mine is theirs for mine, theirs in zip(found, batches, strict=True))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals to a process group")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="only on Linux")
 def test_workers_continue_after_stop_signals(tmp_path):
     """As when a whole process group is signalled: the training process saves first, with its workers alive."""
     data = folder_images(write_jpegs(tmp_path, 6), workers=2)
@@ -231,7 +255,20 @@ def test_workers_continue_after_stop_signals(tmp_path):
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) >= 2
-    for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            os.kill(worker.pid, number)
+    for name in ("TERM", "INT"):  # from a third process
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     assert len(list(batches)) == 11
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="only on Linux")
+def test_workers_end_when_their_training_process_ends_them(tmp_path):
+    """As Python does at exit after a traceback, which keeps the iterator over the batches alive."""
+    before = set(multiprocessing.active_children())
+    data = folder_images(write_jpegs(tmp_path, 6), workers=2)
+    batches = data.train_batches(iter([np.arange(3)] * 12), Augmentation(1, (16, 16), 0.1, True))
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert [worker.exitcode for worker in workers] == [0, 0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Split(NamedTuple):
     images: object  # uint8 array (n, 3, h, w), or a list of paths
     labels: object  # n integers
     classes: list  # the class names
+    note: str = ""  # a line about files that are ignored
 
 
 class DataSource(NamedTuple):
@@ -58,7 +60,7 @@ def load_dataset(name, split, options, processes):
     if split != "train":
         options = options._replace(examples_per_class=None)
     source = DATASETS[name]
-    images, labels, classes = read_split(name, split, options, processes)
+    images, labels, classes, _ = read_split(name, split, options, processes)
     pixels = images
     if isinstance(images, list):
         quiet = processes.rank > 0
@@ -69,16 +71,21 @@ def load_dataset(name, split, options, processes):
 
 
 def read_split(name, split, options, processes):
-    """The Split of a data set, or its first `examples_per_class` images of each class. Raises UserError."""
+    """The Split of a data set, or its first `examples_per_class` images of each class. Raises UserError.
+
+    The first process prints the note about ignored files to stderr.
+    """
     source = DATASETS[name]
     with contextlib.nullcontext() if source.in_folders else first_on_each_machine(processes):
-        images, labels, classes = source.read(options.data_dir, split)
+        images, labels, classes, note = source.read(options.data_dir, split)
+    if note and processes.is_first:
+        print(note, file=sys.stderr)
     labels = np.asarray(labels, dtype=np.int64)
     if options.examples_per_class:
         rows = first_of_each_class(labels, options.examples_per_class)
         images = [images[row] for row in rows] if isinstance(images, list) else images[rows]
         labels = labels[rows]
-    return Split(images, labels, list(classes))
+    return Split(images, labels, list(classes), note)
 
 
 def first_of_each_class(labels, count):

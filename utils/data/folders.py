@@ -1,9 +1,10 @@
 """Folders of images: `train/` and `val/` or `test/`, with one folder per class in each."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
-from utils.data.images import images_below, is_image
+from utils.data.images import count_text, find_images, is_image, is_system_file
 from utils.errors import UserError
 
 IGNORED_FOLDERS = {"__MACOSX"}
@@ -22,6 +23,11 @@ def image_folders(data_dir):
 
 def class_folders(folder):
     """Sorted names of the classes. Raises UserError if there is none."""
+    return classes_and_files(folder)[0]
+
+
+def classes_and_files(folder):
+    """(sorted names of the classes, names of the files that are in no class). Raises UserError if there is no class."""
     folders, files = [], []
     try:
         for entry in os.scandir(folder):
@@ -31,7 +37,7 @@ def class_folders(folder):
     names = sorted(name for name in folders if name not in IGNORED_FOLDERS and not name.startswith("."))
     if not names:
         raise UserError(f"{folder} has no folders; it needs one folder per class{how_to_make_folders(folder, files)}")
-    return names
+    return names, files
 
 
 def how_to_make_folders(folder, files):
@@ -47,9 +53,10 @@ def how_to_make_folders(folder, files):
 
 
 def list_folder(data_dir, split):
-    """(paths of the images, their labels, names of the classes) of the split "train" or "test".
+    """(paths of the images, their labels, names of the classes, note) of the split "train" or "test".
 
-    Only names are read, not the files, so 1.3 million of them take seconds. Raises UserError.
+    The note is a line about the files that are ignored, if there are any. Only names are read, not the files, so
+    1.3 million of them take seconds. Raises UserError.
     """
     train_dir, test_dir = image_folders(data_dir)
     classes = class_folders(train_dir)
@@ -57,11 +64,15 @@ def list_folder(data_dir, split):
     if unknown:
         raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
     folder = {"train": train_dir, "test": test_dir}[split]
+    names, files = classes_and_files(folder)
+    present = set(names)
+    ignored = Counter("outside the class folders" for file in files if not is_system_file(file))
     paths, labels = [], []
     for label, name in enumerate(classes):
-        if not (folder / name).is_dir():
+        if name not in present:
             continue  # a test set may lack a class
-        files = images_below(folder / name)
+        files, others = find_images(folder / name)
         paths += files
         labels += [label] * len(files)
-    return paths, labels, classes
+        ignored += others
+    return paths, labels, classes, count_text(folder, len(paths), ignored) if ignored else ""

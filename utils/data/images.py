@@ -3,33 +3,89 @@
 import contextlib
 import io
 import os
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from utils.data.decoder_messages import decoder_messages_discarded, ignore_warnings_of_pillow
 from utils.errors import UserError
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {
+    *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+}
+SYSTEM_FILES = {"desktop.ini", "thumbs.db"}  # of Windows; those of other systems are hidden files
+MAX_KINDS = 5  # kinds of ignored files that are reported one by one
 REDUCTIONS = (8, 4, 2)  # factors by which a JPEG can be decoded at a smaller size
 VALIDATION_RESIZE = 256 / 224  # size of the shorter side relative to the centre crop of ImageNet's validation
+# How an image of each EXIF orientation is turned upright: whether rows and columns are swapped, then the dimensions of
+# (3, H, W) that are flipped.
+ORIENTATIONS = {
+    1: (False, []),
+    2: (False, [2]),
+    3: (False, [1, 2]),
+    4: (False, [1]),
+    5: (True, []),
+    6: (True, [2]),
+    7: (True, [1, 2]),
+    8: (True, [1]),
+}
+
+ignore_warnings_of_pillow()
 
 
 def images_below(folder):
-    """Sorted paths of the images in `folder` and its subfolders. Raises UserError if there is none."""
+    """Sorted paths of the images in `folder` and its subfolders. Prints how many other files there are.
+
+    Raises UserError if there is no image.
+    """
+    paths, ignored = find_images(folder)
+    if ignored:
+        print(count_text(folder, len(paths), ignored), file=sys.stderr)
+    return paths
+
+
+def find_images(folder):
+    """(sorted paths of the images in `folder` and its subfolders, Counter of the other files by suffix).
+
+    Only names are read. Raises UserError if there is no image.
+    """
+    paths, ignored = [], Counter()
+    for place, files in walk(folder):
+        for file in files:
+            if is_image(file):
+                paths.append(os.path.join(place, file))
+            elif not is_system_file(file):
+                ignored[os.path.splitext(file)[1].lower() or "without suffix"] += 1
+    if not paths:
+        found = f"; it has {kinds_text(ignored)}" if ignored else ""
+        raise UserError(f"{folder} has no images (supported: {', '.join(sorted(IMAGE_SUFFIXES))}){found}")
+    return sorted(paths), ignored
+
+
+def walk(folder):
+    """(path, names of the files) of `folder` and of each folder below it, which may be a symbolic link.
+
+    A folder to which several links lead, such as one that contains itself, is visited once. Raises UserError.
+    """
 
     def unreadable(error):
         raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
 
-    paths = sorted(
-        os.path.join(place, file)
-        for place, _, files in os.walk(folder, onerror=unreadable)
-        for file in files
-        if is_image(file)
-    )
-    if not paths:
-        raise UserError(f"{folder} has no images (supported: {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return paths
+    top = Path(folder).resolve()
+    seen = {str(top), *map(str, top.parents)}
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        yield place, files
+        targets = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, target in targets.items():
+            if target not in seen:
+                seen.add(target)
+                folders.append(name)
 
 
 def is_image(file):
@@ -37,11 +93,29 @@ def is_image(file):
     return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
 
 
+def is_system_file(file):
+    """Whether a file of this name is hidden or written by the operating system, so that nobody misses it."""
+    return file.startswith(".") or file.lower() in SYSTEM_FILES
+
+
+def count_text(folder, num_images, ignored):
+    """A line about the files of a folder, of which a Counter of the `ignored` ones is given."""
+    return f"{folder}: {num_images} images; files ignored: {ignored.total()} ({kinds_text(ignored)})"
+
+
+def kinds_text(counter):
+    """'3 .heic, 2 .txt', the most common first."""
+    shown = counter.most_common(MAX_KINDS)
+    others = counter.total() - sum(count for _, count in shown)
+    return ", ".join([f"{count} {kind}" for kind, count in shown] + [f"{others} others"] * bool(others))
+
+
 @contextlib.contextmanager
 def errors_name(path):
-    """Turn every error inside into a UserError that names the image."""
+    """Turn every error inside into a UserError that names the image; the decoders print nothing themselves."""
     try:
-        yield
+        with decoder_messages_discarded():
+            yield
     except Exception as error:  # Pillow raises nearly every type for one damaged file or another
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} does not exist") from error
@@ -63,8 +137,9 @@ def check_image(path):
 class ImageFile:
     """The bytes of an image file, read once, and its header. All methods raise UserError.
 
-    A colour JPEG is decoded by torchvision: the pixels are Pillow's, without a further copy. Pillow converts everything
-    else, such as the grey, CMYK and misnamed PNG files of ImageNet.
+    `size` is (height, width) of the image after its EXIF orientation is applied, as by all methods. A colour JPEG is
+    decoded by torchvision: the pixels are Pillow's, without a further copy. Pillow converts everything else, such as
+    the grey, CMYK and misnamed PNG files of ImageNet.
     """
 
     def __init__(self, path):
@@ -72,22 +147,26 @@ class ImageFile:
         with errors_name(path):
             self.data = np.fromfile(path, dtype=np.uint8)
             self.image = Image.open(io.BytesIO(self.data))
-        self.size = self.image.height, self.image.width
-        self.is_colour_jpeg = self.image.format == "JPEG" and self.image.mode == "RGB"
+            self.is_colour_jpeg = self.image.format == "JPEG" and self.image.mode == "RGB"
+            if not self.is_colour_jpeg:
+                self.image.load()  # the EXIF data of a PNG may follow its pixels, and a TIFF's size may change
+        self.swapped, self.flips = ORIENTATIONS[orientation(self.image)]
+        self.size = self.image.size if self.swapped else self.image.size[::-1]
 
     def decode(self):
         """The whole image, uint8 (3, H, W)."""
-        if self.is_colour_jpeg:
-            # After an error Pillow tries, which supports more variants and has clearer messages. ImportError, because
-            # torchvision 0.29 announces that decoding moves to torchcodec.
-            with contextlib.suppress(RuntimeError, ImportError):
-                from torchvision.io import decode_jpeg  # as slow an import as its transforms
-
-                return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
         with errors_name(self.path):
-            if self.image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                return torch.from_numpy((np.array(self.image, dtype=np.int64) >> 8).astype(np.uint8)).expand(3, -1, -1)
-            return torch.from_numpy(np.array(self.image.convert("RGB"))).permute(2, 0, 1)
+            return self.upright(self.decode_colour_jpeg() if self.is_colour_jpeg else rgb_pixels(self.image))
+
+    def decode_colour_jpeg(self):
+        """The pixels as the file stores them, uint8 (3, h, w)."""
+        # After an error Pillow tries, which supports more variants and has clearer messages. ImportError, because
+        # torchvision 0.29 announces that decoding moves to torchcodec.
+        with contextlib.suppress(RuntimeError, ImportError):
+            from torchvision.io import decode_jpeg  # as slow an import as its transforms
+
+            return decode_jpeg(torch.from_numpy(self.data), mode="RGB")
+        return rgb_pixels(self.image)
 
     def resized_crop(self, box, out_size):
         """The box (top, left, height, width), resized: uint8 (3, *out_size).
@@ -100,11 +179,49 @@ class ImageFile:
         n = next(fits, None) if self.is_colour_jpeg else None
         if n is None:
             return transforms().functional.resized_crop(self.decode(), *box, size=list(out_size), antialias=True)
+        top, left, height, width = self.stored_box(box)
         with errors_name(self.path):
             self.image.draft("RGB", (self.image.width // n, self.image.height // n))
             crop = self.image.crop([round(edge / n) for edge in (left, top, left + width, top + height)])
             crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
-        return stretch(crop, out_size)
+        return stretch(self.upright(crop), out_size)
+
+    def upright(self, pixels):
+        """Turn pixels (3, h, w) as the file stores them."""
+        pixels = pixels.mT if self.swapped else pixels
+        return pixels.flip(self.flips) if self.flips else pixels
+
+    def stored_box(self, box):
+        """Where the file stores a box (top, left, height, width) of the upright image."""
+        top, left, height, width = box
+        if 1 in self.flips:
+            top = self.size[0] - top - height
+        if 2 in self.flips:
+            left = self.size[1] - left - width
+        return (left, top, width, height) if self.swapped else (top, left, height, width)
+
+
+def orientation(image):
+    """The EXIF orientation of an image of Pillow, 1 to 8; damaged EXIF data is ignored."""
+    if image.format == "TIFF":
+        return 1  # Pillow has turned it
+    number = 1
+    with contextlib.suppress(Exception):  # of nearly every type
+        number = image.getexif().get(ExifTags.Base.Orientation)
+    return number if number in ORIENTATIONS else 1
+
+
+def rgb_pixels(image):
+    """The pixels of an image of Pillow as uint8 (3, H, W). Raises ValueError for values that do not fit."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    largest = 1 if image.mode == "F" else 65535  # of grey with more than 8 bits, which Pillow would clip at 255
+    values = np.array(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= largest):
+        raise ValueError(f"its values are {low:g} to {high:g}, not 0 to {largest}; convert it to 8 bits per channel")
+    values = np.rint(values * 255) if largest == 1 else values // 256
+    return torch.from_numpy(values.astype(np.uint8)).expand(3, -1, -1)
 
 
 def transforms():

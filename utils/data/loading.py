@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -156,6 +157,7 @@ class FolderImages:
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=obey_training_process,
         )
         with stop_signals_blocked():
             decoded = iter(loader)  # starts the workers
@@ -185,11 +187,11 @@ class FolderImages:
 
 @contextlib.contextmanager
 def stop_signals_blocked():
-    """Processes that start inside never receive SIGTERM and SIGINT; this process receives them afterwards.
+    """SIGTERM and SIGINT do not end processes that start inside; this process receives them afterwards.
 
     So workers outlive a signal to the whole process group: their training process saves, then ends them.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+    if not hasattr(signal, "sigwaitinfo"):  # on Windows and macOS
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -197,6 +199,18 @@ def stop_signals_blocked():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_training_process(worker):
+    """Let a worker that blocks SIGTERM end when its training process sends it, as Python does at exit, then waiting."""
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def default_workers():
