@@ -1,7 +1,10 @@
-"""The outcome of a fault: comparing the results of two runs, and how a start must end. Problems are lines of text."""
+"""What the faults share: damaging a file, a small disk, comparing the results of two runs, and how a start must end, as lines."""
 
+import contextlib
 import logging
 import re
+import shutil
+import subprocess
 import zlib
 
 import experiment  # noqa: F401, which puts the repository on the path
@@ -15,6 +18,49 @@ from utils.records.run_folder import METRICS, read_rows
 MEASURED = ("seconds", "images_per_second")  # they differ between two runs of the same command
 MEASURED_SPEED = "train/images_per_second"
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumption
+
+
+DISK = "64m"
+
+
+class SkippedError(Exception):
+    """A fault that this machine does not allow to cause."""
+
+
+def truncate(path, rng):
+    path.write_bytes(path.read_bytes()[: int(rng.uniform(0.2, 0.8) * path.stat().st_size)])
+
+
+def flip_bit(path, rng):
+    """In the middle of the file; of an image in its first bytes, because its pixels have no checksum."""
+    content = bytearray(path.read_bytes())
+    is_image = path.suffix in (".png", ".jpg")
+    position = rng.randrange(2) if is_image else rng.randrange(len(content) // 5, 4 * len(content) // 5)
+    content[position] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def empty(path, rng):
+    path.write_bytes(b"")
+
+
+DAMAGES = {"truncated": truncate, "bit flipped": flip_bit, "emptied": empty}
+NOTICED = {**DAMAGES, "deleted": lambda path, rng: path.unlink()}  # of files without which a run may continue
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """Mount an empty disk at a folder. Raises SkippedError where that is not allowed."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "fault_campaign", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        raise SkippedError("mounting a tmpfs is not allowed")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+# The results of two runs
 
 
 def scalars(run_dir):

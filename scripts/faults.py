@@ -11,18 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fault_checks import compare, compare_weights, ends_with, finishes, refuses, same_weights, same_weights_and_metrics
+from fault_checks import (
+    DAMAGES,
+    NOTICED,
+    SkippedError,
+    compare,
+    compare_weights,
+    ends_with,
+    finishes,
+    refuses,
+    same_weights,
+    same_weights_and_metrics,
+    small_disk,
+)
 from fault_runs import EVAL_EVERY, HALF_STEP, HALVES, ROOT, after_step, kill, last_step, states, wait_until
 
 from utils.records.checkpoint import BEST, LAST, STATE
 from utils.records.run_folder import CONFIG, METRICS
 
-DISK = "64m"
 ONE_DAY = 24 * 3600
-
-
-class SkippedError(Exception):
-    """A fault that this machine does not allow to cause."""
 
 
 class Fault(NamedTuple):
@@ -60,33 +67,11 @@ def run_fault(lab, name, variant):
         problems = fault.cause(case, lab.reference(fault.base), variant, rng)
     except SkippedError as skipped:
         return Outcome(name, variant, [], str(skipped))
+    except (OSError, StopIteration) as error:  # a file that the fault needs is not there
+        problems = [f"the fault can't be caused: {error!r}"]
     if not problems:
         shutil.rmtree(case.folder)
     return Outcome(name, variant, [f"{line} ({case.folder})" for line in problems])
-
-
-# Damage
-
-
-def truncate(path, rng):
-    path.write_bytes(path.read_bytes()[: int(rng.uniform(0.2, 0.8) * path.stat().st_size)])
-
-
-def flip_bit(path, rng):
-    """In the middle of the file; of an image in its first bytes, because its pixels have no checksum."""
-    content = bytearray(path.read_bytes())
-    is_image = path.suffix in (".png", ".jpg")
-    position = rng.randrange(2) if is_image else rng.randrange(len(content) // 5, 4 * len(content) // 5)
-    content[position] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def empty(path, rng):
-    path.write_bytes(b"")
-
-
-DAMAGES = {"truncated": truncate, "bit flipped": flip_bit, "emptied": empty}
-NOTICED = {**DAMAGES, "deleted": lambda path, rng: path.unlink()}
 
 
 # Damaged files
@@ -168,18 +153,6 @@ def damaged_npz(case, reference, variant, rng):
 
 
 # Disks
-
-
-@contextlib.contextmanager
-def small_disk(folder):
-    """Mount an empty disk at a folder. Raises SkippedError where that is not allowed."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "fault_campaign", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        raise SkippedError("mounting a tmpfs is not allowed")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def full_disk(case, reference, variant, rng):
