@@ -15,8 +15,8 @@ from utils.errors import UserError
 from utils.flag_groups import token_reduction_of
 from utils.pretrained import download as download_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
-from utils.records.checkpoint import load_into, load_weights
 from utils.records.run_folder import read_config
+from utils.records.weights import load_into, load_weights
 
 # SHA-256 of ImageNet-1k's sorted class ids (wnids), joined by spaces; torchvision lists the names in this order.
 IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"

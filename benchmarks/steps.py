@@ -126,7 +126,7 @@ class TimedStep:
         for layer in model.modules():
             if hasattr(layer, "seed_samples"):
                 layer.rate = 0.0
-        self.run = TrainState(model, args, one_process(device), num_steps=10**9, num_classes=num_classes)
+        self.run = TrainState(model, args, one_process(device), num_steps=10**9, classes=range(num_classes))
         self.model, self.optimizer = model, self.run.optimizer
 
     @torch.no_grad()

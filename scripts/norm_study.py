@@ -29,9 +29,9 @@ from utils.figures import blocks_to_draw, plot_attention_rows, prediction_captio
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
-from utils.records.checkpoint import LAST
-from utils.records.run_folder import read_config, read_metrics
-from utils.sweeps import check_plan, data_name, is_finished, plan_run, raise_failures, run_unfinished
+from utils.records.run_folder import is_finished, read_config, read_metrics
+from utils.records.weights import LAST
+from utils.sweeps import check_plan, data_name, plan_run, raise_failures, run_unfinished
 
 REPORTED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
 RECIPE = {  # of the reported tables
@@ -69,13 +69,13 @@ def main():
     check_plan(TRAIN, runs.values(), files=not args.dry_run)
     if args.dry_run:
         for run in runs.values():
-            if not is_finished(run):
+            if not is_finished(run.folder, run.flags):
                 print(shlex.join(run.command))
         return
     for folder, flag in ((args.output_dir, "--output_dir"), (args.figures, "--figures")):
         make_output_folder(folder, flag)
     failed = run_unfinished(runs.values())
-    finished = {key: run for key, run in runs.items() if is_finished(run)}
+    finished = {key: run for key, run in runs.items() if is_finished(run.folder, run.flags)}
     if finished:
         write_table(runs, finished, args.output_dir)
         draw_figures(finished, args)

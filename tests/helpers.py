@@ -30,9 +30,11 @@ from utils.data.images import stretch
 from utils.data.loading import FolderImages
 from utils.data.stream import samples_at
 from utils.errors import run_script
-from utils.parallel.processes import StopSignal, one_process
-from utils.records.checkpoint import LAST
-from utils.records.run_folder import METRICS, read_rows
+from utils.parallel.processes import one_process
+from utils.records.metrics_file import read_rows
+from utils.records.run_folder import LOCK, METRICS
+from utils.records.weights import LAST
+from utils.training import train_step
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -138,6 +140,13 @@ def truncate(path, share=0.6):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def flip_bit(path, position=0.7):
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 4
+    path.write_bytes(data)
+
+
 def folder_images(paths, workers=0, **options):
     """FolderImages in which the label of each image is its index."""
     options = DataOptions(num_workers=workers, **options)
@@ -206,6 +215,11 @@ def metrics(flags):
     return read_rows(run_dir(flags) / METRICS)
 
 
+def contents(folder):
+    """{path: bytes} of all files below a folder, without locks."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
+
+
 def differences(weights, others):
     """{name: largest absolute difference} of two state dicts with the same names."""
     assert weights.keys() == others.keys()
@@ -234,11 +248,13 @@ def stop_after(step, monkeypatch):
     """The next run receives SIGTERM in that step, counted from its first one."""
     calls = []
 
-    def agreed(self):
+    def train_step_with_signal(run, batches):
         calls.append(None)
-        return signal.SIGTERM if len(calls) == step else 0
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(run, batches)
 
-    monkeypatch.setattr(StopSignal, "agreed", agreed)
+    monkeypatch.setattr("utils.training.train_step", train_step_with_signal)
 
 
 def one_hot(images, labels, step):

@@ -1,19 +1,31 @@
-"""Checkpoints of a run: damaged files, a full disk, a crash between two files, and atomic writing."""
+"""Checkpoints of a run: damaged files, a full disk, a crash between two files, and how many are kept."""
 
 import errno
+import gc
 import os
 import shutil
-import stat
+from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import train
-from helpers import assert_same_bits, call_main, fails, make_shallow, metrics, run_dir, script, succeed, train_run
-from utils.errors import UserError
-from utils.records import checkpoint
-from utils.records.checkpoint import load_into, load_weights, replace_file, save_weights, saved_step
+from helpers import (
+    assert_same_bits,
+    call_main,
+    fails,
+    flip_bit,
+    make_shallow,
+    metrics,
+    run_dir,
+    script,
+    stop_after,
+    succeed,
+    train_run,
+    truncate,
+)
+from utils.records import weights
+from utils.training import train_step
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +42,60 @@ def finished(tiny_flags, monkeypatch, capsys):
     return flags
 
 
-@pytest.mark.parametrize("name", ["state.json", ".metadata", "__0_0.distcp"])
-def test_a_damaged_state_is_named(name, finished, monkeypatch, capsys):
-    (run_dir(finished) / "state-2" / name).write_bytes(b"abc")
-    message = fails(train, [*finished, "--resume"], monkeypatch, capsys)
-    assert f"{run_dir(finished) / 'state-2'} can't be read, so" in message
-    assert message.endswith("last.safetensors can't be resumed; start again with --overwrite\n")
+@pytest.mark.parametrize("damage", [flip_bit, truncate, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["state-2/state.json", "state-2/.metadata", "state-2/__0_0.distcp", "last.safetensors"]
+)
+def test_a_damaged_checkpoint_is_an_error_that_names_it(name, damage, finished, monkeypatch, capsys):
+    folder = run_dir(finished)
+    damage(folder / name)
+    message = fails(train, [*finished, "--resume", "--num_steps", 4], monkeypatch, capsys)
+    if damage is Path.unlink and name == "last.safetensors":
+        assert (
+            "run holds best.safetensors, metrics.csv, curves.png but no last.safetensors, so --resume can't" in message
+        )
+    else:
+        assert str(folder / Path(name).parts[0]) in message
+        assert message.endswith(f"so {folder} can't be resumed; start again with another --name or --overwrite\n")
 
 
-def test_damaged_weights_are_named(finished, monkeypatch, capsys):
-    path = run_dir(finished) / "last.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    message = fails(train, [*finished, "--resume"], monkeypatch, capsys)
-    assert f"{path} is not a readable .safetensors file" in message
+@pytest.mark.parametrize("damage", [flip_bit, truncate, Path.unlink])
+@pytest.mark.parametrize("name", ["state-6/state.json", "state-6/__0_0.distcp", "last.safetensors"])
+def test_a_run_resumes_from_the_newest_whole_checkpoint(name, damage, tiny_flags, monkeypatch, capsys):
+    whole = tiny_flags("--num_steps", 8, "--eval_every", 2, "--name", "whole")
+    expected, rows = train_run(whole, monkeypatch, "whole")
+    flags = tiny_flags("--num_steps", 8, "--eval_every", 2)
+    stop_after(6, monkeypatch)
+    with pytest.raises(SystemExit):
+        train_run(flags, monkeypatch)
+    folder = run_dir(flags)
+    assert sorted(path.name for path in folder.glob("*-[0-9]*")) == ["last-4.safetensors", "state-4", "state-6"]
+    damage(folder / name)
+    capsys.readouterr()
+    resumed, resumed_rows = train_run([*flags, "--resume"], monkeypatch)
+    printed = capsys.readouterr().out
+    assert f"using {folder / 'last-4.safetensors'} of step 4" in printed
+    assert "resuming at step 4 of 8" in printed
+    assert_same_bits(resumed, expected)
+    assert_same_bits(load_file(folder / "best.safetensors"), load_file(run_dir(whole) / "best.safetensors"))
+    assert [row["test_loss"] for row in resumed_rows] == [row["test_loss"] for row in rows]
+    assert sorted(path.name for path in folder.glob("*-[0-9]*")) == ["last-6.safetensors", "state-6", "state-8"]
+
+
+@pytest.mark.parametrize("keep, names", [(1, ["state-8"]), (3, ["last-4.safetensors", "last-6.safetensors"])])
+def test_as_many_checkpoints_are_kept_as_asked_for(keep, names, tiny_flags, monkeypatch):
+    flags = tiny_flags("--num_steps", 8, "--eval_every", 2, "--keep_checkpoints", keep)
+    last, _ = train_run(flags, monkeypatch)
+    names += [f"state-{step}" for step in (4, 6, 8)] if keep == 3 else []
+    assert sorted(path.name for path in run_dir(flags).glob("*-[0-9]*")) == sorted(names)
+    monkeypatch.setattr(os, "link", unsupported)  # by the file system
+    train_run([*flags, "--resume", "--num_steps", 9], monkeypatch)
+    if keep == 3:
+        assert_same_bits(load_file(run_dir(flags) / "last-8.safetensors"), last)
+
+
+def unsupported(*arguments):
+    raise OSError(errno.ENOTSUP, "Operation not supported")
 
 
 def test_a_state_of_one_file_is_not_resumed_but_overwritten(finished, monkeypatch, capsys):
@@ -50,7 +103,8 @@ def test_a_state_of_one_file_is_not_resumed_but_overwritten(finished, monkeypatc
     folder = run_dir(finished)
     shutil.rmtree(folder / "state-2")
     (folder / "state-2.pt").write_bytes(b"abc")
-    assert "state-2 is missing, so" in fails(train, [*finished, "--resume"], monkeypatch, capsys)
+    message = fails(train, [*finished, "--resume", "--num_steps", 4], monkeypatch, capsys)
+    assert "state-2 is missing, so" in message
     train_run([*finished, "--overwrite", "--num_steps", "3"], monkeypatch)
     assert [path.name for path in folder.glob("state-*")] == ["state-3"]
 
@@ -64,7 +118,27 @@ def test_a_half_written_checkpoint_is_never_loaded(finished, monkeypatch, capsys
     train_run([*finished, "--resume", "--num_steps", "4"], monkeypatch)
     assert "resuming at step 2 of 4" in capsys.readouterr().out
     assert [row["step"] for row in metrics(finished)] == ["2", "4"]
-    assert [path.name for path in folder.glob("state-*")] == ["state-4"]
+    assert sorted(path.name for path in folder.glob("state-*")) == ["state-2", "state-4"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux shows what is mapped")
+def test_a_resumed_run_does_not_keep_the_old_checkpoint_open(finished, monkeypatch):
+    """It would occupy the disk after it is replaced, and on Windows it could not be replaced."""
+    found = []
+
+    def step(run, batches):
+        found.append("last.safetensors" in Path("/proc/self/maps").read_text())
+        found.extend("last.safetensors" in os.readlink(link) for link in open_files())
+        return train_step(run, batches)
+
+    def open_files():
+        return [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+    monkeypatch.setattr("utils.training.train_step", step)
+    gc.collect()  # what the run before has mapped
+    train_run([*finished, "--resume", "--num_steps", 3], monkeypatch)
+    assert found
+    assert not any(found)
 
 
 def full_disk(*arguments, **keywords):
@@ -80,7 +154,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before(part, finish
         if part == "state":
             patch.setattr("torch.distributed.checkpoint.save", full_disk)
         else:
-            patch.setattr(checkpoint, "save_file", full_disk)
+            patch.setattr(weights, "save_file", full_disk)
         call_main(train, [*finished, "--num_steps", 4, "--resume"], patch)
     assert stopped.value.code == 1
     error = capsys.readouterr().err
@@ -89,7 +163,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before(part, finish
     assert_same_bits(before, load_file(folder / "last.safetensors"))
     train_run([*finished, "--num_steps", "4", "--resume"], monkeypatch)
     assert "resuming at step 2 of 4" in capsys.readouterr().out
-    assert [path.name for path in folder.glob("state-*")] == ["state-4"]
+    assert sorted(path.name for path in folder.glob("state-*")) == ["state-2", "state-4"]
 
 
 @pytest.mark.slow
@@ -113,48 +187,3 @@ def test_a_limited_file_size_leaves_the_checkpoint_before(tiny_flags):
     assert error.endswith("last.safetensors of step 2 is whole")
     assert_same_bits(before, load_file(run_dir(flags) / "last.safetensors"))
     assert "resuming at step 2 of 4" in succeed("train.py", *flags, "--num_steps", 4, "--resume")
-
-
-def test_weights_are_read_as_they_were_written(tmp_path):
-    weights = {"a": torch.randn(3, 4).T, "b": torch.randn(2).bfloat16()}  # not contiguous; 16 bits
-    save_weights(tmp_path / "w.safetensors", weights, step=7)
-    loaded, step = load_weights(tmp_path / "w.safetensors")
-    assert (step, saved_step(tmp_path / "w.safetensors")) == (7, 7)
-    assert_same_bits(loaded, weights)
-    with pytest.raises(UserError, match="nothing.safetensors does not exist"):
-        saved_step(tmp_path / "nothing.safetensors")
-    with pytest.raises(UserError, match="is a folder; give its best.safetensors"):
-        saved_step(tmp_path)
-
-
-def test_weights_that_do_not_fit_are_named():
-    model = torch.nn.Linear(3, 2)
-    state = {name: torch.randn_like(weight) for name, weight in model.state_dict().items()}
-    load_into(model, state, "w")
-    assert_same_bits(model.state_dict(), state)
-    for wrong, message in (
-        ({**state, "weight": torch.zeros(4, 3)}, r"w does not fit the model: weight has \(4, 3\), expected \(2, 3\)"),
-        ({"weight": state["weight"]}, r"bias has nothing, expected \(2,\)"),
-        ({**state, "scale": torch.zeros(1)}, r"scale has \(1,\), expected nothing"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_into(model, wrong, "w")
-
-
-def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("ne")
-        raise OSError
-
-    with pytest.raises(OSError):
-        replace_file(path, fail)
-    assert path.read_text() == "old"
-    replace_file(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new"
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
-    if os.name == "posix":
-        os.umask(umask := os.umask(0))
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask

@@ -1,6 +1,7 @@
 """Rules about flags that depend on each other or on files: errors before any work."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ WRONG = [
     (["--dataset", "imagefolder", "--data_dir", "/nowhere"], "/nowhere is not a folder"),
     (["--amp_backend", "apex"], "NVIDIA has removed apex.amp"),
     (["--decay_steps", 5], "--decay_steps is for --decay_type step, not cosine"),
+    (["--epochs", "1e99"], "--epochs 1e+99 is more than 1,000,000,000 steps, which no run reaches"),
+    (["--num_steps", 10**10], "--num_steps 10000000000 is more than 1,000,000,000 steps"),
     (["--rand_augment", 0, 9], "--rand_augment 0 9: give at least 1 operation and a magnitude of at most 30"),
     (["--rand_augment", 2, 31], "--rand_augment 2 31: give at least 1 operation"),
 ]
@@ -44,6 +47,32 @@ def test_a_batch_must_be_divisible_by_the_number_of_processes(tiny_flags, monkey
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = fails(train, tiny_flags("--train_batch_size", 512), monkeypatch, capsys)
     assert "--train_batch_size 512 is not divisible by 3 processes x 1 accumulation steps; 510 would be" in message
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--epochs", 2e7], "--epochs 2e+07 is more than 1,000,000,000 steps"),  # of this data set and batch
+        (["--train_batch_size", 14371], "14371 is more than 10 times the 1437 training images; give at most 14370"),
+    ],
+)
+def test_a_length_that_does_not_fit_the_data_is_named(flags, message, tiny_flags, monkeypatch, capsys):
+    assert message in fails(train, tiny_flags(*flags), monkeypatch, capsys)
+
+
+def test_what_is_probably_a_mistake_is_a_warning(tiny_flags, image_folder, monkeypatch, capsys):
+    for split in ("train", "val"):
+        shutil.rmtree(image_folder / split / "dog")
+    data = ["--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 0]
+    call_main(train, tiny_flags(*data, "--num_steps", 1, "--train_batch_size", 16), monkeypatch)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: the run ends within the warm-up of 3 steps; see --warmup_steps",
+        "warning: a batch of 16 images contains some of the 8 training images repeatedly",
+        "warning: there is a single class, 'cat', so every prediction is correct",
+    ]
+    call_main(train, tiny_flags("--num_steps", 4, "--overwrite"), monkeypatch)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_an_existing_run_is_only_resumed_or_overwritten_by_a_flag(tiny_flags, monkeypatch, capsys):

@@ -170,7 +170,7 @@ def test_a_new_optimizer_needs_one_line_to_be_trained_resumed_and_evaluated(tiny
     stop_after(5, monkeypatch)
     with pytest.raises(SystemExit):
         train_run(tiny_flags(*given, "--name", "stopped"), monkeypatch)
-    assert load_checkpoint(tmp_path / "output" / "stopped")[1]["progress"]["step"] == 5
+    assert load_checkpoint(tmp_path / "output" / "stopped")[0].step == 5
     resumed, _ = train_run(tiny_flags(*given, "--name", "stopped", "--resume"), monkeypatch, "stopped")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     by_sgd, _ = train_run(tiny_flags("--learning_rate", 1e-3, "--name", "sgd"), monkeypatch, "sgd")

@@ -1,5 +1,6 @@
 """Precision: which parameters have 16 bits, that the levels learn, loss scaling, and apex."""
 
+import json
 import math
 import sys
 import types
@@ -103,6 +104,23 @@ def test_a_step_that_loss_scaling_skips_changes_nothing_and_has_no_gradient_norm
     assert math.isnan(norms[0])
     assert norms[1] == pytest.approx(expected, rel=1e-5)
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("before", ["O0", "O1", "O1 with a static scale"])
+@pytest.mark.parametrize("after", ["O0", "O1", "O1 with a static scale"])
+def test_a_run_resumes_with_or_without_dynamic_loss_scaling(before, after):
+    """A loss scale continues; without one in the checkpoint it begins as in a new run."""
+
+    def scaled(name):
+        return Precision(name[:2], torch.float16, CPU, loss_scale=8.0 if "static" in name else 0.0)
+
+    earlier, later = scaled(before), scaled(after)
+    if before == "O1":
+        earlier.scaler.scale(torch.ones(1))
+        earlier.scaler.update(new_scale=2.0)
+    later.load_state_dict(json.loads(json.dumps(earlier.state_dict())))
+    if after == "O1":
+        assert later.scaler.get_scale() == (2.0 if before == "O1" else 2.0**16)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 0.0], ids=["clipped", "not clipped"])

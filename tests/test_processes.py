@@ -28,6 +28,7 @@ from helpers import (
     succeed,
     train_run,
 )
+from utils import train_state
 from utils.parallel.processes import StopSignal, choose_device, one_process
 
 EVERYTHING = [
@@ -179,7 +180,7 @@ def test_one_process_is_the_first_of_one():
 
 def test_a_signal_is_recorded_and_a_second_one_interrupts_after_two_seconds(monkeypatch, capsys):
     clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     stop = StopSignal()
     assert stop.agreed() == 0
     stop.receive(signal.SIGTERM, None)
@@ -223,6 +224,28 @@ def test_a_worker_that_reads_images_leaves_signals_to_its_training_process(monke
     monkeypatch.undo()
     stop.receive(signal.SIGINT, None)
     assert stop.number == signal.SIGINT
+
+
+@FORKS
+def test_a_signal_in_the_evaluation_of_one_process_stops_all(tiny_flags, monkeypatch):
+    make_shallow(monkeypatch)
+    original = train_state.evaluate
+
+    def evaluate_with_signal(*arguments, **keywords):
+        if os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **keywords)
+
+    flags = tiny_flags("--eval_batch_size", 32, "--num_steps", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_state, "evaluate", evaluate_with_signal)
+        (first_status, first), second = run_processes(2, flags)
+    assert (first_status, second) == (128 + signal.SIGTERM, (128 + signal.SIGTERM, ""))
+    assert "stopped by SIGTERM in the evaluation after step 6; saved" in first
+    assert not (run_dir(flags) / "metrics.csv").exists()
+    (status, printed), _ = run_processes(2, [*flags, "--resume"])
+    assert status == 0, printed
+    assert [row["step"] for row in metrics(flags)] == ["6"]
 
 
 # Errors and deaths of processes

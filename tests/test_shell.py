@@ -20,7 +20,7 @@ from helpers import ROOT, assert_same_bits, metrics, run_dir, script, start, suc
 from models import build_model
 from models.npz import resnet_rows
 from synthetic import make_checkpoint
-from utils.records.checkpoint import saved_step
+from utils.records.weights import saved_step
 
 LONG = [
     *("--dataset", "digits", "--model_type", "ViT-Mini_4", "--img_size", "8", "--train_batch_size", "8"),

@@ -12,14 +12,13 @@ import torch
 
 import train
 from command_line import model_maker, train_parser
-from helpers import ROOT, call_main, read_config
+from helpers import ROOT, call_main
 from utils.errors import RunStoppedError, UserError
 from utils.sweeps import (
     LOG,
     Run,
     TrainingScript,
     check_plan,
-    is_finished,
     mean_and_range,
     plan_run,
     raise_failures,
@@ -62,18 +61,6 @@ def test_a_plan_is_checked_against_earlier_runs(tiny_flags, monkeypatch):
     check_plan(TRAIN, [absent], files=False)
     with pytest.raises(UserError, match="nowhere.npz does not exist"):
         check_plan(TRAIN, [absent])
-
-
-def test_a_run_whose_last_weights_were_not_saved_is_not_finished(tiny_flags, monkeypatch):
-    """As when the disk is full after the last evaluation; and --epochs alone does not say how many steps there are."""
-    flags = tiny_flags("--epochs", 0.2)
-    run = Run([], train_parser().parse_args(flags))
-    assert not is_finished(run)
-    call_main(train, flags, monkeypatch)
-    assert read_config(run.folder)["num_steps"] == 18
-    assert is_finished(run)
-    (run.folder / "last.safetensors").unlink()
-    assert not is_finished(run)
 
 
 def test_only_the_gpus_of_cuda_visible_devices_are_used(monkeypatch):

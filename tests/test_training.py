@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -14,14 +15,21 @@ from helpers import (
     ROOT,
     assert_same_bits,
     call_main,
+    contents,
     differences,
     initial_weights,
     make_shallow,
     plain_loop,
+    run_dir,
     stop_after,
     train_run,
 )
-from utils.training import is_due, train_step
+from utils import train_state
+from utils.errors import UserError
+from utils.evaluation import evaluate
+from utils.records.tracker import Tracker
+from utils.train_state import is_due
+from utils.training import train_step
 
 TIMING = ("images_per_second", "seconds")  # columns that differ from run to run
 
@@ -94,6 +102,64 @@ def test_a_resumed_run_has_the_same_mixing_average_and_random_paths(tiny_flags, 
         assert_same_bits(*(load_file(f"{folder}/{each}/{name}.safetensors") for each in ("run", "stopped")))
 
 
+def interrupt_evaluation(number, how, monkeypatch):
+    """The evaluation of this number fails, or the process receives SIGTERM in it."""
+    calls = []
+
+    def evaluate_and_interrupt(*arguments, **keywords):
+        calls.append(None)
+        if len(calls) == number and how == "broken image":
+            raise UserError("test.png is not a readable image")
+        if len(calls) == number and how == "out of memory":
+            raise torch.OutOfMemoryError
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, **keywords)
+
+    monkeypatch.setattr("utils.train_state.evaluate", evaluate_and_interrupt)
+
+
+@pytest.mark.parametrize("how", ["broken image", "out of memory", "SIGTERM"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_an_interrupted_evaluation_costs_no_step(number, how, tiny_flags, monkeypatch, capsys):
+    """The weights are saved before; the run resumes with the evaluation, so that its records are complete."""
+    flags = ["--num_steps", 9, "--eval_every", 3, "--ema_decay", 0.9]
+    whole, rows = train_run(tiny_flags(*flags, "--name", "whole"), monkeypatch, "whole")
+    stopped = tiny_flags(*flags)
+    interrupt_evaluation(number, how, monkeypatch)
+    with pytest.raises((SystemExit, torch.OutOfMemoryError)) as error:
+        train_run(stopped, monkeypatch)
+    if how == "SIGTERM":
+        assert error.value.code == 128 + signal.SIGTERM
+        assert f"stopped by SIGTERM in the evaluation after step {3 * number}; saved" in capsys.readouterr().err
+    capsys.readouterr()
+    resumed, resumed_rows = train_run([*stopped, "--resume"], monkeypatch)
+    assert f"resuming at step {3 * number} of 9" in capsys.readouterr().out
+    assert_same_bits(resumed, whole)
+    folder = run_dir(stopped).parent
+    assert_same_bits(*(load_file(folder / each / "best.safetensors") for each in ("run", "whole")))
+    for row, other in zip(rows, resumed_rows, strict=True):
+        assert [row[key] for key in row if key not in TIMING] == [other[key] for key in row if key not in TIMING]
+
+
+@pytest.mark.parametrize("failing", ["save_best", "log_evaluation", "update_state"])
+def test_a_crash_after_an_evaluation_repeats_it(failing, tiny_flags, monkeypatch):
+    """Whatever of its three results was written: the best weights, the row, the progress."""
+    flags = ["--num_steps", 6, "--eval_every", 3]
+    whole, rows = train_run(tiny_flags(*flags, "--name", "whole"), monkeypatch, "whole")
+
+    def crash(*arguments):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Tracker if failing == "log_evaluation" else train_state, failing, crash)
+        train_run(tiny_flags(*flags), patch)
+    resumed, resumed_rows = train_run(tiny_flags(*flags, "--resume"), monkeypatch)
+    assert_same_bits(resumed, whole)
+    for row, other in zip(rows, resumed_rows, strict=True):
+        assert [row[key] for key in row if key not in TIMING] == [other[key] for key in row if key not in TIMING]
+
+
 def test_resuming_without_a_checkpoint_starts_the_run(tiny_flags, monkeypatch):
     _, rows = train_run(tiny_flags("--resume"), monkeypatch)
     assert [row["step"] for row in rows] == [6, 12]
@@ -124,12 +190,12 @@ def test_flags_that_can_not_resume_a_run_are_an_error_and_change_nothing(
     flags, message, tiny_flags, monkeypatch, capsys, tmp_path
 ):
     train_run(tiny_flags("--num_steps", 2), monkeypatch)
-    before = {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "output")
     with pytest.raises(SystemExit) as stopped:
         call_main(train, tiny_flags("--num_steps", 2, "--resume", *flags), monkeypatch)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "output").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "output") == before
 
 
 def test_epochs_are_converted_to_steps(tiny_flags, monkeypatch):

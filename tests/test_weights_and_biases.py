@@ -117,7 +117,9 @@ def test_a_resumed_run_continues_the_same_run_there(calls, tiny_flags, monkeypat
     assert list(scalars(made)["train/loss"]) == [15, 16, 17, 18]
 
     monkeypatch.delenv("WANDB_STEP")
-    (run_dir(flags) / "last.safetensors").unlink()  # as if it had been killed before its first checkpoint
+    for pattern in ("*.safetensors", "metrics.csv", "curves.png"):  # as if killed before its first checkpoint
+        for path in run_dir(flags).glob(pattern):
+            path.unlink()
     call_main(train, [*flags, "--resume"], monkeypatch)
     made = calls()
     assert calls_of(made, "online")[0]["id"] == first["id"]
@@ -132,44 +134,68 @@ def test_a_resumed_run_continues_the_same_run_there(calls, tiny_flags, monkeypat
 
 STARTED = ["online"]
 RETRIED = ["online", "teardown", "offline"]
+WORKS = ["log", "image", "log", "log", "summary", "log", "finish"]
 KEPT = "its records are kept in .*wandb for `wandb sync`"
-WITHOUT = "the run continues without it"
+CONTINUES = "the training continues"
 
 
 @pytest.mark.parametrize(
     "failing, warnings, made",
     [
-        ("online", [KEPT], [*RETRIED, "log", "image", "log", "summary", "finish"]),
-        ("online offline", [KEPT, WITHOUT], RETRIED),
-        ("online teardown", [KEPT, WITHOUT], RETRIED[:2]),
-        ("log", [WITHOUT], [*STARTED, "log"]),
-        ("image", [WITHOUT], [*STARTED, "log", "image"]),
-        ("summary", [WITHOUT], [*STARTED, "log", "image", "log", "summary"]),
-        ("finish", [WITHOUT], [*STARTED, "log", "image", "log", "summary", "finish"]),
+        ("online", [("Weights & Biases", "online", KEPT)], [*RETRIED, *WORKS]),
+        (
+            "online offline",
+            [("Weights & Biases", "online", KEPT), ("Weights & Biases", "offline", CONTINUES)],
+            RETRIED,
+        ),
+        (
+            "online teardown",
+            [("Weights & Biases", "online", KEPT), ("Weights & Biases", "teardown", CONTINUES)],
+            RETRIED[:2],
+        ),
+        ("log", [("Weights & Biases", "log", CONTINUES)], [*STARTED, "log", "log", "finish"]),
+        ("image", [("a figure for Weights & Biases", "image", CONTINUES)], [*STARTED, *WORKS[:2], *WORKS[3:]]),
+        ("summary", [("Weights & Biases", "summary", CONTINUES)], [*STARTED, *WORKS[:5], "finish"]),
+        ("finish", [("the end of the run at Weights & Biases", "finish", KEPT)], [*STARTED, *WORKS]),
     ],
 )
-def test_a_failing_call_is_a_warning_and_ends_its_use(
-    failing, warnings, made, calls, tiny_flags, monkeypatch, capsys, tmp_path
-):
+def test_a_failing_call_is_one_warning(failing, warnings, made, calls, tiny_flags, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WANDB_FAILS", failing)
     run = WeightsAndBiases(tmp_path, train_parser().parse_args(tiny_flags("--wandb")))
     run.log({"train/loss": 1.0}, 1)
     run.log_figure("attention rollout", None, 1)
+    run.log({"test/loss": 1.0}, 1, retry=True)
     run.summarise({"best_accuracy": 0.5})
+    run.log({"train/loss": 1.0}, 2)
     run.finish()
     lines = capsys.readouterr().out.splitlines()
-    for line, warning in zip(lines, warnings, strict=True):
-        call = "online" if warning == KEPT else failing.split()[-1]
-        assert re.fullmatch(rf"warning: Weights & Biases has failed \({call} is out of order\); {warning}", line)
+    for line, (what, call, outcome) in zip(lines, warnings, strict=True):
+        assert re.fullmatch(rf"warning: {what} has failed \({call} is out of order\); {outcome}", line)
     assert [call["call"] for call in calls()] == made
 
 
-def test_training_continues_after_a_failing_call(calls, tiny_flags, monkeypatch):
+def test_the_next_evaluation_tries_again(calls, tiny_flags, monkeypatch, capsys):
+    """The values of the steps between a failure and the next evaluation are lost there."""
     monkeypatch.setenv("WANDB_FAILS", "log")
-    flags = tiny_flags("--wandb", "--num_steps", 2)
+    record = sys.modules["wandb"].record
+
+    def works_from_step_4(call, **values):
+        if values.get("step") == 4:
+            monkeypatch.delenv("WANDB_FAILS")
+        record(call, **values)
+
+    flags = tiny_flags("--wandb", "--num_steps", 6, "--eval_every", 2)
+    monkeypatch.setattr(sys.modules["wandb"], "record", works_from_step_4)
     call_main(train, flags, monkeypatch)
-    assert [row["step"] for row in metrics(flags)] == ["2"]
-    assert [call["call"] for call in calls()] == ["online", "log"]
+    assert [row["step"] for row in metrics(flags)] == ["2", "4", "6"]
+    logged = scalars(calls())
+    assert list(logged["train/loss"]) == [1, 5, 6]
+    assert list(logged["test/loss"]) == [2, 4, 6]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Weights & Biases" in line]
+    assert lines == [
+        "warning: Weights & Biases has failed (log is out of order); the training continues",
+        "Weights & Biases works again",
+    ]
 
 
 def test_a_run_that_ends_with_an_error_is_marked_as_failed(calls, tiny_flags, monkeypatch):

@@ -153,6 +153,14 @@ def add_training_flags(group):
         help="Steps between two further checkpoints, the most that a crash may cost; default: none.",
     )
     group.add_argument(
+        "--keep_checkpoints",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="Number of the latest checkpoints to keep. If the last one is damaged, --resume continues from the one "
+        "before it.",
+    )
+    group.add_argument(
         "--log_attention_every",
         type=positive,
         metavar="N",

@@ -1,5 +1,6 @@
 """Checks of flags that depend on each other or on files, before any work. All of them raise UserError."""
 
+import math
 import os
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from utils.parallel.precision import import_apex_amp
 from utils.pretrained import check_exists, published_url
 from utils.records.run_folder import best_weights, resumes
 from utils.records.weights_and_biases import check_project, import_wandb
+
+MAX_STEPS = 10**9
+MAX_REPEATS = 10  # of an image in one batch, beyond which the size must be a mistake
 
 
 def check_training_flags(args, make_model):
@@ -33,6 +37,7 @@ def check_flags_together(args, make_model):
         check_restarts(args)
     if args.epochs:
         args.num_steps = None
+    check_length(args, args.num_steps or args.epochs / args.train_batch_size, math.inf)
     if args.decay_steps and args.decay_type != "step":
         raise UserError(f"--decay_steps is for --decay_type step, not {args.decay_type}")
     if args.amp_backend == "apex":
@@ -104,6 +109,18 @@ def check_division(args):
         raise UserError(
             f"{flag} mixes pairs, so --train_batch_size {args.train_batch_size} must {must}; "
             f"{args.train_batch_size + parts} would"
+        )
+
+
+def check_length(args, num_steps, num_images):
+    """Whether the run's length is possible and its batch fits the number of training images."""
+    if num_steps > MAX_STEPS:
+        flag = f"--epochs {args.epochs:g}" if args.epochs else f"--num_steps {num_steps}"
+        raise UserError(f"{flag} is more than {MAX_STEPS:,} steps, which no run reaches; give a smaller number")
+    if args.train_batch_size > MAX_REPEATS * num_images:
+        raise UserError(
+            f"--train_batch_size {args.train_batch_size} is more than {MAX_REPEATS} times the {num_images} training "
+            f"images; give at most {MAX_REPEATS * num_images}"
         )
 
 

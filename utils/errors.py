@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+from utils.terminal import say_on_stderr
+
 
 class UserError(Exception):
     """Wrong flags, files or data. The message names the cause and how to fix it. Exit status 2."""
@@ -38,5 +40,5 @@ def leave(message, status, first_process_only=True):
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or not first_process_only:
         process = f"process {rank}: " if rank else ""
-        print(f"{os.path.basename(sys.argv[0])}: {process}{message}", file=sys.stderr)
+        say_on_stderr(f"{os.path.basename(sys.argv[0])}: {process}{message}")
     sys.exit(status)

@@ -14,8 +14,8 @@ from utils.errors import UserError
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes, sum_over_processes
 from utils.pretrained import load_pretrained_flag
-from utils.records.checkpoint import load_into, load_weights
 from utils.records.run_folder import best_weights, read_config
+from utils.records.weights import load_into, load_weights
 
 
 def run_evaluation(args, make_model):
@@ -78,32 +78,37 @@ def evaluate_model(model, test_set, img_size, args, processes, per_class=False):
 
 
 @torch.no_grad()
-def evaluate(model, test_set, img_size, batch_size, precision, processes, per_class=False):
+def evaluate(model, test_set, img_size, batch_size, precision, processes, per_class=False, after_batch=lambda: None):
     """{"images", "loss", "accuracy", "top5_accuracy"}: a count, a mean and fractions over all processes.
 
     With `per_class` also "confusion", counts int64 (classes, classes): rows are true classes, columns predictions.
-    Raises UserError if no image can be read.
+    Each process calls `after_batch()` equally often. Raises UserError if no image can be read.
     """
     was_training = model.training
     model.eval()
     num_classes = len(test_set.classes)
     totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1 correct, top-5 correct
     confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=processes.device)
-    batches = count = 0
+    count = 0
+    batches = iter(test_set.eval_batches(img_size, batch_size, processes))
+    most = math.ceil(len(range(0, len(test_set), processes.size)) / batch_size)  # batches of the first process
     with progress_bar(test_set, processes) as bar:
-        for images, labels in test_set.eval_batches(img_size, batch_size, processes):
-            with precision.autocast():
-                logits = model(precision.inputs(images)).float()
-            correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            totals += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
-            if per_class:
-                cells = labels * num_classes + logits.argmax(1)
-                confusion += torch.bincount(cells, minlength=num_classes**2)
-            batches += 1
-            count += len(labels)  # on the host, so that no batch waits for the device
-            bar.update(len(labels))
-        join_remaining_batches(model, precision, test_set, img_size, batch_size, batches, processes)
+        for _ in range(most):
+            images, labels = next(batches, (None, ()))  # a process may have less images than the first one
+            if len(labels):
+                with precision.autocast():
+                    logits = model(precision.inputs(images)).float()
+                correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                totals += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
+                if per_class:
+                    cells = labels * num_classes + logits.argmax(1)
+                    confusion += torch.bincount(cells, minlength=num_classes**2)
+                count += len(labels)  # on the host, so that no batch waits for the device
+                bar.update(len(labels))
+            elif isinstance(model, FSDPModule):  # which gathers weights with all processes
+                model(precision.inputs(torch.zeros(1, 3, *img_size, device=processes.device)))
+            after_batch()
     model.train(was_training)
     totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()
@@ -120,11 +125,3 @@ def progress_bar(test_set, processes):
     share = len(range(processes.rank, len(test_set), processes.size))
     hidden = not processes.is_first or not sys.stderr.isatty()
     return tqdm(total=share, desc="test", unit="img", leave=False, disable=hidden)
-
-
-def join_remaining_batches(model, precision, test_set, img_size, batch_size, batches, processes):
-    """Take part in the batches that only other processes have: FSDP gathers weights with all processes."""
-    if isinstance(model, FSDPModule):
-        most = math.ceil(len(range(0, len(test_set), processes.size)) / batch_size)  # of the process with most images
-        for _ in range(most - batches):
-            model(precision.inputs(torch.zeros(1, 3, *img_size, device=processes.device)))

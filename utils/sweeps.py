@@ -1,5 +1,6 @@
 """Experiments of many runs: the command of each run, whether it is finished, and running them, on several GPUs too."""
 
+import contextlib
 import os
 import signal
 import statistics
@@ -17,10 +18,10 @@ from utils.checks import check_files, check_flags_together
 from utils.data.datasets import DATASETS, DataOptions, load_dataset
 from utils.errors import RunStoppedError, UserError
 from utils.flag_types import Parser
+from utils.locks import holder_of
 from utils.parallel.processes import StopSignal, one_process
 from utils.pretrained import download
-from utils.records.checkpoint import LAST, saved_step
-from utils.records.run_folder import WITHOUT_EFFECT, read_config, read_metrics
+from utils.records.run_folder import LOCK, changed_flags, in_use, is_finished, read_config, read_metrics
 
 LOG = "train.log"
 POLL_SECONDS = 0.2
@@ -62,35 +63,27 @@ def plan_run(script, flags, further=()):
 def check_plan(script, runs, files=True):
     """Raises UserError for a run whose flags contradict each other or whose folder holds a run with other flags.
 
-    With `files` also for an unfinished run whose data or weights do not exist.
+    With `files` also for an unfinished run that another process works on, or whose data or weights do not exist.
     """
     for run in runs:
         check_flags_together(run.flags, script.model_maker(run.flags))
         check_earlier_run(run)
-        if files and not is_finished(run):
+        if files and not is_finished(run.folder, run.flags):
+            if holder := holder_of(run.folder / LOCK):
+                raise in_use(run.folder, holder)
             check_files(run.flags)
 
 
 def check_earlier_run(run):
     """Raises UserError where the run's folder holds one that was made with other flags."""
-    config = read_config(run.folder)
+    config = None
+    with contextlib.suppress(UserError):  # a damaged one, which the run itself reports
+        config = read_config(run.folder)
     if config is None:
         return
-    for flag, wanted in vars(run.flags).items():
-        found = config["flags"].get(flag, wanted)
-        if flag not in WITHOUT_EFFECT and found != wanted:
-            raise UserError(f"{run.folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
-
-
-def is_finished(run):
-    """Whether the run's last step is evaluated and saved. False if its files are damaged: its script then explains."""
-    try:
-        config, steps = read_config(run.folder), read_metrics(run.folder).get("step")
-        saved = saved_step(run.folder / LAST) if (run.folder / LAST).exists() else 0
-    except UserError:
-        return False
-    num_steps = config and (config.get("num_steps") or config["flags"]["num_steps"])
-    return bool(steps and num_steps) and min(max(steps), saved) >= num_steps
+    for flag, wanted in changed_flags(config["flags"], run.flags).items():
+        found = config["flags"][flag]
+        raise UserError(f"{run.folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
 
 
 def run_unfinished(runs):
@@ -98,7 +91,7 @@ def run_unfinished(runs):
 
     Raises RunStoppedError when asked to stop.
     """
-    unfinished = [run for run in runs if not is_finished(run)]
+    unfinished = [run for run in runs if not is_finished(run.folder, run.flags)]
     devices = visible_devices()
     order = f"spread over {len(devices)} GPUs" if len(devices) > 1 else "one after another"
     remaining = f"; {len(unfinished)} to do, {order}" if unfinished else ""
@@ -190,7 +183,7 @@ class Job:
     def __init__(self, run, place, device, echo):
         self.run, self.device, self.echo = run, device, echo
         self.title = f"{place} {run.flags.name}"
-        self.began = time.monotonic()
+        self.began = time.perf_counter()
         run.folder.mkdir(parents=True, exist_ok=True)
         on_gpu = "" if device is None else f" on GPU {device}"
         print(f"{self.title}: started{on_gpu}, log in {run.folder / LOG}", flush=True)
@@ -229,8 +222,8 @@ class Job:
         self.output.close()
         status = self.process.returncode
         failure = None
-        if status == 0 and is_finished(self.run):
-            minutes = (time.monotonic() - self.began) / 60
+        if status == 0 and is_finished(self.run.folder, self.run.flags):
+            minutes = (time.perf_counter() - self.began) / 60
             accuracy = 100 * read_metrics(self.run.folder)["test_accuracy"][-1]
             end = f"finished after {minutes:.1f} min, test accuracy {accuracy:.2f} %"
         elif asked_to_stop:

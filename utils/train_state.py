@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,8 +18,9 @@ from utils.parallel.averaging import WeightAverage
 from utils.parallel.memory import recompute_activations
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import local_parts, shard_weights, sum_over_processes
-from utils.records.checkpoint import LAST, load_tensors, save_checkpoint
+from utils.records.checkpoint import load_tensors, save_best, save_checkpoint, update_state
 from utils.records.meter import Meter
+from utils.records.weights import LAST
 from utils.scheduler import Schedule, learning_rate
 
 AVERAGE = "average"  # the name of a weight's moving average in a checkpoint
@@ -27,22 +29,23 @@ ATTENTION_IMAGES = 8  # test images that --log_attention_every draws
 
 @dataclass
 class Progress:
-    """The best evaluation of a run so far, and the duration of the run."""
+    """The evaluations of a run so far, and its duration."""
 
     best_accuracy: float = -1.0
     best_step: int = 0
+    evaluated_step: int = 0  # the last one
     total_seconds: float = 0.0
 
 
 class TrainState:
     """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
 
-    def __init__(self, model, args, processes, num_steps, num_classes, run_dir=None):
+    def __init__(self, model, args, processes, num_steps, classes, run_dir=None):
         """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
 
-        `run_dir` is the folder to save in, which timing a step does not need.
+        `classes` are their names, `run_dir` is the folder to save in, which timing a step does not need.
         """
-        self.model, self.args, self.processes, self.num_classes = model, args, processes, num_classes
+        self.model, self.args, self.processes, self.classes = model, args, processes, list(classes)
         self.run_dir = run_dir
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
@@ -89,7 +92,7 @@ class TrainState:
         if not self.mixing:
             return batch.images, batch.labels, batch.labels
         seed = (self.args.seed, self.step)
-        images, targets = mix_pairs(self.mixing, batch.images, batch.labels, self.num_classes, *seed)
+        images, targets = mix_pairs(self.mixing, batch.images, batch.labels, len(self.classes), *seed)
         return images, targets, targets.argmax(dim=1)
 
     def read_metrics(self, tracker):
@@ -107,12 +110,45 @@ class TrainState:
         """The training speed since the last evaluation."""
         return self.meter.steps_per_second() * self.args.train_batch_size
 
-    def evaluate(self, test_set):
-        """Evaluate the moving average of the weights, if there is one, or the weights; see utils/evaluation.py."""
-        self.check_weights()
+    def is_evaluation_due(self):
+        """Whether the present step must be evaluated, which has not happened yet."""
+        is_due_now = is_due(self.step, self.args.eval_every) or self.step == self.schedule.num_steps
+        return is_due_now and self.progress.evaluated_step < self.step
+
+    def evaluate(self, test_set, tracker, stop):
+        """Evaluate the weights, or their moving average if there is one; save the best, and record the result.
+
+        Raises RunStoppedError for a stop signal, after which the evaluation is repeated when the run resumes. That
+        gives the same files, so it does not matter how much of it had been written.
+        """
+
+        def check_stop():
+            if number := stop.agreed():
+                raise self.stopped_by(number, "in the evaluation ")
+
         size = (self.args.img_size, self.args.img_size)
         with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
-            return evaluate(self.model, test_set, size, self.args.eval_batch_size, self.precision, self.processes)
+            options = (size, self.args.eval_batch_size, self.precision, self.processes)
+            result = evaluate(self.model, test_set, *options, after_batch=check_stop)
+        if result["accuracy"] > self.progress.best_accuracy:
+            self.progress.best_accuracy, self.progress.best_step = result["accuracy"], self.step
+            averaged = self.average.weights if self.average else {}
+            save_best(self.run_dir, self.step, {**self.precision.weights(), **averaged}, self.processes.is_first)
+        row = self.metrics_row(result, tracker.seconds())
+        tracker.log_evaluation(row, self.progress.best_accuracy, self.progress.best_step)
+        self.meter.reset()
+        self.progress.evaluated_step, self.progress.total_seconds = self.step, tracker.seconds()
+        if self.processes.is_first:
+            update_state(self.run_dir, self.step, self.state_dict())
+        self.meter.start_clock()
+
+    def metrics_row(self, result, seconds):
+        """{column: number} of an evaluation and the mean metrics of the steps before it."""
+        # The prefix distinguishes a training metric from the same metric of the evaluation.
+        training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
+        tests = {f"test_{name}": result[name] for name in ("loss", "accuracy", "top5_accuracy")}
+        speed = {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": seconds}
+        return {"step": self.step, **training, **tests, **speed}
 
     def check_weights(self):
         """Raise RunStoppedError if a weight is not finite, as may follow a finite loss."""
@@ -120,18 +156,6 @@ class TrainState:
         if sum_over_processes(1.0 - torch.stack([weight.isfinite().all() for weight in weights]).all().float()):
             message = f"the weights are not finite after step {self.step}"
             raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)
-
-    def record(self, result, tracker):
-        """Add an evaluation and the mean metrics of the steps before it to the records."""
-        if result["accuracy"] > self.progress.best_accuracy:
-            self.progress.best_accuracy, self.progress.best_step = result["accuracy"], self.step
-        # The prefix distinguishes a training metric from the same metric of the evaluation.
-        training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
-        row = {"step": self.step, **training}
-        row |= {f"test_{name}": result[name] for name in ("loss", "accuracy", "top5_accuracy")}
-        row |= {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": tracker.seconds()}
-        tracker.log_evaluation(row, self.progress.best_accuracy, self.progress.best_step)
-        self.meter.reset()
 
     def log_attention(self, test_set, tracker):
         """Draw the attention rollout of a ViT on a few test images into TensorBoard."""
@@ -162,24 +186,29 @@ class TrainState:
         """Write a checkpoint; `seconds` is the duration of the run. Raises RunStoppedError."""
         self.check_weights()
         self.progress.total_seconds = seconds
-        weights, tensors = self.precision.weights(), state_tensors(self.optimizer)
-        evaluated = weights
+        tensors = state_tensors(self.optimizer)
         if self.average:
-            evaluated = {**weights, **self.average.weights}
             tensors |= {f"{name}/{AVERAGE}": tensor for name, tensor in self.average.weights.items()}
-        best = evaluated if self.progress.best_step == self.step else None
-        state = {
+        weights, state = self.precision.weights(), self.state_dict()
+        options = (self.processes.is_first, self.args.keep_checkpoints)
+        save_checkpoint(self.run_dir, self.step, weights, tensors, state, *options)
+        self.meter.start_clock()
+
+    def state_dict(self):
+        """What a checkpoint contains in addition to tensors."""
+        return {
+            "flags": vars(self.args),
+            "classes": self.classes,
             "optimizer": self.args.optimizer,
             "precision": self.precision.state_dict(),
             "progress": {"step": self.step, **asdict(self.progress), "metrics": self.meter.state_dict()},
         }
-        save_checkpoint(self.run_dir, self.step, weights, best, tensors, state, self.processes.is_first)
-        self.meter.start_clock()
 
     def restore(self, saved):
         """Continue from the state of the checkpoint whose weights the model holds. Raises UserError."""
         progress = dict(saved["progress"])
         self.step = progress.pop("step")
+        progress.setdefault("evaluated_step", self.step)  # earlier versions evaluated before they saved
         self.meter.load_state_dict(progress.pop("metrics", None) or metrics_of_earlier_version(progress, self.args))
         self.progress = Progress(**progress)
         places = {**self.precision.weights(), **self.precision.named}
@@ -189,6 +218,17 @@ class TrainState:
             self.average.weights.update(averages)
         restore_state(self.optimizer, tensors)
         self.precision.load_state_dict(saved["precision"])
+
+    def stopped_by(self, signal_number, where=""):
+        """The RunStoppedError of a run that a signal stops."""
+        name, saved = signal.Signals(signal_number).name, self.run_dir / LAST
+        message = f"stopped by {name} {where}after step {self.step}; saved {saved}"
+        return RunStoppedError(f"{message}; the same command with --resume continues", status=128 + signal_number)
+
+
+def is_due(step, interval):
+    """Whether something that happens every `interval` steps, or never if it is None, happens after this step."""
+    return bool(interval) and step % interval == 0
 
 
 def is_sharded(args, processes):

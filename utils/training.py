@@ -5,21 +5,24 @@ and any number of processes computes the same global batch.
 """
 
 import math
-import signal
 
 import torch
 import torch.nn.functional as F
 
+from utils.checks import check_length
 from utils.data.augmentation import Augmentation
 from utils.data.datasets import DATASETS, DataOptions, load_dataset
 from utils.data.stream import MicroBatch, stream_positions
-from utils.errors import RunStoppedError, UserError
-from utils.evaluation import run_evaluation
+from utils.errors import UserError
+from utils.evaluation import check_classes, run_evaluation
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
-from utils.records.checkpoint import LAST, load_checkpoint, load_into
+from utils.records.checkpoint import load_checkpoint
+from utils.records.metrics_file import read_rows
 from utils.records.run_folder import (
+    METRICS,
     check_shared,
+    is_finished,
     is_restart,
     not_shared,
     open_run_folder,
@@ -27,10 +30,12 @@ from utils.records.run_folder import (
     read_config,
     report_changed_flags,
     resumes,
+    started_with,
 )
-from utils.records.tracker import Tracker
+from utils.records.tracker import Tracker, summary
+from utils.records.weights import load_into
 from utils.records.weights_and_biases import WeightsAndBiases
-from utils.train_state import TrainState, is_sharded
+from utils.train_state import TrainState, is_due, is_sharded
 
 
 def run_mode(args, make_model):
@@ -42,8 +47,11 @@ def run_training(args, make_model):
     """Load the data, make or resume the model, and train it."""
     if is_restart(args):
         args.resume, args.overwrite = True, False
-    run_dir = open_run_folder(args)
-    with join_processes(args.local_rank) as processes:
+    with open_run_folder(args) as run_dir, join_processes(args.local_rank) as processes:
+        if agree(args.resume and is_finished(run_dir, args), run_dir):
+            if processes.is_first:
+                report_finished(run_dir)
+            return
         torch.manual_seed(args.seed)
         model = make_model(DATASETS[args.dataset].count_classes(args.data_dir))
         saved = load_run(model, args, processes, run_dir)
@@ -52,16 +60,24 @@ def run_training(args, make_model):
         train(model, train_set, test_set, args, processes, run_dir, saved)
 
 
+def agree(answer, run_dir):
+    """The answer of all processes to a question about the run's folder. Raises UserError if they see another one."""
+    answers = union_over_processes({answer})
+    if len(answers) > 1:
+        raise not_shared(run_dir)
+    return answers.pop()
+
+
 def load_run(model, args, processes, run_dir):
     """Load the weights with which the training begins; returns the saved state of the run that resumes, or None."""
-    resuming = union_over_processes({resumes(args)})
-    if len(resuming) > 1:
-        raise not_shared(run_dir)
-    if True in resuming:
+    if agree(resumes(args), run_dir):
+        checkpoint, problems = load_checkpoint(run_dir, processes.is_first)
+        load_into(model, checkpoint.weights, checkpoint.path)
+        saved = {**checkpoint.state, **started_with(checkpoint.state, run_dir)}
         if processes.is_first:
-            report_changed_flags(read_config(run_dir), args)
-        weights, saved = load_checkpoint(run_dir)
-        load_into(model, weights, run_dir / LAST)
+            for problem in problems:
+                print(f"warning: {problem}; using {checkpoint.path} of step {checkpoint.step}")
+            report_changed_flags(saved["flags"] or {}, args)
         return saved
     if args.pretrained_dir:
         load_pretrained_flag(model, args, processes)
@@ -75,9 +91,10 @@ def train(model, train_set, test_set, args, processes, run_dir, saved=None):
     `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not finite.
     """
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
+    check_length(args, num_steps, len(train_set))
     if saved:
-        check_resumption(saved, args, num_steps, run_dir)
-    run = TrainState(model, args, processes, num_steps, len(train_set.classes), run_dir)
+        check_resumption(saved, args, num_steps, run_dir, train_set.classes)
+    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir)
     if saved:
         run.restore(saved)
     barrier()  # every process has seen whether there is a run to resume
@@ -87,22 +104,23 @@ def train(model, train_set, test_set, args, processes, run_dir, saved=None):
     batches = training_batches(train_set, args, processes, run.step, num_steps)
     with open_tracker(run) as tracker, StopSignal().listening() as stop:
         tracker.say(description(run, train_set, test_set))
+        if run.is_evaluation_due():  # the run was stopped before or in the evaluation of its last step
+            run.evaluate(test_set, tracker, stop)
         run.meter.start_clock()
         while run.step < num_steps:
             run.meter.add(train_step(run, batches))  # values that stay on the device
-            evaluates = is_due(run.step, args.eval_every) or run.step == num_steps
-            if evaluates or run.meter.is_full:
+            evaluates, stops = run.is_evaluation_due(), stop.agreed()
+            saves = evaluates or stops or is_due(run.step, args.save_every)
+            if saves or run.meter.is_full:
                 run.read_metrics(tracker)  # the only wait for the device
+            if saves:
+                run.save(tracker.seconds())  # before anything that can fail
+            if stops:
+                raise run.stopped_by(stops)
             if evaluates:
-                run.record(run.evaluate(test_set), tracker)
+                run.evaluate(test_set, tracker, stop)
             if is_due(run.step, args.log_attention_every):
                 run.log_attention(test_set, tracker)
-            signal_number = stop.agreed()
-            if evaluates or signal_number or is_due(run.step, args.save_every):
-                run.read_metrics(tracker)
-                run.save(tracker.seconds())
-            if signal_number and run.step < num_steps:
-                raise RunStoppedError(stop_message(signal_number, run.step, run_dir), status=128 + signal_number)
         report_unreadable(train_set, test_set, tracker)
         tracker.summarise(run.progress.best_accuracy, run.progress.best_step)
 
@@ -133,11 +151,6 @@ def train_step(run, batches):
     return {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm}
 
 
-def is_due(step, interval):
-    """Whether something that happens every `interval` steps, or never if it is None, happens after this step."""
-    return bool(interval) and step % interval == 0
-
-
 def training_batches(train_set, args, processes, first_step, num_steps):
     """Yield the MicroBatches of each step from `first_step` on."""
     steps = (args.train_batch_size, args.gradient_accumulation_steps, processes, first_step, num_steps)
@@ -148,8 +161,16 @@ def training_batches(train_set, args, processes, first_step, num_steps):
         yield MicroBatch(positions, images, labels)
 
 
-def check_resumption(saved, args, num_steps, run_dir):
-    """Raise UserError if the saved state can't be continued with these flags."""
+def report_finished(run_dir):
+    """Print the results of a run whose last step has been evaluated."""
+    rows = read_rows(run_dir / METRICS)
+    best = max(rows, key=lambda row: float(row["test_accuracy"]))
+    num_classes = len(read_config(run_dir)["classes"])
+    print(summary(run_dir, rows, float(best["test_accuracy"]), int(best["step"]), num_classes))
+
+
+def check_resumption(saved, args, num_steps, run_dir, classes):
+    """Raise UserError if the saved state can't be continued with these flags and classes."""
     started_with, step = saved["optimizer"], saved["progress"]["step"]
     if started_with != args.optimizer:
         raise UserError(
@@ -157,6 +178,8 @@ def check_resumption(saved, args, num_steps, run_dir):
         )
     if step > num_steps:
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")
+    if saved["classes"]:
+        check_classes(run_dir, saved["classes"], args.dataset, classes)
 
 
 def open_tracker(run):
@@ -164,11 +187,11 @@ def open_tracker(run):
     is_first = run.processes.is_first
     wandb = WeightsAndBiases(run.run_dir, run.args) if run.args.wandb and is_first else None
     seconds = run.progress.total_seconds
-    return Tracker(run.run_dir, run.step, run.schedule.num_steps, seconds, run.num_classes, is_first, wandb)
+    return Tracker(run.run_dir, run.step, run.schedule.num_steps, seconds, len(run.classes), is_first, wandb)
 
 
 def description(run, train_set, test_set):
-    """What is trained, on what and how, in two lines; a third warns of a run that ends within its warm-up."""
+    """What is trained, on what and how, in two lines, and warnings of what is probably a mistake."""
     args, num_steps = run.args, run.schedule.num_steps
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     steps = f"resuming at step {run.step} of {num_steps}, steps" if run.step else f"{num_steps} steps"
@@ -178,15 +201,18 @@ def description(run, train_set, test_set):
         f"{len(test_set)} test images, {len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
-    if args.warmup_steps >= num_steps:
-        lines.append(f"warning: the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps")
-    return "\n".join(lines)
-
-
-def stop_message(signal_number, step, run_dir):
-    """What a run that a signal stops prints."""
-    name = signal.Signals(signal_number).name
-    return f"stopped by {name} after step {step}; saved {run_dir / LAST}; the same command with --resume continues"
+    warnings = {
+        f"the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps": (
+            args.warmup_steps >= num_steps
+        ),
+        f"a batch of {args.train_batch_size} images contains some of the {len(train_set)} training images repeatedly": (
+            args.train_batch_size > len(train_set)
+        ),
+        f"there is a single class, {train_set.classes[0]!r}, so every prediction is correct": (
+            len(train_set.classes) == 1
+        ),
+    }
+    return "\n".join([*lines, *(f"warning: {text}" for text, applies in warnings.items() if applies)])
 
 
 def report_unreadable(train_set, test_set, tracker):

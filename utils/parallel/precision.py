@@ -113,7 +113,9 @@ class Precision:
         return {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        self.scaler.load_state_dict(state["scaler"])
+        """Continue with the loss scale of a checkpoint, if its run had a dynamic one."""
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class ApexPrecision:
@@ -154,7 +156,8 @@ class ApexPrecision:
         return {"apex": self.amp.state_dict()}
 
     def load_state_dict(self, state):
-        self.amp.load_state_dict(state["apex"])
+        if "apex" in state:
+            self.amp.load_state_dict(state["apex"])
 
 
 def stays_float32(module):

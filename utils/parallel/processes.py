@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import RunStoppedError, UserError
 from utils.parallel.memory import keep_freed_memory
+from utils.terminal import say_on_stderr
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -130,6 +131,15 @@ def union_over_processes(items):
     return set().union(*gathered)
 
 
+def from_first_process(value):
+    """The first process's `value`, in all processes."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
 def barrier():
     """Wait until every process is here."""
     if dist.is_initialized():
@@ -217,12 +227,12 @@ class StopSignal:
         if signal.Signals(number).name == "SIGHUP":
             self.silence_terminals()
         # A launcher forwards a signal that the terminal has already sent; a second Ctrl-C of the user comes later.
-        if self.number and time.monotonic() - self.received > 2:
+        if self.number and time.perf_counter() - self.received > 2:
             raise KeyboardInterrupt
         if not self.number and not (dist.is_initialized() and dist.get_rank()):
             name = signal.Signals(number).name
-            print(f"\n{name}: stopping at the end of this step; repeat it to stop at once, unsaved", file=sys.stderr)
-        self.number, self.received = number, time.monotonic()
+            say_on_stderr(f"\n{name}: stopping at the end of this step; repeat it to stop at once, unsaved")
+        self.number, self.received = number, time.perf_counter()
 
     def silence_terminals(self):
         """Discard what is printed to a terminal that is gone, since writing to it would be an error."""
@@ -231,7 +241,7 @@ class StopSignal:
                 os.dup2(nowhere.fileno(), stream.fileno())
 
     def agreed(self):
-        """The signal's number, or 0. Every process must call it once per step."""
+        """The signal's number, or 0. Every process must call it equally often: once per step or evaluated batch."""
         if not dist.is_initialized():
             return self.number
         answer = 0

@@ -1,9 +1,12 @@
 """A run's own checkpoints: `last.safetensors`, `best.safetensors` and the state that resuming needs.
 
 `last.safetensors` records its step. The optimizer's state of that step is in the folder `state-<step>/`, to which every
-process writes its part (torch.distributed.checkpoint). The state is written first and older states are deleted last, so
-at any moment there are weights and a state of the same step. Neither depends on the number of processes that wrote it
-or on what each of them held, so a run resumes with any number of processes, with whole weights or with shards.
+process writes its part (torch.distributed.checkpoint). The state is written first and the oldest pairs are deleted
+last, so at any moment there are weights and a state of the same step. Earlier pairs are kept as
+`last-<step>.safetensors` and `state-<step>/`. None of them depends on the number of processes that wrote it or on what
+each of them held, so a run resumes with any number of processes, with whole weights or with shards.
+
+All files carry checksums, which are verified when they are loaded. Earlier versions wrote none.
 """
 
 import contextlib
@@ -12,69 +15,172 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
+import torch
+from safetensors import SafetensorError
 
 from utils.errors import RunStoppedError, UserError
-from utils.parallel.processes import barrier
+from utils.parallel.processes import barrier, from_first_process, union_over_processes
+from utils.records.files import file_checksum, replace_file, text_checksum
+from utils.records.weights import BEST, LAST, load_weights, save_weights, saved_step
 
 STATE = "state.json"
-LAST, BEST = "last.safetensors", "best.safetensors"
 
 
-def save_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_first):
-    """Write the weights and the state of `step`. A crash at any point leaves the older pair or the new one.
+class Checkpoint(NamedTuple):
+    """A pair of weights and state that has been read."""
+
+    path: Path  # of the weights
+    step: int
+    weights: dict  # {name: tensor}
+    state: dict  # what `save_checkpoint` was given
+
+
+def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1):
+    """Write the weights and the state of `step`, and keep the last `keep` pairs. A crash leaves an older pair or this.
 
     All processes call it together. Those without `is_first` write their part of `tensors`, {name: tensor}, and take
-    part in gathering the weights. `best_weights` is None if this step is not the best; `state` must suit JSON. Raises
-    RunStoppedError if it can't be written.
+    part in gathering the weights. `state` must suit JSON. Raises RunStoppedError if it can't be written.
     """
+    with errors_stop_the_run(run_dir, f"the checkpoint of step {step}"):
+        folder = state_folder(run_dir, step)
+        if is_first and folder.exists():  # from a process that was killed while it wrote
+            shutil.rmtree(folder)
+        barrier()
+        with distributed_checkpoint() as dcp:
+            dcp.save(tensors, checkpoint_id=folder)
+        sums = union_over_processes(file_checksums(folder, is_first))
+        if is_first:
+            write_state(folder, state, dict(sums))
+            if keep > 1:
+                keep_last(Path(run_dir), step)
+        save_weights(Path(run_dir) / LAST, weights, step, is_first)
+        if is_first:
+            delete_oldest(Path(run_dir), step, keep)
+
+
+def save_best(run_dir, step, weights, is_first):
+    """Write `best.safetensors`. All processes call it. Raises RunStoppedError."""
+    with errors_stop_the_run(run_dir, f"{BEST} of step {step}"):
+        save_weights(Path(run_dir) / BEST, weights, step, is_first)
+
+
+def update_state(run_dir, step, state):
+    """Replace the `state` of the last `save_checkpoint`, of the same step. Raises RunStoppedError."""
+    folder = state_folder(run_dir, step)
+    with errors_stop_the_run(run_dir, f"the progress of step {step}"):
+        write_state(folder, state, json.loads((folder / STATE).read_text())["files"])
+
+
+@contextlib.contextmanager
+def errors_stop_the_run(run_dir, what):
+    """Turn an error in writing into a RunStoppedError that names the checkpoint that remains."""
     try:
-        write_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_first)
+        yield
     except (OSError, SafetensorError) as error:
         path = Path(run_dir) / LAST
         kept = f"{path} of step {saved_step(path)} is whole" if path.exists() else "there is no earlier one"
         free = shutil.disk_usage(run_dir).free / 1e9
-        why = " ".join(str(error).split())
-        what = (
-            f"the checkpoint of step {step} can't be written to {run_dir}: {why} ({free:.1f} GB are free on that disk)"
-        )
-        raise RunStoppedError(f"{what}; {kept}", status=1) from error
+        why = f"{' '.join(str(error).split())} ({free:.1f} GB are free on that disk)"
+        raise RunStoppedError(f"{what} can't be written to {run_dir}: {why}; {kept}", status=1) from error
 
 
-def write_checkpoint(run_dir, step, weights, best_weights, tensors, state, is_first):
-    """`save_checkpoint` with the original errors."""
-    folder = state_folder(run_dir, step)
-    if is_first and folder.exists():  # from a process that was killed while it wrote
-        shutil.rmtree(folder)
-    barrier()
-    with distributed_checkpoint() as dcp:
-        dcp.save(tensors, checkpoint_id=folder)
-    if best_weights is not None:
-        save_weights(Path(run_dir) / BEST, best_weights, step, is_first)
-    if is_first:
-        replace_file(folder / STATE, lambda path: path.write_text(json.dumps(state)))
-    save_weights(Path(run_dir) / LAST, weights, step, is_first)
-    if is_first:
-        for path in Path(run_dir).glob("state-*"):
-            if path != folder:
-                shutil.rmtree(path, ignore_errors=True)  # a remaining file does no harm and is deleted next time
+def file_checksums(folder, is_first):
+    """{(name, checksum)} of the files that this process has written to a state."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    paths = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if is_first else [])]
+    return {(path.name, file_checksum(path)) for path in paths}
 
 
-def load_checkpoint(run_dir):
-    """(weights, state) of the run's last checkpoint; `load_tensors` reads the rest of it. Raises UserError."""
-    path = Path(run_dir) / LAST
+def write_state(folder, state, files):
+    """Write STATE: `state`, the {name: checksum} of the folder's other files, and its own checksum."""
+    content = {**state, "files": files}
+    content["checksum"] = text_checksum(json.dumps(content))
+    replace_file(folder / STATE, lambda path: path.write_text(json.dumps(content)))
+
+
+def keep_last(run_dir, step):
+    """Give last.safetensors of an earlier step a second name, under which it remains when `step` replaces it."""
+    last = run_dir / LAST
+    with contextlib.suppress(UserError):  # it is missing, or damaged
+        earlier = saved_step(last)
+        path = run_dir / f"last-{earlier}.safetensors"
+        if earlier != step and not path.exists() and state_folder(run_dir, earlier).exists():
+            try:
+                os.link(last, path)
+            except OSError:  # a file system without hard links
+                replace_file(path, lambda temporary: shutil.copyfile(last, temporary))
+
+
+def delete_oldest(run_dir, step, keep):
+    """Delete all pairs but that of `step` and the `keep` - 1 before it."""
+    older = older_weights(run_dir)
+    kept = {step, *sorted((each for each in older if each < step), reverse=True)[: keep - 1]}
+    for each in older.keys() - kept:
+        older[each].unlink()
+    for path in run_dir.glob("state-*"):
+        if path not in {state_folder(run_dir, each) for each in kept}:
+            shutil.rmtree(path, ignore_errors=True)  # a remaining file does no harm and is deleted next time
+
+
+def older_weights(run_dir):
+    """{step: path} of the files `last-<step>.safetensors`."""
+    paths = Path(run_dir).glob("last-*.safetensors")
+    return {int(path.stem[5:]): path for path in paths if path.stem[5:].isdecimal()}
+
+
+def weight_files(run_dir):
+    """The weights from which the run may resume, the newest first; last.safetensors even if it is missing."""
+    return [Path(run_dir) / LAST, *(path for _, path in sorted(older_weights(run_dir).items(), reverse=True))]
+
+
+def has_checkpoint(run_dir):
+    """Whether there is anything to resume from, whole or damaged."""
+    return any(path.exists() for path in weight_files(run_dir))
+
+
+def load_checkpoint(run_dir, is_first=True):
+    """(the run's newest whole Checkpoint, why newer ones can't be used), the same in all processes.
+
+    `load_tensors` reads the rest of it. Raises UserError if none is whole.
+    """
+    found, problems = newest_checkpoint(run_dir) if is_first else (None, [])
+    name, problems = from_first_process((found and found.path.name, problems))
+    if name is None:
+        raise UserError(f"{problems[0]}, so {run_dir} can't be resumed; start again with another --name or --overwrite")
+    return found or read_checkpoint(Path(run_dir) / name), problems
+
+
+def newest_checkpoint(run_dir):
+    """(the newest Checkpoint that is whole or None, why newer ones are not)."""
+    problems = []
+    for path in weight_files(run_dir):
+        try:
+            return read_checkpoint(path), problems
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def read_checkpoint(path):
+    """The Checkpoint whose weights are in `path`, with all checksums verified. Raises UserError."""
     weights, step = load_weights(path)
-    with readable_state(run_dir, step):
-        return weights, json.loads((state_folder(run_dir, step) / STATE).read_text())
+    with readable_state(path.parent, step) as folder:
+        state = json.loads((folder / STATE).read_text())
+        checksum = state.pop("checksum", None)
+        if checksum not in (None, text_checksum(json.dumps(state))):
+            raise ValueError(f"the checksum of {STATE} does not match")
+        for name, expected in state.pop("files", {}).items():
+            if file_checksum(folder / name) != expected:
+                raise ValueError(f"the checksum of {name} does not match")
+    return Checkpoint(path, step, weights, state)
 
 
 def load_tensors(run_dir, step, like):
     """The tensors of `save_checkpoint`, read into those that `like(name, shape, dtype)` returns. Raises UserError."""
-    with readable_state(run_dir, step), distributed_checkpoint() as dcp:
-        reader = dcp.FileSystemReader(state_folder(run_dir, step))
+    with readable_state(run_dir, step) as folder, distributed_checkpoint() as dcp:
+        reader = dcp.FileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
         tensors = {name: like(name, kept.size, kept.properties.dtype) for name, kept in stored.items()}
         dcp.load(tensors, storage_reader=reader)
@@ -87,13 +193,13 @@ def state_folder(run_dir, step):
 
 @contextlib.contextmanager
 def readable_state(run_dir, step):
-    """Turn every error inside into a UserError."""
+    """The state's folder; turns every error inside into a UserError."""
+    folder = state_folder(run_dir, step)
     try:
-        yield
+        yield folder
     except Exception as error:  # damaged files raise nearly every type
-        folder, path = state_folder(run_dir, step), Path(run_dir) / LAST
-        what = "can't be read" if folder.exists() else "is missing"
-        raise UserError(f"{folder} {what}, so {path} can't be resumed; start again with --overwrite") from error
+        what = f"can't be read ({' '.join(str(error).split())})" if folder.exists() else "is missing"
+        raise UserError(f"{folder} {what}") from error
 
 
 @contextlib.contextmanager
@@ -108,68 +214,3 @@ def distributed_checkpoint():
         except dcp.api.CheckpointException as error:  # not a subclass of Exception
             reasons = {str(reason) for reason, _ in error.failures.values()}
             raise OSError("; ".join(sorted(reasons))) from error
-
-
-def save_weights(path, weights, step, is_first=True):
-    """Write {name: tensor}, whole or sharded, as one file by the first process; all processes call it."""
-    tensors = {}
-    for name, tensor in weights.items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if is_first:
-            tensors[name] = tensor.cpu().contiguous()
-    if is_first:
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"step": str(step)}))
-
-
-def load_weights(path):
-    """({name: tensor}, step) of a .safetensors file. Raises UserError."""
-    with opened_weights(path) as (file, step):
-        return {name: file.get_tensor(name) for name in file.keys()}, step  # noqa: SIM118
-
-
-def saved_step(path):
-    """The step at which a .safetensors file was saved, without reading its weights. Raises UserError."""
-    with opened_weights(path) as (_, step):
-        return step
-
-
-@contextlib.contextmanager
-def opened_weights(path):
-    """(file, step) of a .safetensors file. Raises UserError, also for errors while it is read."""
-    if not Path(path).is_file():
-        what = f"is a folder; give its {BEST}" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{path} {what}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file, int((file.metadata() or {}).get("step", 0))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file: {error}") from error
-
-
-def load_into(model, weights, path):
-    """Load a run's weights into the model. Raises UserError that names the first weight that does not fit."""
-    expected = model.state_dict()
-    for name in sorted(set(expected) | set(weights)):
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if found != wanted:
-            raise UserError(f"{path} does not fit the model: {name} has {found}, expected {wanted}")
-    model.load_state_dict(weights)
-
-
-def replace_file(path, write):
-    """Write a file atomically: `write` fills a temporary file, which is synced to the disk and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    if os.name == "posix":
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes its files readable by their owner only
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name is durable once its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)

@@ -26,7 +26,7 @@ class Meter:
 
     def start_clock(self):
         """Count the time of the steps from now on; evaluation and saving are not training time."""
-        self.started = time.monotonic()
+        self.started = time.perf_counter()
 
     def add(self, metrics):
         """Add the metrics of a step; does not wait for the device."""
@@ -50,7 +50,7 @@ class Meter:
             total, count = self.totals.get(name, (0.0, 0))
             self.totals[name] = [total + sum(measured), count + len(measured)]
         self.steps += len(self.unread)
-        self.seconds += time.monotonic() - self.started
+        self.seconds += time.perf_counter() - self.started
         self.unread = []
         self.start_clock()
         return metrics
@@ -60,8 +60,8 @@ class Meter:
         return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
 
     def steps_per_second(self):
-        """The speed since the last `reset`."""
-        return self.steps / self.seconds
+        """The speed since the last `reset`; NaN if the clock is too coarse to measure it."""
+        return self.steps / self.seconds if self.seconds > 0 else math.nan
 
     def reset(self):
         """Start a new period after an evaluation."""

@@ -1,8 +1,9 @@
 """The folder of a run: which files it holds, who may write to it, and reading its config.json and metrics.csv."""
 
-import csv
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -13,25 +14,22 @@ from pathlib import Path
 import torch
 
 from utils.errors import UserError
+from utils.locks import LockedError, exclusive_lock
 from utils.parallel.processes import device_name, launcher, restarted, union_over_processes
-from utils.records.checkpoint import BEST, LAST, replace_file
+from utils.records.checkpoint import has_checkpoint, older_weights
+from utils.records.files import replace_file
+from utils.records.metrics_file import REQUIRED_COLUMNS, as_columns, damaged_metrics, read_rows
+from utils.records.weights import BEST, LAST, saved_step
 from utils.records.weights_and_biases import RECORDS, RUN_ID
 
-CONFIG, METRICS, CURVES = "config.json", "metrics.csv", "curves.png"
+CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.csv", "curves.png", ".lock"
+EVENTS = "events.out.tfevents.*"
+RESULTS = (BEST, METRICS, CURVES)
 # Flags that do not change the results of a run: its folder may be moved, its weights downloaded before a resumption.
 WITHOUT_EFFECT = {
     *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
-    *("local_rank", "parallel", "save_every", "num_workers", "skip_broken", "eval_batch_size"),
+    *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
 }
-REQUIRED_COLUMNS = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "images_per_second",
-    "seconds",
-)
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 
 
@@ -40,14 +38,17 @@ def folder_of(args):
     return Path(args.output_dir) / args.name
 
 
+@contextlib.contextmanager
 def open_run_folder(args):
-    """The run's folder, created and checked for writing.
+    """The run's folder, created, checked for writing, and locked for other processes as long as the block runs.
 
-    Raises UserError if it can't be written, or if it holds a run and neither --resume nor --overwrite is given.
+    Raises UserError if it can't be written, if another process trains in it, or if the run would delete earlier
+    results that the flags do not allow it to delete.
     """
     run_dir = folder_of(args)
     if int(os.environ.get("RANK", 0)):
-        return run_dir  # the first process prepares it
+        yield run_dir  # the first process prepares and locks it
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{os.getpid()}"
@@ -55,9 +56,38 @@ def open_run_folder(args):
         probe.unlink()
     except OSError as error:
         raise UserError(f"the output folder {run_dir} can't be written: {error.strerror}") from error
-    if any((run_dir / file).exists() for file in (CONFIG, LAST)) and not (args.resume or args.overwrite):
+    try:
+        with exclusive_lock(run_dir / LOCK):
+            check_earlier_results(run_dir, args)
+            yield run_dir
+    except LockedError as error:
+        raise in_use(run_dir, error.holder) from error
+
+
+def in_use(run_dir, holder):
+    """The UserError of a second process in the folder of a run; `holder` names the first one."""
+    return UserError(f"{run_dir} is in use by {holder or 'another process'}; wait for its end, or give another --name")
+
+
+def check_earlier_results(run_dir, args):
+    """Raise UserError if the run would delete files of an earlier one without --overwrite."""
+    found = files_of_run(run_dir)
+    if found and not (args.resume or args.overwrite):
         raise UserError(f"{run_dir} holds a run already; give --resume, --overwrite or another --name")
-    return run_dir
+    results = [path.name for path in found if path.name in RESULTS]
+    if args.resume and results and not (has_checkpoint(run_dir) or is_finished(run_dir, args)):
+        raise UserError(
+            f"{run_dir} holds {', '.join(results)} but no {LAST}, so --resume can't continue; give another --name, or "
+            "--overwrite to delete what it holds"
+        )
+
+
+def files_of_run(run_dir):
+    """The paths of all files and folders that a new run in this folder would delete."""
+    # What --resume needs comes first, so that it never continues from what is left of an interrupted deletion.
+    patterns = (LAST, "state-*", *RESULTS, CONFIG, EVENTS, ".*.tmp", RUN_ID, RECORDS)
+    paths = [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]
+    return [*older_weights(run_dir).values(), *paths]
 
 
 def is_restart(args):
@@ -68,7 +98,24 @@ def is_restart(args):
 
 def resumes(args):
     """Whether there is a checkpoint that --resume continues from; without one the run starts from step 0."""
-    return args.resume and (folder_of(args) / LAST).exists()
+    return args.resume and has_checkpoint(folder_of(args))
+
+
+def is_finished(run_dir, flags):
+    """Whether the run of these flags has evaluated its last step, even if its checkpoint was deleted since then.
+
+    False if its records are damaged: training then explains what is wrong.
+    """
+    try:
+        config, steps = read_config(run_dir), read_metrics(run_dir).get("step")
+        has_last = (Path(run_dir) / LAST).exists()
+        saved = saved_step(Path(run_dir) / LAST) if has_last else math.inf
+    except UserError:
+        return False
+    if not config or not steps:
+        return False
+    num_steps = config.get("num_steps") or config["flags"]["num_steps"]
+    return min(max(steps), saved) >= num_steps and not changed_flags(config["flags"], flags)
 
 
 def best_weights(args):
@@ -79,14 +126,10 @@ def best_weights(args):
 def prepare_run_folder(run_dir, args, classes, num_steps):
     """Write config.json. Before that, delete the files of an earlier run that is not resumed."""
     if not resumes(args):
-        for pattern in (CONFIG, METRICS, CURVES, LAST, BEST, "events.out.tfevents.*", ".*.tmp"):
-            for path in run_dir.glob(pattern):
-                path.unlink()
-        for state in run_dir.glob("state-*"):  # a file in runs of earlier versions
-            shutil.rmtree(state) if state.is_dir() else state.unlink()
-        if not args.resume:  # a run that was interrupted before its first checkpoint continues at W&B
-            (run_dir / RUN_ID).unlink(missing_ok=True)
-            shutil.rmtree(run_dir / RECORDS, ignore_errors=True)
+        kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
+        for path in files_of_run(run_dir):
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()  # an early version's state was a file
     config = {
         "flags": vars(args),
         "classes": classes,
@@ -107,8 +150,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
 
 def check_shared(run_dir):
     """Raise UserError in all processes if one of them does not see what the first one has prepared."""
-    deadline = time.monotonic() + NETWORK_DISK_SECONDS
-    while not (run_dir / CONFIG).exists() and time.monotonic() < deadline:
+    deadline = time.perf_counter() + NETWORK_DISK_SECONDS
+    while not (run_dir / CONFIG).exists() and time.perf_counter() < deadline:
         time.sleep(0.1)
     if False in union_over_processes({(run_dir / CONFIG).exists()}):
         raise not_shared(run_dir)
@@ -121,23 +164,47 @@ def not_shared(run_dir):
     )
 
 
-def report_changed_flags(config, args):
-    """Print the flags whose values differ from those that the run was started with."""
-    before = config["flags"] if config else vars(args)
-    for flag, value in vars(args).items():
-        if flag not in WITHOUT_EFFECT and before.get(flag, value) != value:
-            print(f"warning: resuming with --{flag} {value}; the run was started with {before[flag]}")
+def started_with(saved, run_dir):
+    """{"flags", "classes"} of the run that the saved state belongs to; either is None if it is not known.
+
+    Earlier versions recorded them in config.json only, whose damage is no reason not to resume.
+    """
+    config = {}
+    if "flags" not in saved:
+        try:
+            config = read_config(run_dir) or {}
+        except UserError as error:
+            print(f"warning: {error}; its flags and classes are not compared with those of this run")
+    return {name: saved.get(name, config.get(name)) for name in ("flags", "classes")}
+
+
+def report_changed_flags(before, args):
+    """Print the flags whose values differ from those `before`, with which the run was started."""
+    for flag, value in changed_flags(before, args).items():
+        print(f"warning: resuming with --{flag} {value}; the run was started with {before[flag]}")
+
+
+def changed_flags(before, args):
+    """{flag: value} of the flags in `args` that would change the results of a run with the flags `before`."""
+    return {
+        flag: value
+        for flag, value in vars(args).items()
+        if flag not in WITHOUT_EFFECT and before.get(flag, value) != value
+    }
 
 
 def read_config(run_dir):
-    """The config.json of a run, or None. Raises UserError for one that is not valid JSON."""
+    """The config.json of a run, or None. Raises UserError for a damaged one."""
     path = Path(run_dir) / CONFIG
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+        raise UserError(f"{path} does not contain the flags of a run")
+    return config
 
 
 def read_metrics(run_dir):
@@ -148,24 +215,17 @@ def read_metrics(run_dir):
     path = Path(run_dir) / METRICS
     if not path.exists():
         return {}
-    try:
-        rows = read_rows(path)
-        columns = dict.fromkeys((*rows[0], *REQUIRED_COLUMNS)) if rows else ()
-        return {name: [float(row[name]) for row in rows] for name in columns}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: it needs numbers in the columns {', '.join(REQUIRED_COLUMNS)}") from error
-
-
-def read_rows(path):
-    """The rows of a metrics.csv as {column: text}."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    rows = read_rows(path)
+    for name in REQUIRED_COLUMNS if rows else ():
+        if name not in rows[0]:
+            raise damaged_metrics(path, f"it has no column {name}")
+    return as_columns(rows)
 
 
 def read_run(run_dir):
     """(flags, metrics) of a run that has been evaluated at least once. Raises UserError for any other folder."""
     config, metrics = read_config(run_dir), read_metrics(run_dir)
-    if not isinstance(config, dict) or "flags" not in config:
+    if config is None:
         raise UserError(f"{run_dir} is not the folder of a run: it has no {CONFIG} with a run's flags")
     if not metrics:
         raise UserError(f"{run_dir} has no evaluation in its {METRICS} yet")

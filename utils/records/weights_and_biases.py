@@ -4,10 +4,10 @@ import os
 import secrets
 import sys
 
-from tqdm import tqdm
-
 from utils.errors import UserError
-from utils.records.checkpoint import replace_file
+from utils.records.best_effort import BestEffort, reason
+from utils.records.files import replace_file
+from utils.terminal import say
 
 RUN_ID, RECORDS = "wandb-id.txt", "wandb"  # in the run's folder; W&B chooses the second name
 OLDEST = (0, 31)  # has `finish_timeout`, without which the end of a run waits forever for a dead connection
@@ -39,11 +39,19 @@ def check_project(name):
 
 
 class WeightsAndBiases:
-    """The run at W&B, for the first process. An error there is a warning, and the training continues without W&B."""
+    """The run at W&B, for the first process. An error there is a warning, and the training continues.
+
+    After an error its calls are omitted until the next evaluation tries again; values in between are lost there. The
+    connection is not started a second time, nor is a run whose start has failed: each attempt could take `TIMEOUT`.
+    """
 
     def __init__(self, run_dir, args):
         """Start the run, or resume the one whose id is in `run_dir`; offline if that fails."""
         self.package = import_wandb()
+        self.sending = BestEffort("Weights & Biases", Exception)  # any error of another package that runs a service
+        self.sending_figures = BestEffort("a figure for Weights & Biases", Exception)
+        kept = f"its records are kept in {run_dir / RECORDS} for `wandb sync`"
+        self.finishing = BestEffort("the end of the run at Weights & Biases", Exception, kept)
         options = {
             "project": args.wandb_project,
             "name": args.name,
@@ -63,44 +71,35 @@ class WeightsAndBiases:
         try:
             self.run = self.package.init(**options)
         except Exception as error:
-            warn(error, f"its records are kept in {run_dir / RECORDS} for `wandb sync`")
-            options["mode"] = "offline"
-            self.attempt(lambda _: self.start_again(options))
+            say(f"warning: Weights & Biases has failed ({reason(error)}); {kept}")
+            self.sending.attempt(lambda: self.start_again({**options, "mode": "offline"}))
 
     def start_again(self, options):
         self.package.teardown()  # otherwise the id is still in use
         self.run = self.package.init(**options)
 
-    def attempt(self, action):
-        """Call `action(run)`; after an error W&B is no longer used."""
-        try:
-            action(self.run)
-        except Exception as error:
-            self.run = None
-            warn(error, "the run continues without it")
-
-    def log(self, values, step):
-        """Record {name: number or image} at a step.
+    def log(self, values, step, retry=False):
+        """Record {name: number} at a step; after an error only to `retry`.
 
         W&B does not accept earlier steps again, so what a killed run has sent beyond its checkpoint stays.
         """
-        if self.run:
-            self.attempt(lambda run: run.log(values, step=step) if step >= run.step else None)
+        if self.run and (retry or not self.sending.failed):
+            self.sending.attempt(lambda: self.run.log(values, step=step) if step >= self.run.step else None)
 
     def log_figure(self, name, figure, step):
         """Record a matplotlib figure."""
-        if self.run:
-            self.attempt(lambda run: run.log({name: self.package.Image(figure)}, step=step))
+        if self.run and not self.sending.failed:
+            self.sending_figures.attempt(lambda: self.run.log({name: self.package.Image(figure)}, step=step))
 
     def summarise(self, values):
         """Record {name: number} of the whole run."""
-        if self.run:
-            self.attempt(lambda run: run.summary.update(values))
+        if self.run and not self.sending.failed:
+            self.sending.attempt(lambda: self.run.summary.update(values))
 
     def finish(self):
         """Send the rest. W&B marks a run that an exception ends as failed."""
         if self.run:
-            self.attempt(lambda run: run.finish(exit_code=1 if sys.exception() else 0))
+            self.finishing.attempt(lambda: self.run.finish(exit_code=1 if sys.exception() else 0))
 
 
 def run_id(run_dir):
@@ -111,8 +110,3 @@ def run_id(run_dir):
         found = secrets.token_hex(8)
         replace_file(path, lambda path: path.write_text(found + "\n"))
     return found
-
-
-def warn(error, outcome):
-    reason = str(error).partition("\n")[0]
-    tqdm.write(f"warning: Weights & Biases has failed ({reason}); {outcome}", file=sys.stdout)
