@@ -1,4 +1,4 @@
-"""What the faults share: damaging a file, a small disk, comparing the results of two runs, and how a start must end, as lines."""
+"""What the faults share: damage, a small disk, comparing the results of two runs, and how a start must end."""
 
 import contextlib
 import logging
@@ -15,12 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils.records.checkpoint import BEST, LAST
 from utils.records.run_folder import METRICS, read_rows
 
+DISK = "64m"
 MEASURED = ("seconds", "images_per_second")  # they differ between two runs of the same command
 MEASURED_SPEED = "train/images_per_second"
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of each resumption
-
-
-DISK = "64m"
 
 
 class SkippedError(Exception):

@@ -27,7 +27,7 @@ from fault_checks import (
 from fault_runs import EVAL_EVERY, HALF_STEP, HALVES, ROOT, after_step, kill, last_step, states, wait_until
 
 from utils.records.checkpoint import BEST, LAST, STATE
-from utils.records.run_folder import CONFIG, METRICS
+from utils.records.run_folder import CONFIG, METRICS, read_config
 
 ONE_DAY = 24 * 3600
 
@@ -112,8 +112,12 @@ def damaged_best(case, reference, variant, rng):
 
 
 def damaged_config(case, reference, variant, rng):
+    """Resuming does not need the file and writes it again; the checkpoint holds the flags too."""
     DAMAGES[variant](case.run_dir / CONFIG, rng)
-    return finishes(case, reference, says="warning: ")
+    problems = finishes(case, reference)
+    if read_config(case.run_dir)["classes"] != read_config(reference)["classes"]:
+        problems.append(f"{CONFIG} has other classes")
+    return problems
 
 
 def damaged_metrics(case, reference, variant, rng):
@@ -315,7 +319,7 @@ FAULTS = {
         for name, what, find in STATE_FILES
     },
     "best-weights": Fault("best.safetensors is damaged", f"{WEIGHTS}; evaluate.py refuses it", damaged_best, DAMAGES),
-    "config": Fault("config.json is damaged", "a warning; same bits", damaged_config, DAMAGES),
+    "config": Fault("config.json is damaged", "same bits; the file is written again", damaged_config, DAMAGES),
     "metrics": Fault("metrics.csv is damaged", f"{WEIGHTS}; lost rows are reported", damaged_metrics, DAMAGES),
     "events": Fault("a TensorBoard file is damaged", f"{WEIGHTS} and metrics", damaged_events, NOTICED),
     "training-image": Fault("a training image is damaged", NAMED, damaged_image("train"), DAMAGES, "pictures"),
