@@ -196,7 +196,7 @@ def interrupt(lab, name, folder, kills):
             problems += check_end(run, kill, phase)
     with case.start() as run:
         if run.wait() != 0:
-            problems.append(f"the last start ended with {run.status()}: {run.stderr().strip()[-300:]}")
+            problems.append(f"the last start ended with {run.status()}: {run.last_words()}")
     problems += compare(case.run_dir, lab.reference(name))
     if not problems:
         shutil.rmtree(case.folder)
@@ -220,12 +220,12 @@ def check_end(run, kill, phase):
         return [f"{kill.signal} in {phase}: it did not end within {SECONDS_TO_END} s"]
     if kill.signal == "SIGKILL" or phase in ("start-up", FINISHED) or run.case.kind.launch == "torchrun":
         return []  # nothing can be said before the run listens; torchrun has its own messages
-    stopped = re.search(r"stopped by \w+ after step (\d+); saved", run.printed())
+    stopped = re.search(r"stopped by .*after step (\d+); saved", run.printed())
     problems = []
     if stopped and int(stopped[1]) != last_step(run.run_dir):
         problems.append(f"{stopped[0]}, but {last_step(run.run_dir)} is saved")
     if run.status() != (128 + signal.Signals[kill.signal] if stopped else 0):
-        problems.append(f"it ended with status {run.status()}: {run.stderr().strip()[-300:]}")
+        problems.append(f"it ended with status {run.status()}: {run.last_words()}")
     if "Traceback" in run.printed():
         problems.append("it printed a traceback")
     return [f"{kill.signal} to {kill.target} in {phase}: {line}" for line in problems]

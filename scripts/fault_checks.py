@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils.errors import UserError
 from utils.records.checkpoint import BEST, LAST
 from utils.records.run_folder import METRICS, read_rows
 
@@ -96,9 +97,10 @@ def same_bits(tensor, other):
 
 def compare_metrics(run_dir, reference):
     """How metrics.csv differs in columns, rows or values, except the measured times; a list of at most one line."""
-    if not (run_dir / METRICS).is_file():
-        return [f"{METRICS} is missing"]
-    rows, expected = read_rows(run_dir / METRICS), read_rows(reference / METRICS)
+    try:
+        rows, expected = read_rows(run_dir / METRICS), read_rows(reference / METRICS)
+    except UserError as error:
+        return [str(error)]
     steps, expected_steps = ([row.get("step") for row in each] for each in (rows, expected))
     if steps != expected_steps:
         return [f"{METRICS} has the steps {steps} instead of {expected_steps}"]
@@ -148,7 +150,7 @@ def refuses(case, start, names=""):
     lines = run.stderr().splitlines()
     problems = []
     if run.status() != 2 or len(lines) != 1 or "error: " not in lines[0] or names not in lines[0]:
-        problems.append(f"it ended with {run.status()} and {len(lines)} lines: {run.stderr().strip()[-300:]}")
+        problems.append(f"it ended with {run.status()} and {len(lines)} lines: {run.last_words()}")
     if contents(case.run_dir) != before:
         changed = sorted({path for path, _ in contents(case.run_dir).items() ^ before.items()})
         problems.append(f"it changed {', '.join(changed)}")
@@ -164,7 +166,7 @@ def contents(folder):
 def ends_with(run, *expected):
     """Problems of a started run that must end with an `expected` status and without a traceback."""
     if run.wait() not in expected or "Traceback" in run.printed():
-        return [f"it ended with status {run.status()}: {run.stderr().strip()[-300:]}"]
+        return [f"it ended with status {run.status()}: {run.last_words()}"]
     return []
 
 

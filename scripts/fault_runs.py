@@ -236,6 +236,10 @@ class Start:
     def stderr(self):
         return self.err.read_text() if self.err.exists() else ""
 
+    def last_words(self):
+        """The end of what it printed to stderr, in one line."""
+        return " ".join(self.stderr().split())[-300:]
+
     def printed(self):
         return (self.out.read_text() if self.out.exists() else "") + self.stderr()
 
@@ -308,7 +312,7 @@ def last_row(run_dir):
     try:
         rows = read_rows(run_dir / METRICS)
         return int(rows[-1]["step"]) if rows else 0
-    except (OSError, KeyError, ValueError):
+    except (UserError, KeyError, ValueError):
         return 0
 
 

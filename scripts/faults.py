@@ -134,14 +134,14 @@ def damaged_image(split):
     """A cause: damage an image; the run must name it, save what it has computed, and continue once it is repaired."""
 
     def cause(case, reference, variant, rng):
-        image = rng.choice(sorted((case.pictures / split).rglob("*.*")))
+        image = rng.choice(sorted((case.pictures / split).rglob("*.*"))[1:])  # the first one is read before training
         before = image.read_bytes()
         DAMAGES[variant](image, rng)
         with case.start() as run:
             run.wait()
         problems = []
         if run.status() != 2 or run.stderr().count("\n") != 1 or str(image) not in run.stderr():
-            problems.append(f"it ended with {run.status()}: {run.stderr().strip()[-300:]}")
+            problems.append(f"it ended with {run.status()}: {run.last_words()}")
         if split == "val" and last_step(case.run_dir) != 2 * EVAL_EVERY:
             problems.append(f"step {last_step(case.run_dir)} is saved, not {2 * EVAL_EVERY}, whose evaluation failed")
         image.write_bytes(before)
@@ -266,7 +266,7 @@ def second_process(case, reference, variant, rng):
         problems = ends_with(run, 0)
     lines = second.stderr().splitlines()
     if second.status() != 2 or len(lines) != 1 or str(run.process.pid) not in lines[0]:
-        problems.append(f"the second process ended with {second.status()}: {second.stderr().strip()[-300:]}")
+        problems.append(f"the second process ended with {second.status()}: {second.last_words()}")
     return problems + compare(case.run_dir, reference)
 
 

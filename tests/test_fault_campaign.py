@@ -70,7 +70,7 @@ def test_the_same_results_have_no_differences(tmp_path):
         (lambda run: save_at_another_step(run, BEST), r"best.safetensors is of step 10 instead of 20"),
         (lambda run: truncate(run / LAST), r"last.safetensors can't be read"),
         (lambda run: (run / BEST).unlink(), r"best.safetensors can't be read"),
-        (lambda run: (run / METRICS).unlink(), r"metrics.csv is missing"),
+        (lambda run: (run / METRICS).unlink(), r"metrics.csv is damaged: .* No such file"),
         (lambda run: write_rows(run, [VALUES]), r"metrics.csv has the steps \['10'\] instead of \['10', '20'\]"),
         (
             lambda run: write_rows(run, [VALUES, {**VALUES, "step": 20, "test_loss": 1.25}]),
@@ -123,7 +123,7 @@ class EndedStart:
     def stderr(self):
         return self.text
 
-    printed = stderr
+    printed = last_words = stderr
 
 
 ERROR = "train.py: error: last.safetensors is missing\n"
