@@ -13,8 +13,9 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.errors import UserError
-from utils.records.checkpoint import BEST, LAST
-from utils.records.run_folder import METRICS, read_rows
+from utils.records.metrics_file import read_rows
+from utils.records.run_folder import METRICS
+from utils.records.weights import BEST, LAST
 
 DISK = "64m"
 MEASURED = ("seconds", "images_per_second")  # they differ between two runs of the same command

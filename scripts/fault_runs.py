@@ -28,8 +28,9 @@ from safetensors import safe_open
 import utils.curves  # noqa: F401
 import utils.training
 from utils.errors import UserError
-from utils.records.checkpoint import BEST, LAST
-from utils.records.run_folder import METRICS, read_rows
+from utils.records.metrics_file import read_rows
+from utils.records.run_folder import METRICS
+from utils.records.weights import BEST, LAST
 
 ROOT = TRAIN.path.parent
 EVALUATE = ROOT / "evaluate.py"

@@ -26,8 +26,9 @@ from fault_checks import (
 )
 from fault_runs import EVAL_EVERY, HALF_STEP, HALVES, ROOT, after_step, kill, last_step, states, wait_until
 
-from utils.records.checkpoint import BEST, LAST, STATE
+from utils.records.checkpoint import STATE
 from utils.records.run_folder import CONFIG, METRICS, read_config
+from utils.records.weights import BEST, LAST
 
 ONE_DAY = 24 * 3600
 
@@ -204,7 +205,7 @@ def unwritable_metrics(case, reference, variant, rng):
         metrics.rmdir()
         if problems := ends_with(run, 0):
             return problems
-    reports = sum("can't" in line and METRICS in line for line in run.printed().splitlines())
+    reports = sum("has failed" in line and METRICS in line for line in run.printed().splitlines())
     problems = [] if reports == 1 else [f"it reported the error {reports} times"]
     return problems + compare(case.run_dir, reference)
 
@@ -312,6 +313,7 @@ WEIGHTS = "same bits of the weights"
 NAMED = "one line that names it, status 2; same bits once it is repaired"
 STOPS = "one line and status 1; same bits after --resume"
 SAME = "same bits"
+WARNS = "the run continues, says so once; same bits"
 FAULTS = {
     "last-weights": Fault("last.safetensors is damaged", OLDER, damaged_checkpoint(find_last), NOTICED),
     **{
@@ -328,12 +330,7 @@ FAULTS = {
     "full-disk": Fault("the disk is full", STOPS, full_disk, ("training", "evaluation"), fresh=True),
     "file-size-limit": Fault("no file may exceed 1 MiB", STOPS, file_size_limit, fresh=True),
     "read-only": Fault("the folder is read-only", REFUSED, read_only_folder),
-    "unwritable-metrics": Fault(
-        "metrics.csv can't be written once",
-        "the run continues, says so once; same bits",
-        unwritable_metrics,
-        fresh=True,
-    ),
+    "unwritable-metrics": Fault("metrics.csv can't be written once", WARNS, unwritable_metrics, fresh=True),
     "clock": Fault("the clock is set back by a day", SAME, clock_set_back, ("before a start", "during the run")),
     "reading-worker": Fault("a process that reads images is killed", SAME, lost_reading_worker, base="pictures"),
     "unexpected-error": Fault("an unexpected error", "the run ends; same bits", unexpected_error, base="pictures"),

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import ROOT, call_main, script, truncate
-from utils.records.checkpoint import BEST, LAST
 from utils.records.run_folder import METRICS
+from utils.records.weights import BEST, LAST
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import fault_campaign
