@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import train
 from command_line import model_maker, train_parser
 from helpers import ROOT, call_main
 from utils.errors import RunStoppedError, UserError
+from utils.records.run_folder import LOCK
 from utils.sweeps import (
     LOG,
     Run,
@@ -61,6 +63,26 @@ def test_a_plan_is_checked_against_earlier_runs(tiny_flags, monkeypatch):
     check_plan(TRAIN, [absent], files=False)
     with pytest.raises(UserError, match="nowhere.npz does not exist"):
         check_plan(TRAIN, [absent])
+
+
+def test_a_run_that_another_process_trains_is_named_before_any_work(tiny_flags):
+    """As when a study is started twice; a finished run needs no work."""
+    run = plan_run(TRAIN, {}, tiny_flags())
+    run.folder.mkdir(parents=True)
+    hold = f"import time; from utils.locks import exclusive_lock; lock = exclusive_lock({str(run.folder / LOCK)!r})"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{hold}\nwith lock: print('held', flush=True); time.sleep(60)"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match=f"run is in use by process {holder.pid} on .* since .*; wait for its end"):
+            check_plan(TRAIN, [run])
+    finally:
+        holder.kill()
+        holder.communicate()
+    check_plan(TRAIN, [run])
 
 
 def test_only_the_gpus_of_cuda_visible_devices_are_used(monkeypatch):
