@@ -192,8 +192,8 @@ def test_results_are_not_overwritten(tmp_path, main_fails):
 @pytest.mark.slow
 @LINUX
 def test_a_small_campaign_loses_nothing(tmp_path):
-    """Two runs, six interruptions, damaged weights and .npz files, and the clock."""
-    flags = ["--kills", 6, "--runs", "sgd", "pictures", "--faults", "last-weights", "npz", "clock", "--jobs", 2]
+    """Two runs, six interruptions, damaged weights and .npz files."""
+    flags = ["--kills", 6, "--runs", "sgd", "pictures", "--faults", "last-weights", "npz", "--jobs", 2]
     done = script("scripts/fault_campaign.py", *flags, "--output_dir", tmp_path / "campaign")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| all | " in done.stdout

@@ -166,6 +166,7 @@ def report_finished(run_dir):
     rows = read_rows(run_dir / METRICS)
     best = max(rows, key=lambda row: float(row["test_accuracy"]))
     num_classes = len(read_config(run_dir)["classes"])
+    print(f"{run_dir} has finished all of its {rows[-1]['step']} steps")
     print(summary(run_dir, rows, float(best["test_accuracy"]), int(best["step"]), num_classes))
 
 
