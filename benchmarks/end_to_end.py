@@ -168,7 +168,7 @@ def train_py_speed(args, output_dir):
 def timm_speed(args, device):
     """Images/s of a training loop written with timm's functions as its own train.py does."""
     loader = timm_loader(args, device)
-    num_classes = len(class_folders(image_folders(args.data_dir)[0]))
+    num_classes = len(class_folders(image_folders(args.data_dir)["train"]))
     model = create_model(TIMM[args.model_type], img_size=args.img_size, num_classes=num_classes, act_layer=tanh_gelu())
     model = model.to(device).train()
     optimizer = create_optimizer_v2(model, opt="momentum", lr=LEARNING_RATE, weight_decay=0.0, momentum=0.9)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from utils.data.augmentation import MAX_MAGNITUDE
-from utils.data.datasets import DATASETS
+from utils.data.datasets import DATASETS, DataOptions, find_splits
 from utils.data.folders import class_folders, image_folders
 from utils.errors import UserError
 from utils.optimizers import make_optimizer
@@ -127,8 +127,11 @@ def check_length(args, num_steps, num_images):
 def check_files(args):
     """Whether the data and the weights exist, as far as possible without reading them."""
     if DATASETS[args.dataset].in_folders:
-        for folder in image_folders(args.data_dir):
+        for folder in image_folders(args.data_dir).values():
             class_folders(folder)
+    splits = find_splits(args.dataset, DataOptions.from_flags(args))
+    if args.test_at_end and "val" in splits:
+        raise UserError("--test_at_end is for runs without validation images; with them, the test is always at the end")
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
         raise UserError(

@@ -11,10 +11,10 @@ import numpy as np
 from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
+from utils.data.splits import available_splits, check_shares, rows_of_split
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
 
-SPLITS = ("train", "test")
 DIGITS_SPLIT_SEED = 0
 
 
@@ -28,12 +28,13 @@ class Split(NamedTuple):
 
 
 class DataSource(NamedTuple):
-    """A data set. Both functions raise UserError that names the folder or file at fault."""
+    """A data set. The functions of `data_dir` raise UserError that names the folder or file at fault."""
 
     count_classes: Callable  # (data_dir) -> number of classes, without reading an image
-    read: Callable  # (data_dir, split) -> Split, for each split in SPLITS; may download into `data_dir`
+    read: Callable  # (data_dir, split) -> Split, for each of its own splits; may download into `data_dir`
+    splits: Callable = lambda data_dir: ("train", "test")  # its own splits, of SPLITS
     prepare: Callable = stretch  # how evaluation resizes an image: uint8 (3, H, W), img_size -> uint8 (3, *img_size)
-    in_folders: bool = False  # whether `data_dir` must already hold train/ and val/ or test/
+    in_folders: bool = False  # whether `data_dir` must already hold the images
     in_memory: bool = True  # whether image files of one size are decoded once and kept in memory, if they fit
 
 
@@ -45,6 +46,10 @@ class DataOptions(NamedTuple):
     mean_std: str = "half"
     skip_broken: bool = False
     examples_per_class: int | None = None
+    val_split: float | None = None
+    test_split: float | None = None
+    split_seed: int = 0
+    group_by: str | None = None
 
     @classmethod
     def from_flags(cls, flags):
@@ -52,13 +57,25 @@ class DataOptions(NamedTuple):
         return cls(**{name: getattr(flags, name) for name in cls._fields if hasattr(flags, name)})
 
 
+def find_splits(name, options):
+    """The splits of a data set: its own ones and those that the options divide. Raises UserError without a second."""
+    own = DATASETS[name].splits(options.data_dir)
+    where = options.data_dir if DATASETS[name].in_folders else name
+    check_shares(own, options, where)
+    found = available_splits(own, options)
+    if found == ["train"]:
+        raise UserError(
+            f"{where} needs the folders train/ and val/ or test/, with one folder per class in each; or divide its "
+            "images by --val_split 0.1 or --test_split 0.2"
+        )
+    return found
+
+
 def load_dataset(name, split, options, processes):
-    """The split "train" or "test" of a data set as TensorImages or, read by worker processes, FolderImages.
+    """One of `find_splits` as TensorImages or, read by worker processes, FolderImages.
 
     `examples_per_class` of the options limits the training split only. Raises UserError.
     """
-    if split != "train":
-        options = options._replace(examples_per_class=None)
     source = DATASETS[name]
     images, labels, classes, _ = read_split(name, split, options, processes)
     pixels = images
@@ -71,21 +88,26 @@ def load_dataset(name, split, options, processes):
 
 
 def read_split(name, split, options, processes):
-    """The Split of a data set, or its first `examples_per_class` images of each class. Raises UserError.
+    """The Split of a data set, of training images perhaps the first `examples_per_class` of each class only.
 
-    The first process prints the note about ignored files to stderr.
+    The first process prints the note about ignored files to stderr. Raises UserError.
     """
     source = DATASETS[name]
+    own = source.splits(options.data_dir)
     with contextlib.nullcontext() if source.in_folders else first_on_each_machine(processes):
-        images, labels, classes, note = source.read(options.data_dir, split)
-    if note and processes.is_first:
+        images, labels, classes, note = source.read(options.data_dir, split if split in own else "train")
+    if note and processes.is_first and split in own:
         print(note, file=sys.stderr)
-    labels = np.asarray(labels, dtype=np.int64)
-    if options.examples_per_class:
-        rows = first_of_each_class(labels, options.examples_per_class)
+    labels, classes = np.asarray(labels, dtype=np.int64), list(classes)
+    rows = None
+    if split == "train" or split not in own:
+        rows = rows_of_split(split, own, labels, images, classes, options)
+    if split == "train" and options.examples_per_class:
+        rows = rows[first_of_each_class(labels[rows], options.examples_per_class)]
+    if rows is not None and len(rows) < len(labels):
         images = [images[row] for row in rows] if isinstance(images, list) else images[rows]
         labels = labels[rows]
-    return Split(images, labels, list(classes), note)
+    return Split(images, labels, classes, note)
 
 
 def first_of_each_class(labels, count):
@@ -102,7 +124,7 @@ def read_digits(data_dir, split):
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8).repeat(3, axis=1)
     rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED)
-    rows = rows[SPLITS.index(split)]
+    rows = rows[("train", "test").index(split)]
     return Split(pixels[rows], labels[rows], [str(digit) for digit in range(10)])
 
 
@@ -123,15 +145,15 @@ def read_cifar(name, data_dir, split):
 
 def count_class_folders(data_dir):
     """The number of folders in the training folder."""
-    return len(class_folders(image_folders(data_dir)[0]))
+    return len(class_folders(image_folders(data_dir)["train"]))
 
 
 def read_folder(data_dir, split):
-    """`train/` and `val/` or `test/` below `data_dir`, with one folder per class in each."""
+    """One of the folders `train/`, `val/` and `test/` below `data_dir`, with one folder per class in each."""
     return Split(*list_folder(data_dir, split))
 
 
-IMAGE_FOLDER = DataSource(count_class_folders, read_folder, in_folders=True)
+IMAGE_FOLDER = DataSource(count_class_folders, read_folder, image_folders, in_folders=True)
 
 DATASETS = {
     "cifar10": DataSource(lambda data_dir: 10, functools.partial(read_cifar, "CIFAR10")),

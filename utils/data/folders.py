@@ -1,24 +1,28 @@
-"""Folders of images: `train/` and `val/` or `test/`, with one folder per class in each."""
+"""Folders of images: `train/`, `val/` and `test/`, or one of them, with one folder per class in each."""
 
 import os
 from collections import Counter
 from pathlib import Path
 
 from utils.data.images import count_text, find_images, is_image, is_system_file
+from utils.data.splits import SPLITS
 from utils.errors import UserError
 
 IGNORED_FOLDERS = {"__MACOSX"}
 
 
 def image_folders(data_dir):
-    """(training folder, test folder) below `data_dir`. Raises UserError if one is missing."""
+    """{split: folder} of train/, val/ and test/ below `data_dir`, or {"train": data_dir} if it has none of them.
+
+    Raises UserError if the training folder is missing.
+    """
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give one with train/ and val/ or test/ by --data_dir")
-    tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not tests:
+    folders = {split: root / split for split in SPLITS if (root / split).is_dir()}
+    if folders and "train" not in folders:
         raise UserError(f"{root} needs the folders train/ and val/ or test/, with one folder per class in each")
-    return root / "train", tests[0]
+    return folders or {"train": root}
 
 
 def class_folders(folder):
@@ -53,18 +57,17 @@ def how_to_make_folders(folder, files):
 
 
 def list_folder(data_dir, split):
-    """(paths of the images, their labels, names of the classes, note) of the split "train" or "test".
+    """(paths of the images, their labels, names of the classes, note) of one of `image_folders`.
 
     The note is a line about the files that are ignored, if there are any. Only names are read, not the files, so
     1.3 million of them take seconds. Raises UserError.
     """
-    train_dir, test_dir = image_folders(data_dir)
-    classes = class_folders(train_dir)
-    unknown = sorted(set(class_folders(test_dir)) - set(classes))
-    if unknown:
-        raise UserError(f"{test_dir / unknown[0]} is a class that {train_dir} does not have")
-    folder = {"train": train_dir, "test": test_dir}[split]
+    folders = image_folders(data_dir)
+    classes, folder = class_folders(folders["train"]), folders[split]
     names, files = classes_and_files(folder)
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise UserError(f"{folder / unknown[0]} is a class that {folders['train']} does not have")
     present = set(names)
     ignored = Counter("outside the class folders" for file in files if not is_system_file(file))
     paths, labels = [], []

@@ -1,0 +1,89 @@
+"""Which splits a data set has, and dividing its training images by a seed into those that it lacks."""
+
+import os
+import re
+
+import numpy as np
+
+from utils.errors import UserError
+
+SPLITS = ("train", "val", "test")
+NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def check_shares(own, options, where):
+    """Raise UserError if the shares in the DataOptions do not suit a data set with the `own` splits.
+
+    `where` names the data set in the error.
+    """
+    for split in ("val", "test"):
+        if split in own and getattr(options, f"{split}_split"):
+            raise UserError(f"{where} has {NAMES[split]} images of its own; omit --{split}_split")
+    if options.group_by:
+        check_regex(options.group_by)
+
+
+def check_regex(regex):
+    """Raise UserError for what is not a regular expression with one group."""
+    try:
+        groups = re.compile(regex).groups
+    except re.error as error:
+        raise UserError(f"--group_by {regex!r} is not a regular expression: {error}") from error
+    if groups != 1:
+        raise UserError(f"--group_by {regex!r} must have one group in parentheses, which names the subject")
+
+
+def available_splits(own, options):
+    """The splits of a data set with the `own` ones, after it is divided by the shares in the DataOptions."""
+    return [split for split in SPLITS if split in own or split == "train" or getattr(options, f"{split}_split")]
+
+
+def rows_of_split(split, own, labels, images, classes, options):
+    """Sorted indices of the training images that belong to `split`, after those of splits that are missing are taken.
+
+    `own` are the splits that the data set has. The test images are taken first, then the validation images from the
+    rest, each by `split_seed` alone. Raises UserError if the images can't be divided.
+    """
+    rows = np.arange(len(labels))
+    groups = subjects(images, options.group_by) if options.group_by else None
+    for taken in ("test", "val"):
+        share = getattr(options, f"{taken}_split")
+        if taken in own or not share:
+            continue
+        subset = labels[rows], None if groups is None else groups[rows]
+        kept, found = (rows[part] for part in divide(*subset, share, options.split_seed, f"--{taken}_split {share:g}"))
+        for part, name in ((kept, "training"), (found, NAMES[taken])):
+            empty = np.setdiff1d(labels, labels[part])
+            if len(empty):
+                raise UserError(f"--{taken}_split {share:g} leaves no {name} image of class {classes[empty[0]]!r}")
+        if split == taken:
+            return np.sort(found)
+        rows = kept
+    return np.sort(rows)
+
+
+def divide(labels, groups, share, seed, flag):
+    """(indices of the images that stay, of the `share` that is taken), with about the same share of each class.
+
+    All images of a group stay or are taken together. Raises UserError, which names the `flag`.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, train_test_split  # a slow import
+
+    rows = np.arange(len(labels))
+    try:
+        if groups is None:
+            return train_test_split(rows, test_size=share, stratify=labels, random_state=seed)
+        folds = StratifiedGroupKFold(max(2, round(1 / share)), shuffle=True, random_state=seed)
+        return next(folds.split(rows, labels, groups))
+    except ValueError as error:  # too few images of a class, or too few subjects
+        raise UserError(f"{flag} can't divide {len(rows)} images of {len(np.unique(labels))} classes: {error}") from error
+
+
+def subjects(images, regex):
+    """The subject of each image file, which the regex's group in its name gives. Raises UserError."""
+    if not isinstance(images, list):
+        raise UserError("--group_by needs image files, whose names it reads")
+    matches = [re.search(regex, os.path.basename(path)) for path in images]
+    if None in matches:
+        raise UserError(f"--group_by {regex!r} does not match the name of {images[matches.index(None)]}")
+    return np.unique([match[1] for match in matches], return_inverse=True)[1]
