@@ -10,6 +10,7 @@ from utils.data.augmentation import MAX_MAGNITUDE
 from utils.data.datasets import DATASETS, DataOptions, find_splits
 from utils.data.folders import class_folders, image_folders
 from utils.errors import UserError
+from utils.metrics import BEST_METRICS
 from utils.optimizers import make_optimizer
 from utils.parallel.precision import import_apex_amp
 from utils.pretrained import check_exists, published_url
@@ -124,6 +125,12 @@ def check_length(args, num_steps, num_images):
         )
 
 
+def check_best_metric(args, num_classes, where):
+    """Whether --best_metric is defined for the number of classes in the data set or in its test set, named `where`."""
+    if BEST_METRICS[args.best_metric].from_confusion and num_classes < 2:
+        raise UserError(f"--best_metric {args.best_metric} needs two classes, {where} has {num_classes}; give accuracy")
+
+
 def check_files(args):
     """Whether the data and the weights exist, as far as possible without reading them."""
     if DATASETS[args.dataset].in_folders:
@@ -132,6 +139,8 @@ def check_files(args):
     splits = find_splits(args.dataset, DataOptions.from_flags(args))
     if args.test_at_end and "val" in splits:
         raise UserError("--test_at_end is for runs without validation images; with them, the test is always at the end")
+    if args.mode == "train":
+        check_best_metric(args, DATASETS[args.dataset].count_classes(args.data_dir), args.dataset)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
         raise UserError(
