@@ -8,8 +8,9 @@ import torch
 from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.checks import check_figure_path
-from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
 from utils.data.images import read_image
+from utils.data.splits import DIVISION, NAMES, SPLITS
 from utils.errors import UserError, run_script
 from utils.evaluation import check_classes, evaluate_model
 from utils.flag_groups import (
@@ -19,7 +20,7 @@ from utils.flag_groups import (
     add_token_reduction_flags,
     token_reduction_of,
 )
-from utils.flag_types import Parser, positive
+from utils.flag_types import Parser, one_of, positive
 from utils.metrics import (
     class_metrics,
     expected_calibration_error,
@@ -58,6 +59,12 @@ def parse_flags():
     add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
     data = parser.add_argument_group("data")
     add_data_flags(data, default=None)
+    data.add_argument(
+        "--split",
+        type=one_of("split", SPLITS),
+        metavar="NAME",
+        help="The images to evaluate: train, val or test; default: test, or val without test images.",
+    )
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="Images per batch.")
     add_precision_flags(parser.add_argument_group("precision"))
     output = parser.add_argument_group("output")
@@ -76,14 +83,14 @@ def parse_flags():
 
 
 def evaluate_on_dataset(saved, args, processes):
-    """Evaluate on the test set, by default that of the run; draw the figures and return the report."""
+    """Evaluate on a split, by default of the run's data set; draw the figures and return the report."""
     paths = {}
     for name in ("confusion_matrix", "reliability_diagram"):
         paths[name] = Path(getattr(args, name) or Path(args.checkpoint).parent / f"{name}.png")
         check_figure_path(paths[name], f"--{name}")
-    dataset, test_set = load_test_set(saved, args, processes)
-    result = evaluate_model(saved.model, test_set, saved.img_size, args, processes, per_class=True)
-    names, title = readable_names(test_set.classes), f"{saved.title} on {dataset}"
+    dataset, split, images = load_split(saved, args, processes)
+    result = evaluate_model(saved.model, images, saved.img_size, args, processes, per_class=True)
+    names, title = readable_names(images.classes), f"{saved.title} on {dataset}"
     if processes.is_first:
         draw_confusion_matrix(result["confusion"], names, title, paths["confusion_matrix"])
         draw_reliability(result["calibration"], title, paths["reliability_diagram"])
@@ -91,6 +98,7 @@ def evaluate_on_dataset(saved, args, processes):
     return {
         "checkpoint": str(args.checkpoint),
         "dataset": dataset,
+        "split": split,
         "images": result["images"],
         "skipped": result["skipped"],
         "loss": result["loss"],
@@ -129,8 +137,11 @@ def calibration_bins(calibration):
     ]
 
 
-def load_test_set(saved, args, processes):
-    """(name of the data set, its test set), normalised as in the model's run. Raises UserError for other classes."""
+def load_split(saved, args, processes):
+    """(name of the data set, of the split, its images), normalised as in the model's run.
+
+    The data set of the run is divided as it was there. Raises UserError for other classes.
+    """
     dataset, data_dir = args.dataset, args.data_dir
     if dataset is None and saved.flags:
         dataset, data_dir = saved.flags["dataset"], data_dir or saved.flags["data_dir"]
@@ -138,11 +149,18 @@ def load_test_set(saved, args, processes):
     count = DATASETS[dataset].count_classes(data_dir)
     if count != len(saved.classes):
         raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
-    options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken)
-    test_set = load_dataset(dataset, "test", options, processes)
+    divided = {
+        name: saved.flags[name] for name in DIVISION if dataset == saved.flags.get("dataset") and name in saved.flags
+    }
+    options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken, **divided)
+    found = find_splits(dataset, options)
+    if args.split and args.split not in found:
+        raise UserError(f"--split {args.split}: {dataset} has {', '.join(found)} only")
+    split = args.split or found[-1]
+    images = load_dataset(dataset, split, options, processes)
     if saved.flags:  # an .npz file has no names of its own classes
-        check_classes(args.checkpoint, saved.classes, dataset, readable_names(test_set.classes))
-    return dataset, test_set
+        check_classes(args.checkpoint, saved.classes, dataset, readable_names(images.classes))
+    return dataset, split, images
 
 
 def draw_confusion_matrix(confusion, names, title, path):
@@ -164,7 +182,7 @@ def evaluation_text(report):
     accuracies = (percent(report[f"top{count}_accuracy"], report["images"]) for count in (1, 5))
     means = (f"{name.replace('_', ' ')} {percent(report[name])}" for name in MEAN_METRICS)
     lines = [
-        f"{report['checkpoint']} on {report['dataset']}: {report['images']} test images{skipped}",
+        f"{report['checkpoint']} on {report['dataset']}: {report['images']} {NAMES[report['split']]} images{skipped}",
         "top-1 {}   top-5 {}".format(*accuracies)
         + f"   loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
         "   ".join(means),

@@ -63,6 +63,7 @@ from utils.profiling import (
     speedup,
     time_interleaved,
 )
+from utils.records.metrics_file import evaluated_split
 from utils.records.run_folder import read_run
 
 PEERS, NORMS, MODELS = "peers", "norms", "models"
@@ -312,7 +313,7 @@ def best_accuracies(runs, model_types):
         name = flags["model_type"]
         if name not in model_types:
             raise UserError(f"{run} is a run of {name}, which is not among the models to compare")
-        best[name] = max(*metrics["test_accuracy"], best.get(name, 0.0))
+        best[name] = max(*metrics[f"{evaluated_split(metrics)}_accuracy"], best.get(name, 0.0))
     return best
 
 

@@ -20,6 +20,7 @@ from utils.figures import save
 from utils.flag_types import Parser
 from utils.parallel.processes import device_name
 from utils.profiling import count_flops, count_parameters, markdown_table
+from utils.records.metrics_file import evaluated_split
 from utils.records.run_folder import read_metrics
 from utils.sweeps import data_name, mean_and_range
 
@@ -70,7 +71,10 @@ def table(metrics, img_size):
                 f"{model_type}, {MODELS[model_type]}",
                 f"{count_parameters(model) / 1e6:.3f} M",
                 f"{count_flops(model, img_size) / 1e9:.4f} G",
-                *(mean_and_range([one[f"{part}_accuracy"][-1] for one in seeds]) for part in ("test", "train")),
+                *(
+                    mean_and_range([one[f"{part}_accuracy"][-1] for one in seeds])
+                    for part in (evaluated_split(seeds[0]), "train")
+                ),
                 f"{speed:.0f}",
                 f"{minutes:.1f} min",
             ]

@@ -23,12 +23,13 @@ from utils.attention import attention_of, class_token_mask
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
-from utils.data.datasets import DataOptions, load_dataset
+from utils.data.datasets import DataOptions, find_splits, load_dataset
 from utils.errors import UserError, run_script
 from utils.figures import blocks_to_draw, plot_attention_rows, prediction_caption, save
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
+from utils.records.metrics_file import evaluated_split
 from utils.records.run_folder import is_finished, read_config, read_metrics
 from utils.records.weights import LAST
 from utils.sweeps import check_plan, data_name, plan_run, raise_failures, run_unfinished
@@ -173,7 +174,7 @@ def write_table(runs, finished, folder):
         if key in finished:
             metrics = read_metrics(run.folder)
             speed = statistics.median(metrics["images_per_second"])
-            accuracies = metrics["test_accuracy"]
+            accuracies = metrics[f"{evaluated_split(metrics)}_accuracy"]
             results = (accuracies[-1], max(accuracies), metrics["seconds"][-1], speed)
             rows[-1] |= dict(zip(COLUMNS[len(key) :], results, strict=True))
     with open(folder / "table.csv", "w", newline="") as file:
@@ -202,7 +203,8 @@ def draw_figures(finished, args):
     """For each architecture and start: the curves of all norms, and their attention on the same test images."""
     device = choose_device()
     flags = next(iter(finished.values())).flags
-    test_set = load_dataset(flags.dataset, "test", DataOptions.from_flags(flags), one_process(device))
+    options = DataOptions.from_flags(flags)
+    test_set = load_dataset(flags.dataset, find_splits(flags.dataset, options)[-1], options, one_process(device))
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
     originals = denormalise(images, flags.mean_std).cpu()
     for model_type, start in dict.fromkeys(key[:2] for key in finished):

@@ -25,7 +25,7 @@ from utils.flag_groups import add_token_reduction_grid_flags
 from utils.flag_types import Parser, one_of
 from utils.parallel.processes import choose_device, device_name
 from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
-from utils.records.run_folder import read_config, read_metrics
+from utils.records.run_folder import last_accuracy, read_config
 from utils.sweeps import mean_and_range
 
 ROUNDS = 5
@@ -39,9 +39,7 @@ def main():
     plan = {(name, number): plan_model(args, number, *grid[name]) for number in args.seeds for name in grid}
     finish_runs(list(plan.values()))
     seconds = time_steps({name: plan[name, args.seeds[0]] for name in grid})
-    accuracies = {
-        name: [read_metrics(plan[name, number].folder)["test_accuracy"][-1] for number in args.seeds] for name in grid
-    }
+    accuracies = {name: [last_accuracy(plan[name, number].folder)[1] for number in args.seeds] for name in grid}
     title = (
         f"{args.model_type} at {args.img_size}x{args.img_size}, tokens reduced after block {args.reduction_layer} of "
         f"{VITS[args.model_type].num_layers}, training step, batch {args.train_batch_size}, bf16 at level "

@@ -11,6 +11,7 @@ from utils.flag_types import (
     natural,
     natural_float,
     one_of,
+    open_share,
     positive,
     positive_float,
     seed,
@@ -97,6 +98,28 @@ def add_training_data_flags(group):
         help="Train on the first N images of each class only; default: all.",
     )
     group.add_argument(
+        "--val_split",
+        type=open_share,
+        metavar="SHARE",
+        help="The share of the training images that validates: it alone chooses the best weights, and the test images "
+        "are evaluated once, at the end. Default: the folder val/, if there is one.",
+    )
+    group.add_argument(
+        "--test_split",
+        type=open_share,
+        metavar="SHARE",
+        help="The share of the images that tests, for a folder of images without test/; taken before --val_split.",
+    )
+    group.add_argument(
+        "--split_seed", type=seed, default=0, metavar="N", help="The seed that divides the images, apart from --seed."
+    )
+    group.add_argument(
+        "--group_by",
+        metavar="REGEX",
+        help="Keep the image files of one subject in one split. The regular expression's group gives the subject in a "
+        "file's name, for example '^(patient[0-9]+)_'.",
+    )
+    group.add_argument(
         "--img_size", type=positive, default=224, metavar="PIXELS", help="Side of the square input images in pixels."
     )
     group.add_argument(
@@ -155,6 +178,11 @@ def add_training_flags(group):
         metavar="NAME",
         help=f"The test metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
         "balanced_accuracy and macro_f1 count all classes equally.",
+    )
+    group.add_argument(
+        "--test_at_end",
+        action="store_true",
+        help="Evaluate the test images once, after the last step, and keep no best weights: for final runs.",
     )
     group.add_argument(
         "--save_every",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from utils.data.augmentation import MAX_MAGNITUDE
-from utils.data.datasets import DATASETS, DataOptions, find_splits
+from utils.data.datasets import DATASETS, DataOptions, training_splits
 from utils.data.folders import class_folders, image_folders
 from utils.errors import UserError
 from utils.metrics import BEST_METRICS
@@ -136,7 +136,7 @@ def check_files(args):
     if DATASETS[args.dataset].in_folders:
         for folder in image_folders(args.data_dir).values():
             class_folders(folder)
-    splits = find_splits(args.dataset, DataOptions.from_flags(args))
+    splits = training_splits(args.dataset, DataOptions.from_flags(args))
     if args.test_at_end and "val" in splits:
         raise UserError("--test_at_end is for runs without validation images; with them, the test is always at the end")
     if args.mode == "train":

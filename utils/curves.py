@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from utils.data.splits import NAMES
 from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes
 from utils.metrics import expected_calibration_error, wilson_interval
 
@@ -18,16 +19,17 @@ MAX_LABELS = 100  # class names at an axis
 
 
 def plot_curves(metrics, title):
-    """Loss and accuracy of one run over the steps, training and test; `metrics` is {column: values}."""
+    """Loss and accuracy of one run over the steps, of the training and evaluated images; `metrics` is {column: values}."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     marker = "o" if len(metrics["step"]) < FEW_POINTS else ""
-    for name, colour, line in (("train", TRAIN, "--"), ("test", TEST, "-")):
+    split = evaluated_split(metrics)
+    for name, colour, line in (("train", TRAIN, "--"), (split, TEST, "-")):
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3, "label": name}
         loss.plot(metrics["step"], metrics[f"{name}_loss"], **style)
         accuracy.plot(metrics["step"], [100 * value for value in metrics[f"{name}_accuracy"]], **style)
-    best = max(metrics["test_accuracy"])
-    accuracy.set_title(f"best test accuracy {100 * best:.2f} %", fontsize="medium")
+    best = np.nanmax(metrics[f"{split}_accuracy"])
+    accuracy.set_title(f"best {NAMES[split]} accuracy {100 * best:.2f} %", fontsize="medium")
     loss.set_title(escape_math(title), fontsize="medium")
     label_curves(loss, accuracy)
     for axes in (loss, accuracy):
@@ -60,7 +62,9 @@ def plot_seeds(axes, seeds, quantity, factor, colour, label):
     """Draw one quantity, "loss" or "accuracy", of the runs of all seeds, multiplied by `factor`."""
     steps = seeds[0]["step"]
     markers = {"marker": "o", "markersize": 3} if len(steps) < FEW_POINTS else {}
-    train, test = (factor * np.array([run[f"{part}_{quantity}"] for run in seeds]) for part in ("train", "test"))
+    train, test = (
+        factor * np.array([run[f"{part}_{quantity}"] for run in seeds]) for part in ("train", evaluated_split(seeds[0]))
+    )
     axes.plot(steps, train.mean(axis=0), color=colour, linestyle="--", linewidth=1, **markers)
     axes.plot(steps, test.mean(axis=0), color=colour, linewidth=1.8, label=label, **markers)
     if len(seeds) > 1:

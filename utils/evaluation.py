@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
+from utils.data.splits import NAMES
 from utils.errors import UserError
 from utils.metrics import BINS, calibration_sums, mean_metrics, percent
 from utils.parallel.precision import make_precision
@@ -35,14 +36,16 @@ def run_evaluation(args, make_model):
         else:
             load_pretrained_flag(model, args, processes, head="keep")
             origin = args.pretrained_dir
-        test_set = load_dataset(args.dataset, "test", DataOptions.from_flags(args), processes)
+        options = DataOptions.from_flags(args)
+        split = find_splits(args.dataset, options)[-1]  # the test images, or the validation images without any
+        test_set = load_dataset(args.dataset, split, options, processes)
         if classes:
             check_classes(path, classes, args.dataset, test_set.classes)
         result = evaluate_model(model, test_set, args.img_size, args, processes)
         if processes.is_first:
             skipped = f" ({result['skipped']} more could not be read)" if result["skipped"] else ""
             print(
-                f"{args.model_type} on {args.dataset}: {result['images']} test images{skipped}, "
+                f"{args.model_type} on {args.dataset}: {result['images']} {NAMES[split]} images{skipped}, "
                 f"{len(test_set.classes)} classes, at {args.img_size}x{args.img_size}, {processes}\n"
                 f"  weights  {origin}\n"
                 f"  top-1    {percent(result['accuracy'], result['images'])} (95 % interval)\n"

@@ -121,11 +121,11 @@ class Best(NamedTuple):
         return f"best {title} {value} at step {self.step}"
 
 
-def best_of(rows, metric):
-    """The Best of the rows of a metrics.csv, {column: text}, the earliest of equal ones."""
+def best_of(rows, metric, evaluated_on):
+    """The Best of the rows of a metrics.csv, {column: text}, on a split, the earliest of equal ones."""
     best = Best(metric, None, 0)
     for row in rows:
-        value = float(row.get(f"test_{metric}", "nan"))
+        value = float(row.get(f"{evaluated_on}_{metric}", "nan"))
         if best.is_improved_by(value):
             best = Best(metric, value, int(row["step"]))
     return best

@@ -16,12 +16,13 @@ import torch
 
 from utils.checks import check_files, check_flags_together
 from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.splits import NAMES
 from utils.errors import RunStoppedError, UserError
 from utils.flag_types import Parser
 from utils.locks import holder_of
 from utils.parallel.processes import StopSignal, one_process
 from utils.pretrained import download
-from utils.records.run_folder import LOCK, changed_flags, in_use, is_finished, read_config, read_metrics
+from utils.records.run_folder import LOCK, changed_flags, in_use, is_finished, last_accuracy, read_config
 
 LOG = "train.log"
 POLL_SECONDS = 0.2
@@ -223,8 +224,8 @@ class Job:
         failure = None
         if status == 0 and is_finished(self.run.folder, self.run.flags):
             minutes = (time.perf_counter() - self.began) / 60
-            accuracy = 100 * read_metrics(self.run.folder)["test_accuracy"][-1]
-            end = f"finished after {minutes:.1f} min, test accuracy {accuracy:.2f} %"
+            split, accuracy = last_accuracy(self.run.folder)
+            end = f"finished after {minutes:.1f} min, {NAMES[split]} accuracy {100 * accuracy:.2f} %"
         elif asked_to_stop:
             end = "stopped"
         else:

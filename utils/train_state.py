@@ -18,14 +18,16 @@ from utils.optimizers import empty_state, make_optimizer, restore_state, state_t
 from utils.parallel.averaging import WeightAverage
 from utils.parallel.memory import recompute_activations
 from utils.parallel.precision import make_precision
-from utils.parallel.processes import local_parts, shard_weights, sum_over_processes
+from utils.parallel.processes import load_whole_weights, local_parts, shard_weights, sum_over_processes
 from utils.records.checkpoint import load_tensors, save_best, save_checkpoint, update_state
 from utils.records.meter import Meter
-from utils.records.weights import LAST
+from utils.records.result import write_result
+from utils.records.weights import BEST, LAST, load_weights
 from utils.scheduler import Schedule, learning_rate
 
 AVERAGE = "average"  # the name of a weight's moving average in a checkpoint
-ATTENTION_IMAGES = 8  # test images that --log_attention_every draws
+MEASURED = ("loss", "accuracy", "top5_accuracy")  # always recorded
+ATTENTION_IMAGES = 8  # evaluated images that --log_attention_every draws
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Progress:
 
     best_value: float | None = None  # of --best_metric
     best_step: int = 0
+    best_result: dict | None = None  # of `TrainState.measure`; None before the first evaluation by this version
+    last_result: dict | None = None
     evaluated_step: int = 0  # the last one
     total_seconds: float = 0.0
 
@@ -41,14 +45,16 @@ class Progress:
 class TrainState:
     """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
 
-    def __init__(self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None):
+    def __init__(
+        self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, evaluated_on="test"
+    ):
         """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
 
         `classes` are their names, `run_dir` is the folder to save in, which timing a step does not need.
-        `class_weights` (classes,) multiply the terms of the loss.
+        `class_weights` (classes,) multiply the terms of the loss. `evaluated_on` is the split that is evaluated.
         """
         self.model, self.args, self.processes, self.classes = model, args, processes, list(classes)
-        self.run_dir, self.class_weights = run_dir, class_weights
+        self.run_dir, self.class_weights, self.evaluated_on = run_dir, class_weights, evaluated_on
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
@@ -122,23 +128,20 @@ class TrainState:
         """The Best evaluation so far."""
         return Best(self.args.best_metric, self.progress.best_value, self.progress.best_step)
 
-    def evaluate(self, test_set, tracker, stop):
+    def evaluate(self, eval_set, tracker, stop):
         """Evaluate the weights, or their moving average if there is one; save the best, and record the result.
 
-        Raises RunStoppedError for a stop signal, after which the evaluation is repeated when the run resumes. That
-        gives the same files, so it does not matter how much of it had been written.
+        With --test_at_end only the last step is evaluated, and no weights are the best; the metrics of the training are
+        recorded at the other steps. Raises RunStoppedError for a stop signal, after which the evaluation is repeated
+        when the run resumes. That gives the same files, so it does not matter how much of it had been written.
         """
-
-        def check_stop():
-            if number := stop.agreed():
-                raise self.stopped_by(number, "in the evaluation ")
-
-        size = (self.args.img_size, self.args.img_size)
-        with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
-            options = (size, self.args.eval_batch_size, self.precision, self.processes)
-            needs_confusion = BEST_METRICS[self.args.best_metric].from_confusion
-            result = evaluate(self.model, test_set, *options, needs_confusion, after_batch=check_stop)
-        if self.best.is_improved_by(result[self.args.best_metric]):
+        result = dict.fromkeys((*MEASURED, self.args.best_metric), math.nan)
+        if not self.args.test_at_end or self.step == self.schedule.num_steps:
+            with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
+                result = self.measure(eval_set, stop)
+            self.progress.last_result = result
+        if not self.args.test_at_end and self.best.is_improved_by(result[self.args.best_metric]):
+            self.progress.best_result = result
             self.progress.best_value, self.progress.best_step = result[self.args.best_metric], self.step
             averaged = self.average.weights if self.average else {}
             save_best(self.run_dir, self.step, {**self.precision.weights(), **averaged}, self.processes.is_first)
@@ -150,12 +153,51 @@ class TrainState:
             update_state(self.run_dir, self.step, self.state_dict())
         self.meter.start_clock()
 
+    def measure(self, images, stop):
+        """{metric: number} of the model's weights on a split, with the number of its images."""
+
+        def check_stop():
+            if number := stop.agreed():
+                raise self.stopped_by(number, "in the evaluation ")
+
+        size = (self.args.img_size, self.args.img_size)
+        options = (size, self.args.eval_batch_size, self.precision, self.processes)
+        needs_confusion = BEST_METRICS[self.args.best_metric].from_confusion
+        result = evaluate(self.model, images, *options, needs_confusion, after_batch=check_stop)
+        return {name: value for name, value in result.items() if not torch.is_tensor(value)}
+
+    def finish(self, test_set, stop):
+        """Measure the last and the best weights on the test set if there is one apart; write RESULT and return it.
+
+        {"last": {"step", split: {metric: number}}, "best": the same}, and how the run came about.
+        """
+        progress, num_steps = self.progress, self.schedule.num_steps
+        entries = {"last": {"step": num_steps, self.evaluated_on: progress.last_result}}
+        if not self.args.test_at_end:
+            entries["best"] = {"step": progress.best_step, self.evaluated_on: progress.best_result}
+        if test_set:
+            with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
+                entries["last"]["test"] = self.measure(test_set, stop)
+            weights, _ = load_weights(self.run_dir / BEST)
+            load_whole_weights(self.model, weights)
+            entries["best"]["test"] = self.measure(test_set, stop)
+        result = {
+            "chosen_on": None if self.args.test_at_end else self.evaluated_on,
+            "chosen_by": None if self.args.test_at_end else self.args.best_metric,
+            "seed": self.args.seed,
+            **entries,
+            "flags": vars(self.args),
+        }
+        if self.processes.is_first:
+            write_result(self.run_dir, result)
+        return result
+
     def metrics_row(self, result, seconds):
         """{column: number} of an evaluation and the mean metrics of the steps before it."""
         # The prefix distinguishes a training metric from the same metric of the evaluation.
         training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
-        names = dict.fromkeys(("loss", "accuracy", "top5_accuracy", self.args.best_metric))
-        tests = {f"test_{name}": result[name] for name in names}
+        names = dict.fromkeys((*MEASURED, self.args.best_metric))
+        tests = {f"{self.evaluated_on}_{name}": result[name] for name in names}
         speed = {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": seconds}
         return {"step": self.step, **training, **tests, **speed}
 
@@ -166,12 +208,12 @@ class TrainState:
             message = f"the weights are not finite after step {self.step}"
             raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)
 
-    def log_attention(self, test_set, tracker):
+    def log_attention(self, eval_set, tracker):
         """Draw the attention rollout of a ViT on a few test images into TensorBoard."""
         self.read_metrics(tracker)
         if self.processes.is_first:
-            images, labels = test_set.examples(ATTENTION_IMAGES, (self.args.img_size, self.args.img_size))
-            figure = self.attention_figure(images, labels, test_set.classes)
+            images, labels = eval_set.examples(ATTENTION_IMAGES, (self.args.img_size, self.args.img_size))
+            figure = self.attention_figure(images, labels, eval_set.classes)
             tracker.log_figure("attention rollout", figure, self.step)
         self.meter.start_clock()
 

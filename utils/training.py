@@ -10,16 +10,18 @@ import torch
 
 from utils.checks import check_best_metric, check_length
 from utils.data.augmentation import Augmentation
-from utils.data.datasets import DATASETS, DataOptions, load_dataset
+from utils.data.datasets import DATASETS, DataOptions, load_splits
+from utils.data.duplicates import count_copies
+from utils.data.splits import NAMES
 from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
 from utils.losses import class_weights, cross_entropy
-from utils.metrics import best_of
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
 from utils.records.checkpoint import load_checkpoint
 from utils.records.metrics_file import read_rows
+from utils.records.result import read_result, result_of_rows, summary
 from utils.records.run_folder import (
     EARLIER_FLAGS,
     METRICS,
@@ -34,7 +36,7 @@ from utils.records.run_folder import (
     resumes,
     started_with,
 )
-from utils.records.tracker import Tracker, summary
+from utils.records.tracker import Tracker
 from utils.records.weights import load_into
 from utils.records.weights_and_biases import WeightsAndBiases
 from utils.train_state import TrainState, is_due, is_sharded
@@ -58,8 +60,7 @@ def run_training(args, make_model):
         model = make_model(DATASETS[args.dataset].count_classes(args.data_dir))
         saved = load_run(model, args, processes, run_dir)
         options = DataOptions.from_flags(args)
-        train_set, test_set = (load_dataset(args.dataset, split, options, processes) for split in ("train", "test"))
-        train(model, train_set, test_set, args, processes, run_dir, saved)
+        train(model, load_splits(args.dataset, options, processes), args, processes, run_dir, saved)
 
 
 def agree(answer, run_dir):
@@ -86,30 +87,31 @@ def load_run(model, args, processes, run_dir):
     return None
 
 
-def train(model, train_set, test_set, args, processes, run_dir, saved=None):
+def train(model, splits, args, processes, run_dir, saved=None):
     """Train `model`, any module from images (B, 3, H, W) to logits (B, num_classes), by the flags in `args`.
 
-    `saved` is the state of the checkpoint whose weights the model holds if the run resumes. Leaves the run's records in
+    `splits` are LoadedSplits, `saved` is the state of the checkpoint whose weights the model holds if the run resumes. Leaves the run's records in
     `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not finite.
     """
+    train_set, eval_set, _, evaluated_on = splits
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
     check_length(args, num_steps, len(train_set))
     if saved:
         check_resumption(saved, args, num_steps, run_dir, train_set.classes)
-    check_best_metric(args, len(set(test_set.labels.tolist())), "the test set")
+    check_best_metric(args, len(set(eval_set.labels.tolist())), f"the {NAMES[evaluated_on]} set")
     weights = class_weights(args.class_weights, train_set.labels, train_set.classes, processes.device)
-    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir, weights)
+    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir, weights, evaluated_on)
     if saved:
         run.restore(saved)
     barrier()  # every process has seen whether there is a run to resume
     if processes.is_first:
-        prepare_run_folder(run_dir, args, train_set.classes, num_steps, len(test_set))
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps, evaluated_on, len(eval_set))
     check_shared(run_dir)
     batches = training_batches(train_set, args, processes, run.step, num_steps)
     with open_tracker(run) as tracker, StopSignal().listening() as stop:
-        tracker.say(description(run, train_set, test_set))
+        tracker.say(description(run, splits))
         if run.is_evaluation_due():  # the run was stopped before or in the evaluation of its last step
-            run.evaluate(test_set, tracker, stop)
+            run.evaluate(eval_set, tracker, stop)
         run.meter.start_clock()
         while run.step < num_steps:
             run.meter.add(train_step(run, batches))  # values that stay on the device
@@ -122,11 +124,12 @@ def train(model, train_set, test_set, args, processes, run_dir, saved=None):
             if stops:
                 raise run.stopped_by(stops)
             if evaluates:
-                run.evaluate(test_set, tracker, stop)
+                run.evaluate(eval_set, tracker, stop)
             if is_due(run.step, args.log_attention_every):
-                run.log_attention(test_set, tracker)
-        report_unreadable(train_set, test_set, tracker)
-        tracker.summarise(run.best, len(test_set))
+                run.log_attention(eval_set, tracker)
+        result = run.finish(splits.test, stop)
+        report_unreadable(splits, tracker)
+        tracker.summarise(result)
 
 
 def train_step(run, batches):
@@ -167,10 +170,11 @@ def training_batches(train_set, args, processes, first_step, num_steps):
 
 def report_finished(run_dir):
     """Print the results of a run whose last step has been evaluated."""
-    rows, config = read_rows(run_dir / METRICS), read_config(run_dir)
-    best = best_of(rows, {**EARLIER_FLAGS, **config["flags"]}["best_metric"], config.get("evaluated_on", "test"))
-    print(f"{run_dir} has finished all of its {rows[-1]['step']} steps")
-    print(summary(run_dir, rows, best, len(config["classes"]), config.get("test_images"), read_result(run_dir)))
+    config = read_config(run_dir)
+    metric = {**EARLIER_FLAGS, **config["flags"]}["best_metric"]
+    result = read_result(run_dir) or result_of_rows(read_rows(run_dir / METRICS), metric)
+    print(f"{run_dir} has finished all of its {result['last']['step']} steps")
+    print(summary(run_dir, result, len(config["classes"])))
 
 
 def check_resumption(saved, args, num_steps, run_dir, classes):
@@ -197,18 +201,21 @@ def open_tracker(run):
     is_first = run.processes.is_first
     wandb = WeightsAndBiases(run.run_dir, run.args) if run.args.wandb and is_first else None
     seconds = run.progress.total_seconds
-    return Tracker(run.run_dir, run.step, run.schedule.num_steps, seconds, len(run.classes), is_first, wandb)
+    return Tracker(
+        run.run_dir, run.step, run.schedule.num_steps, seconds, len(run.classes), is_first, wandb, run.evaluated_on
+    )
 
 
-def description(run, train_set, test_set):
+def description(run, splits):
     """What is trained, on what and how, in two lines, and warnings of what is probably a mistake."""
-    args, num_steps = run.args, run.schedule.num_steps
+    args, num_steps, train_set = run.args, run.schedule.num_steps, splits.train
+    tests = f", {len(splits.test)} test" if splits.test else ""
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     steps = f"resuming at step {run.step} of {num_steps}, steps" if run.step else f"{num_steps} steps"
     shards = ", each with its shard of the weights" if is_sharded(args, run.processes) else ""
     lines = [
         f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
-        f"{len(test_set)} test images, {len(train_set.classes)} classes",
+        f"{len(splits.evaluation)} {NAMES[splits.evaluated_on]}{tests} images, {len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
     warnings = {
@@ -222,11 +229,20 @@ def description(run, train_set, test_set):
             len(train_set.classes) == 1
         ),
     }
-    return "\n".join([*lines, *(f"warning: {text}" for text, applies in warnings.items() if applies)])
+    lines += [f"warning: {text}" for text, applies in warnings.items() if applies]
+    return "\n".join([*lines, *copies_between(splits)])
 
 
-def report_unreadable(train_set, test_set, tracker):
+def copies_between(splits):
+    """A line for each evaluated split that contains exact copies of training images."""
+    for name, images in ((splits.evaluated_on, splits.evaluation), ("test", splits.test)):
+        if images and (copies := count_copies(splits.train, images)):
+            yield f"warning: {copies} of the {len(images)} {NAMES[name]} images are exact copies of training images"
+
+
+def report_unreadable(splits, tracker):
     """Print how many images were skipped in all processes, if any."""
-    skipped = len(union_over_processes(train_set.unreadable | test_set.unreadable))
+    sets = [images for images in splits[:3] if images]
+    skipped = len(union_over_processes(frozenset().union(*(images.unreadable for images in sets))))
     if skipped:
         tracker.say(f"skipped {skipped} unreadable image{'s' if skipped > 1 else ''}, named above")

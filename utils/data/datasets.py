@@ -58,17 +58,43 @@ class DataOptions(NamedTuple):
 
 
 def find_splits(name, options):
-    """The splits of a data set: its own ones and those that the options divide. Raises UserError without a second."""
+    """The splits of a data set in the order of SPLITS: its own ones and those that the options divide.
+
+    Raises UserError.
+    """
     own = DATASETS[name].splits(options.data_dir)
-    where = options.data_dir if DATASETS[name].in_folders else name
-    check_shares(own, options, where)
-    found = available_splits(own, options)
+    check_shares(own, options, options.data_dir if DATASETS[name].in_folders else name)
+    return available_splits(own, options)
+
+
+def training_splits(name, options):
+    """`find_splits`. Raises UserError too if there is nothing but training images."""
+    found = find_splits(name, options)
     if found == ["train"]:
         raise UserError(
-            f"{where} needs the folders train/ and val/ or test/, with one folder per class in each; or divide its "
-            "images by --val_split 0.1 or --test_split 0.2"
+            f"{options.data_dir} needs the folders train/ and val/ or test/, with one folder per class in each; or "
+            "divide its images by --val_split 0.1 or --test_split 0.2"
         )
     return found
+
+
+class LoadedSplits(NamedTuple):
+    """The splits that a training needs."""
+
+    train: object  # TensorImages or FolderImages, as the others
+    evaluation: object  # the validation images, or the test images if there are none
+    test: object  # the test images, or None without any apart from `evaluation`
+    evaluated_on: str  # "val" or "test"
+
+
+def load_splits(name, options, processes):
+    """The LoadedSplits of a data set. Raises UserError."""
+    found = training_splits(name, options)
+    evaluated_on = "val" if "val" in found else "test"
+    train, evaluation = (load_dataset(name, split, options, processes) for split in ("train", evaluated_on))
+    has_test = evaluated_on == "val" and "test" in found
+    test = load_dataset(name, "test", options, processes) if has_test else None
+    return LoadedSplits(train, evaluation, test, evaluated_on)
 
 
 def load_dataset(name, split, options, processes):

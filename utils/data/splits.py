@@ -8,6 +8,7 @@ import numpy as np
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
+DIVISION = ("val_split", "test_split", "split_seed", "group_by")  # the flags, and fields of DataOptions
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -76,7 +77,9 @@ def divide(labels, groups, share, seed, flag):
         folds = StratifiedGroupKFold(max(2, round(1 / share)), shuffle=True, random_state=seed)
         return next(folds.split(rows, labels, groups))
     except ValueError as error:  # too few images of a class, or too few subjects
-        raise UserError(f"{flag} can't divide {len(rows)} images of {len(np.unique(labels))} classes: {error}") from error
+        raise UserError(
+            f"{flag} can't divide {len(rows)} images of {len(np.unique(labels))} classes: {error}"
+        ) from error
 
 
 def subjects(images, regex):

@@ -164,6 +164,16 @@ def shard_weights(model, processes, dtype=None):
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def load_whole_weights(model, weights):
+    """Load {name: whole tensor} into a model, which may consist of shards."""
+    if isinstance(model, FSDPModule):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(weights)
+
+
 def local_parts(tensors):
     """The part of each tensor that this process holds: all of it, or its shard."""
     return [tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]

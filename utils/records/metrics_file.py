@@ -9,24 +9,21 @@ from utils.records.best_effort import reason
 from utils.records.files import replace_file
 from utils.terminal import say
 
-REQUIRED_COLUMNS = (
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "images_per_second",
-    "seconds",
-)
+REQUIRED_COLUMNS = ("step", "train_loss", "train_accuracy", "images_per_second", "seconds")
 
 
 class MetricsFile:
     """The rows of a run's metrics.csv, {column: text}, in memory and in the file."""
 
-    def __init__(self, path, first_step):
-        """Read the rows of an existing file up to `first_step`, at which the run resumes."""
+    def __init__(self, path, first_step, evaluated_on="test"):
+        """Read the rows of an existing file up to `first_step`, at which the run resumes.
+
+        `evaluated_on` is the split that the run evaluates: "val", which earlier versions called test, or "test".
+        """
         self.path = path
         rows, self.damage = readable_rows(path) if path.exists() else ([], None)
+        if evaluated_on == "val":
+            rows = [{name.replace("test_", "val_"): text for name, text in row.items()} for row in rows]
         self.rows = [row for row in rows if float(row["step"]) <= first_step]
 
     def add(self, row):
@@ -75,7 +72,9 @@ def read_rows(path):
 
 def damaged_metrics(path, damage):
     """The UserError of a metrics.csv that can't be used."""
-    return UserError(f"{path} is damaged: it needs numbers in the columns {', '.join(REQUIRED_COLUMNS)}, but {damage}")
+    return UserError(
+        f"{path} is damaged: it needs numbers in the columns {', '.join(required_columns(()))}, but {damage}"
+    )
 
 
 def readable_rows(path):
@@ -118,7 +117,18 @@ def is_number(text):
     return True
 
 
+def evaluated_split(columns):
+    """The split that a run with these columns of metrics.csv has evaluated: "val" or "test"."""
+    return "val" if "val_loss" in columns else "test"
+
+
+def required_columns(columns):
+    """The columns without which a metrics.csv is damaged."""
+    split = evaluated_split(columns)
+    return (*REQUIRED_COLUMNS, f"{split}_loss", f"{split}_accuracy")
+
+
 def as_columns(rows):
     """{column: list of floats} of rows {column: text}; a value that was not measured is NaN."""
-    names = dict.fromkeys(name for row in rows for name in (*row, *REQUIRED_COLUMNS))
+    names = dict.fromkeys(name for row in rows for name in (*row, *required_columns(row)))
     return {name: [float(row.get(name, math.nan)) for row in rows] for name in names}

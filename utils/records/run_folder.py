@@ -18,13 +18,14 @@ from utils.locks import LockedError, exclusive_lock
 from utils.parallel.processes import device_name, launcher, restarted, union_over_processes
 from utils.records.checkpoint import has_checkpoint, older_weights
 from utils.records.files import replace_file
-from utils.records.metrics_file import REQUIRED_COLUMNS, as_columns, damaged_metrics, read_rows
+from utils.records.metrics_file import as_columns, damaged_metrics, evaluated_split, read_rows, required_columns
 from utils.records.weights import BEST, LAST, saved_step
 from utils.records.weights_and_biases import RECORDS, RUN_ID
 
 CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.csv", "curves.png", ".lock"
+RESULT = "result.json"
 EVENTS = "events.out.tfevents.*"
-RESULTS = (BEST, METRICS, CURVES)
+RESULTS = (BEST, METRICS, CURVES, RESULT)
 # Flags that do not change the results of a run: its folder may be moved, its weights downloaded before a resumption.
 WITHOUT_EFFECT = {
     *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
@@ -114,7 +115,7 @@ def is_finished(run_dir, flags):
         saved = saved_step(Path(run_dir) / LAST) if has_last else math.inf
     except UserError:
         return False
-    if not config or not steps:
+    if not config or not steps or ("evaluated_on" in config and not (Path(run_dir) / RESULT).exists()):
         return False
     num_steps = config.get("num_steps") or config["flags"]["num_steps"]
     return min(max(steps), saved) >= num_steps and not changed_flags(config["flags"], flags)
@@ -125,8 +126,8 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, test_images):
-    """Write config.json, with a count of the test images. Before that, delete an earlier run that is not resumed."""
+def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluated_images):
+    """Write config.json, with the evaluated split and its size. Before, delete an earlier run that is not resumed."""
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
         for path in files_of_run(run_dir):
@@ -136,7 +137,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps, test_images):
         "flags": vars(args),
         "classes": classes,
         "num_steps": num_steps,
-        "test_images": test_images,
+        "evaluated_on": evaluated_on,
+        "evaluated_images": evaluated_images,
         "command": sys.argv,
         "launcher": launcher(),
         "versions": {
@@ -220,10 +222,17 @@ def read_metrics(run_dir):
     if not path.exists():
         return {}
     rows = read_rows(path)
-    for name in REQUIRED_COLUMNS if rows else ():
+    for name in required_columns(rows[0]) if rows else ():
         if name not in rows[0]:
             raise damaged_metrics(path, f"it has no column {name}")
     return as_columns(rows)
+
+
+def last_accuracy(run_dir):
+    """(split, accuracy) of the run's last evaluation. Raises UserError."""
+    metrics = read_metrics(run_dir)
+    split = evaluated_split(metrics)
+    return split, metrics[f"{split}_accuracy"][-1]
 
 
 def read_run(run_dir):

@@ -6,14 +6,13 @@ import time
 
 from tqdm import tqdm
 
-from utils.metrics import BEST_METRICS, percent
+from utils.metrics import BEST_METRICS
 from utils.records.best_effort import BestEffort, reason
 from utils.records.metrics_file import MetricsFile, as_columns
+from utils.records.result import FEW_CLASSES, summary
 from utils.records.run_folder import CURVES, EVENTS, METRICS, read_config
-from utils.records.weights import BEST, LAST
 from utils.terminal import say
 
-FEW_CLASSES = 10  # up to this number of classes the terminal omits the top-5 accuracy
 # What matplotlib raises for reasons outside the program: a file, its installation, LaTeX for `text.usetex`, no memory.
 DRAWING_ERRORS = (OSError, ImportError, RuntimeError, MemoryError)
 
@@ -25,10 +24,13 @@ class Tracker:
     No training metric is named here: those of `log_steps` and the columns of `log_evaluation` are the caller's.
     """
 
-    def __init__(self, run_dir, first_step, num_steps, seconds, num_classes, enabled, wandb=None):
-        """`seconds` is the duration of the run before it resumes at `first_step`; `wandb` is a WeightsAndBiases."""
+    def __init__(self, run_dir, first_step, num_steps, seconds, num_classes, enabled, wandb=None, evaluated_on="test"):
+        """`seconds` is the duration of the run before it resumes at `first_step`; `wandb` is a WeightsAndBiases.
+
+        `evaluated_on` is the evaluated split, with which the names of its metrics begin.
+        """
         self.run_dir = run_dir
-        self.num_classes = num_classes
+        self.num_classes, self.evaluated_on = num_classes, evaluated_on
         self.enabled = enabled
         self.wandb = wandb
         self.started = time.perf_counter() - seconds
@@ -45,7 +47,7 @@ class Tracker:
         self.title = title_of(run_dir)
         self.events = EventFile(run_dir, first_step)
         self.writing_events.attempt(self.events.write)
-        self.metrics = MetricsFile(run_dir / METRICS, first_step)
+        self.metrics = MetricsFile(run_dir / METRICS, first_step, evaluated_on)
         self.writing_metrics.attempt(self.metrics.write)
         self.bar = tqdm(
             total=num_steps,
@@ -96,21 +98,30 @@ class Tracker:
             return
         self.metrics.add(row)
         self.writing_metrics.attempt(self.metrics.write)
-        tests = {name.replace("_", "/", 1): value for name, value in row.items() if name.startswith("test_")}
+        tests = {
+            name.replace("_", "/", 1): value for name, value in row.items() if name.startswith(f"{self.evaluated_on}_")
+        }
         self.add_scalars(tests, row["step"], retry=True)
         self.writing_events.attempt(self.events.write)
         if self.wandb:
             self.wandb.summarise({f"best_{best.metric}": best.value, "best_step": best.step})
-        top5 = f" top-5 {100 * row['test_top5_accuracy']:6.2f} %" if self.num_classes > FEW_CLASSES else ""
-        metric = BEST_METRICS[best.metric]
-        chosen = f" {metric.title} {100 * row[f'test_{best.metric}']:6.2f} %" if metric.from_confusion else ""
         width = len(str(self.bar.total))
         self.say(
             f"step {row['step']:>{width}}/{self.bar.total}"
             f"  train loss {row['train_loss']:.4f} accuracy {100 * row['train_accuracy']:6.2f} %"
-            f"  test loss {row['test_loss']:.4f} accuracy {100 * row['test_accuracy']:6.2f} %{top5}{chosen}"
+            f"{self.evaluation_text(row, BEST_METRICS[best.metric], best.metric)}"
             f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s"
         )
+
+    def evaluation_text(self, row, metric, name):
+        """The part of the line about the evaluated split, with the BestMetric `name`; empty if it was not measured."""
+        values = {key.removeprefix(f"{self.evaluated_on}_"): value for key, value in row.items()}
+        if math.isnan(values["loss"]):
+            return ""
+        top5 = f" top-5 {100 * values['top5_accuracy']:6.2f} %" if self.num_classes > FEW_CLASSES else ""
+        chosen = f" {metric.title} {100 * values[name]:6.2f} %" if metric.from_confusion else ""
+        accuracy = f"accuracy {100 * values['accuracy']:6.2f} %"
+        return f"  {self.evaluated_on} loss {values['loss']:.4f} {accuracy}{top5}{chosen}"
 
     def add_scalars(self, values, step, retry=False):
         """Record {name: number} at W&B, after a failure only to `retry`, and in TensorBoard with the next write."""
@@ -155,14 +166,14 @@ class Tracker:
         if self.wandb:
             self.wandb.finish()
 
-    def summarise(self, best, test_images):
-        """Print the results of the run, its Best among them, and the paths of its files."""
+    def summarise(self, result):
+        """Print the content of result.json and the paths of the run's files."""
         if not self.enabled:
             return
         self.complete()
         records = {METRICS: self.writing_metrics, CURVES: self.drawing_curves, EVENTS: self.writing_events}
         incomplete = [name for name, record in records.items() if record.failed]
-        self.say(summary(self.run_dir, self.metrics.rows, best, self.num_classes, test_images, incomplete))
+        self.say(summary(self.run_dir, result, self.num_classes, incomplete))
 
 
 def title_of(run_dir):
@@ -171,30 +182,3 @@ def title_of(run_dir):
     if not config:
         return run_dir.name
     return "{name}: {model_type} on {dataset}".format(**config["flags"])
-
-
-def summary(run_dir, rows, best, num_classes, test_images=None, incomplete=()):
-    """The results of a run and the paths of its files as text.
-
-    `rows` are those of metrics.csv, {column: text}. With the number of `test_images`, which earlier versions did not
-    record, accuracies have intervals. `incomplete` names the records that could not be written.
-    """
-    last = ""
-    if rows:
-        top1, top5 = (float(rows[-1].get(f"test_{name}", "nan")) for name in ("accuracy", "top5_accuracy"))
-        shows_top5 = num_classes > FEW_CLASSES and not math.isnan(top5)
-        top5 = f"top-5 {percent(top5, test_images)}, " if shows_top5 else ""
-        last = f"test accuracy {percent(top1, test_images)}, {top5}"
-    lines = [f"\n{last}{best.text(test_images)}{' (95 % intervals)' if test_images else ''}"]
-    for title, name in (
-        ("weights", BEST),
-        ("", LAST),
-        ("metrics", METRICS),
-        ("curves", CURVES),
-        ("TensorBoard", EVENTS),
-    ):
-        path = f"tensorboard --logdir {run_dir}" if name == EVENTS else run_dir / name
-        exists = any(run_dir.glob(name))
-        note = "" if exists and name not in incomplete else "  (incomplete)" if exists else "  (missing)"
-        lines.append(f"  {title:<11}  {path}{note}")
-    return "\n".join(lines)
