@@ -51,6 +51,7 @@ from steps import (
 from inference import make_model
 from models import MODEL_TYPES, NORM_TYPES, canonical_model_type
 from utils.checks import check_figure_path
+from utils.data.splits import evaluated_split
 from utils.errors import UserError, run_script
 from utils.figures import OKABE_ITO, save
 from utils.flag_types import Parser, argument, one_of, positive
@@ -63,7 +64,6 @@ from utils.profiling import (
     speedup,
     time_interleaved,
 )
-from utils.records.metrics_file import evaluated_split
 from utils.records.run_folder import read_run
 
 PEERS, NORMS, MODELS = "peers", "norms", "models"

@@ -15,12 +15,12 @@ from experiment import add_experiment_flags, finish_runs, plan_from_scratch, see
 from models import build_model
 from utils.checks import check_figure_path
 from utils.curves import plot_runs
+from utils.data.splits import evaluated_split
 from utils.errors import run_script
 from utils.figures import save
 from utils.flag_types import Parser
 from utils.parallel.processes import device_name
 from utils.profiling import count_flops, count_parameters, markdown_table
-from utils.records.metrics_file import evaluated_split
 from utils.records.run_folder import read_metrics
 from utils.sweeps import data_name, mean_and_range
 
@@ -66,6 +66,7 @@ def table(metrics, img_size):
             model = build_model(model_type, img_size)
         speed = statistics.median(value for one in seeds for value in one["images_per_second"])
         minutes = statistics.median(one["seconds"][-1] for one in seeds) / 60
+        parts = (evaluated_split(seeds[0]), "train")
         rows.append(
             [
                 f"{model_type}, {MODELS[model_type]}",

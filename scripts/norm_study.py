@@ -24,12 +24,12 @@ from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
 from utils.data.datasets import DataOptions, find_splits, load_dataset
+from utils.data.splits import evaluated_split
 from utils.errors import UserError, run_script
 from utils.figures import blocks_to_draw, plot_attention_rows, prediction_caption, save
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
-from utils.records.metrics_file import evaluated_split
 from utils.records.run_folder import is_finished, read_config, read_metrics
 from utils.records.weights import LAST
 from utils.sweeps import check_plan, data_name, plan_run, raise_failures, run_unfinished

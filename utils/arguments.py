@@ -120,6 +120,11 @@ def add_training_data_flags(group):
         "file's name, for example '^(patient[0-9]+)_'.",
     )
     group.add_argument(
+        "--test_at_end",
+        action="store_true",
+        help="Evaluate the test images once, after the last step, and keep no best weights: for final runs.",
+    )
+    group.add_argument(
         "--img_size", type=positive, default=224, metavar="PIXELS", help="Side of the square input images in pixels."
     )
     group.add_argument(
@@ -178,11 +183,6 @@ def add_training_flags(group):
         metavar="NAME",
         help=f"The test metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
         "balanced_accuracy and macro_f1 count all classes equally.",
-    )
-    group.add_argument(
-        "--test_at_end",
-        action="store_true",
-        help="Evaluate the test images once, after the last step, and keep no best weights: for final runs.",
     )
     group.add_argument(
         "--save_every",

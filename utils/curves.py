@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from utils.data.splits import NAMES
+from utils.data.splits import NAMES, evaluated_split
 from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes
 from utils.metrics import expected_calibration_error, wilson_interval
 
@@ -19,7 +19,7 @@ MAX_LABELS = 100  # class names at an axis
 
 
 def plot_curves(metrics, title):
-    """Loss and accuracy of one run over the steps, of the training and evaluated images; `metrics` is {column: values}."""
+    """Loss and accuracy of one run over the steps, of training and evaluation; `metrics` is {column: values}."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     marker = "o" if len(metrics["step"]) < FEW_POINTS else ""

@@ -90,8 +90,9 @@ def load_run(model, args, processes, run_dir):
 def train(model, splits, args, processes, run_dir, saved=None):
     """Train `model`, any module from images (B, 3, H, W) to logits (B, num_classes), by the flags in `args`.
 
-    `splits` are LoadedSplits, `saved` is the state of the checkpoint whose weights the model holds if the run resumes. Leaves the run's records in
-    `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not finite.
+    `splits` are LoadedSplits, `saved` is the state of the checkpoint whose weights the model holds if the run resumes.
+    Leaves the run's records in `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not
+    finite.
     """
     train_set, eval_set, _, evaluated_on = splits
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)

@@ -90,3 +90,8 @@ def subjects(images, regex):
     if None in matches:
         raise UserError(f"--group_by {regex!r} does not match the name of {images[matches.index(None)]}")
     return np.unique([match[1] for match in matches], return_inverse=True)[1]
+
+
+def evaluated_split(columns):
+    """The split that a run with these columns of metrics.csv has evaluated: "val" or "test"."""
+    return "val" if "val_loss" in columns else "test"

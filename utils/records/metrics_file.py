@@ -4,6 +4,7 @@ import csv
 import itertools
 import math
 
+from utils.data.splits import evaluated_split
 from utils.errors import UserError
 from utils.records.best_effort import reason
 from utils.records.files import replace_file
@@ -115,11 +116,6 @@ def is_number(text):
     except ValueError:
         return False
     return True
-
-
-def evaluated_split(columns):
-    """The split that a run with these columns of metrics.csv has evaluated: "val" or "test"."""
-    return "val" if "val_loss" in columns else "test"
 
 
 def required_columns(columns):
