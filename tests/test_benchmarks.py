@@ -23,6 +23,7 @@ from utils.profiling import activation_bytes
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import data_loading
 import end_to_end
+import freezing
 import growth
 import kernels
 import peers
@@ -32,7 +33,7 @@ import token_reduction_speed
 
 CPU = torch.device("cpu")
 SMALL = ("--img_size", 32, "--batch_size", 2, "--rounds", 1)
-ALL = (data_loading, end_to_end, growth, kernels, throughput, token_reduction_speed)
+ALL = (data_loading, end_to_end, freezing, growth, kernels, throughput, token_reduction_speed)
 
 
 @pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
@@ -171,6 +172,17 @@ def test_the_bytes_of_weights_gradients_and_optimizer_at_a_level(level, precisio
     expected = dict(zip(("weights", "gradients", "optimizer"), (n * count for n in expected_bytes), strict=True))
     assert steps.state_bytes(step) == expected
     assert steps.training_memory(step, *batch) > sum(expected.values())
+
+
+def test_freezing_compares_the_parts_that_are_trained(run_main, main_fails):
+    printed = run_main(freezing, "--model_type", "ViT-Nano_4", *SMALL, "--precision", "fp32", "--img_size", 16)
+    rows = re.findall(r"^\| `(\S+)` \| ([\d.e-]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["all", "norms", "last:2", "head"]
+    trained, memory = ({row[0]: float(row[column]) for row in rows} for column in (1, 2))
+    assert trained["all"] > trained["last:2"] > trained["norms"] > trained["head"]
+    assert memory["all"] > memory["norms"] > memory["last:2"] > memory["head"]
+    assert rows[0][3] == "1.00"
+    assert "the model has 12 blocks" in main_fails(freezing, "--model_type", "ViT-Nano_4", "--train", "last:13")
 
 
 def test_a_timed_step_is_a_training_step_without_dropout():

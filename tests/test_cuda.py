@@ -151,6 +151,13 @@ def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_a_part_of_the_weights_trains_and_is_saved_in_sixteen_bits(level, tiny_flags):
+    flags = ["--fp16", "--fp16_opt_level", level, "--ema_decay", 0.5, "--layer_decay", 0.75]
+    metrics = train_on_the_gpu(tiny_flags, "--train", "last:2", *flags)
+    assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
+
+
 def test_a_stopped_run_resumes_with_the_same_losses(tiny_flags, monkeypatch):
     """Adam's moments, the loss scale and the stream of samples are those of the run that was not stopped."""
     flags = ["--fp16", "--optimizer", "adamw", "--learning_rate", 0.001, "--num_steps", 24, "--eval_every", 8]

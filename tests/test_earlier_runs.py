@@ -82,6 +82,16 @@ def test_an_earlier_run_is_resumed_and_ends_as_its_own_code_ended_it(earlier_run
     assert metrics["grad_norm"][1] > 0
 
 
+def test_an_earlier_run_can_not_be_resumed_with_a_part_of_its_weights(earlier_run, monkeypatch, capsys):
+    """Earlier versions trained all weights, and recorded no --train."""
+    model = ["--model_type", "ViT-Nano_4", "--dataset", "digits", "--img_size", 8, "--train_batch_size", 16]
+    place = ["--name", "run", "--output_dir", earlier_run.parent, "--resume"]
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, [*model, *place, "--train", "head"], monkeypatch)
+    assert stopped.value.code == 2
+    assert "was started with --train all, so it can't be resumed with head\n" in capsys.readouterr().err
+
+
 def read_csv(path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))

@@ -15,6 +15,7 @@ from utils.flag_types import (
     positive_float,
     seed,
     share,
+    trained_part,
 )
 from utils.optimizers import OPTIMIZERS
 from utils.parallel.precision import AMP_BACKENDS
@@ -195,6 +196,22 @@ def add_optimisation_flags(group):
         default=0.0,
         metavar="WD",
         help="The weight decay; it does not apply to biases, norms, the class token and position embeddings.",
+    )
+    group.add_argument(
+        "--layer_decay",
+        type=share,
+        default=1.0,
+        metavar="FACTOR",
+        help="The learning rate of each layer is that of the layer after it times FACTOR, for example 0.75; the head's "
+        "is --learning_rate. A layer is a block, or the embedding.",
+    )
+    group.add_argument(
+        "--train",
+        type=trained_part,
+        default="all",
+        metavar="PART",
+        help="The weights that are trained; the others are frozen. all; head: the head only; last:N: also the last N "
+        "blocks (of a CNN: stages) and the final norm; norms: also all norms.",
     )
     group.add_argument(
         "--warmup_steps", type=natural, default=500, metavar="N", help="Steps of linear warm-up from learning rate 0."

@@ -10,8 +10,9 @@ from utils.data.augmentation import MAX_MAGNITUDE
 from utils.data.datasets import DATASETS
 from utils.data.folders import class_folders, image_folders
 from utils.errors import UserError
+from utils.freezing import freeze
 from utils.optimizers import make_optimizer
-from utils.parallel.precision import import_apex_amp
+from utils.parallel.precision import import_apex_amp, trained_parameters
 from utils.pretrained import check_exists, published_url
 from utils.records.run_folder import best_weights, resumes
 from utils.records.weights_and_biases import check_project, import_wandb
@@ -62,7 +63,8 @@ def check_model(args, make_model):
     try:
         with torch.device("meta"):
             model = make_model(num_classes=1)
-        make_optimizer(args, model, list(model.named_parameters()))
+        freeze(model, args.train)
+        make_optimizer(args, model, trained_parameters(model).items())
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.log_attention_every and not hasattr(model, "forward_with_attention"):

@@ -177,6 +177,9 @@ def check_resumption(saved, args, num_steps, run_dir, classes):
         raise UserError(
             f"the run was started with --optimizer {started_with}, so it can't be resumed with {args.optimizer}"
         )
+    trained = (saved["flags"] or {}).get("train", "all")  # of earlier versions, which had no flag
+    if trained != args.train:
+        raise UserError(f"the run was started with --train {trained}, so it can't be resumed with {args.train}")
     if step > num_steps:
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")
     if saved["classes"]:
@@ -195,10 +198,12 @@ def description(run, train_set, test_set):
     """What is trained, on what and how, in two lines, and warnings of what is probably a mistake."""
     args, num_steps = run.args, run.schedule.num_steps
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    trained = sum(p.numel() for p in run.precision.named.values()) / 1e6
+    part = "" if args.train == "all" else f" ({trained:.2f} M trained)"
     steps = f"resuming at step {run.step} of {num_steps}, steps" if run.step else f"{num_steps} steps"
     shards = ", each with its shard of the weights" if is_sharded(args, run.processes) else ""
     lines = [
-        f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
+        f"{args.model_type}, {millions:.2f} M parameters{part}, on {args.dataset}: {len(train_set)} training and "
         f"{len(test_set)} test images, {len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
@@ -208,6 +213,9 @@ def description(run, train_set, test_set):
         ),
         f"a batch of {args.train_batch_size} images contains some of the {len(train_set)} training images repeatedly": (
             args.train_batch_size > len(train_set)
+        ),
+        f"--train {args.train} freezes weights that no --pretrained_dir provides": (
+            args.train != "all" and not args.pretrained_dir
         ),
         f"there is a single class, {train_set.classes[0]!r}, so every prediction is correct": (
             len(train_set.classes) == 1
