@@ -82,6 +82,18 @@ def test_an_earlier_run_is_resumed_and_ends_as_its_own_code_ended_it(earlier_run
     assert metrics["grad_norm"][1] > 0
 
 
+def test_an_earlier_run_compared_accuracies_and_is_not_resumed_with_another_metric(earlier_run, monkeypatch, capsys):
+    flags = json.loads((earlier_run / "config.json").read_text())["flags"]
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
+    given += ["--output_dir", earlier_run.parent, "--resume", "--best_metric", "macro_f1"]
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, given, monkeypatch)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "warning: resuming with --best_metric macro_f1; the run was started with accuracy" in printed.out
+    assert "was started with --best_metric accuracy, whose values can't be compared with macro_f1" in printed.err
+
+
 def read_csv(path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
