@@ -20,8 +20,19 @@ from utils.flag_groups import (
     token_reduction_of,
 )
 from utils.flag_types import Parser, positive
+from utils.metrics import (
+    class_metrics,
+    expected_calibration_error,
+    frequent_confusions,
+    percent,
+    wilson_interval,
+)
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes
+
+MANY_CLASSES = 20  # of more classes the text has the hardest only
+FREQUENT = 10  # errors that the report names
+MEAN_METRICS = ("balanced_accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 
 def main():
@@ -56,21 +67,27 @@ def parse_flags():
         metavar="PNG",
         help="The file for the confusion matrix; default: confusion_matrix.png in the folder of the checkpoint.",
     )
+    output.add_argument(
+        "--reliability_diagram",
+        metavar="PNG",
+        help="The file for the accuracy at each confidence; default: reliability_diagram.png in the same folder.",
+    )
     return parser.parse_args()
 
 
 def evaluate_on_dataset(saved, args, processes):
-    """Evaluate on the test set, by default that of the run; draw the confusion matrix and return the report."""
-    path = Path(args.confusion_matrix or Path(args.checkpoint).parent / "confusion_matrix.png")
-    check_figure_path(path, "--confusion_matrix")
+    """Evaluate on the test set, by default that of the run; draw the figures and return the report."""
+    paths = {}
+    for name in ("confusion_matrix", "reliability_diagram"):
+        paths[name] = Path(getattr(args, name) or Path(args.checkpoint).parent / f"{name}.png")
+        check_figure_path(paths[name], f"--{name}")
     dataset, test_set = load_test_set(saved, args, processes)
     result = evaluate_model(saved.model, test_set, saved.img_size, args, processes, per_class=True)
-    names = readable_names(test_set.classes)
+    names, title = readable_names(test_set.classes), f"{saved.title} on {dataset}"
     if processes.is_first:
-        draw_confusion_matrix(result["confusion"], names, f"{saved.title} on {dataset}", path)
-    counts = result["confusion"].sum(dim=1)
-    accuracies = result["confusion"].diagonal() / counts
-    per_class = zip(names, accuracies.tolist(), counts.tolist(), strict=True)
+        draw_confusion_matrix(result["confusion"], names, title, paths["confusion_matrix"])
+        draw_reliability(result["calibration"], title, paths["reliability_diagram"])
+    per_class = metrics_by_name(result["confusion"], names)
     return {
         "checkpoint": str(args.checkpoint),
         "dataset": dataset,
@@ -78,11 +95,38 @@ def evaluate_on_dataset(saved, args, processes):
         "skipped": result["skipped"],
         "loss": result["loss"],
         "top1_accuracy": result["accuracy"],
+        "top1_accuracy_interval": wilson_interval(result["accuracy"], result["images"]),
         "top5_accuracy": result["top5_accuracy"],
-        "per_class_accuracy": {name: accuracy for name, accuracy, count in per_class if count},
+        "top5_accuracy_interval": wilson_interval(result["top5_accuracy"], result["images"]),
+        **{name: result[name] for name in MEAN_METRICS},
+        "per_class_accuracy": {name: row["recall"] for name, row in per_class.items() if row["support"]},
+        "per_class": per_class,
+        "frequent_confusions": [
+            {"true_class": names[true], "predicted_class": names[predicted], "images": images}
+            for true, predicted, images in frequent_confusions(result["confusion"], FREQUENT)
+        ],
+        "expected_calibration_error": expected_calibration_error(result["calibration"]),
+        "calibration_bins": calibration_bins(result["calibration"]),
         "images_per_second": result["images_per_second"],
-        "confusion_matrix": str(path),
+        **{name: str(path) for name, path in paths.items()},
     }
+
+
+def metrics_by_name(confusion, names):
+    """{class: {"precision", "recall", "f1", "support", "recall_interval"}}; the interval is None without images."""
+    columns = {name: values.tolist() for name, values in class_metrics(confusion).items()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for row in rows:
+        row["recall_interval"] = wilson_interval(row["recall"], row["support"]) if row["support"] else None
+    return dict(zip(names, rows, strict=True))
+
+
+def calibration_bins(calibration):
+    """[{"count", "correct", "mean_confidence"}, ...] of `calibration_sums`; the mean is None in an empty bin."""
+    return [
+        {"count": int(count), "correct": int(correct), "mean_confidence": confidence / count if count else None}
+        for count, correct, confidence in calibration.tolist()
+    ]
 
 
 def load_test_set(saved, args, processes):
@@ -108,20 +152,62 @@ def draw_confusion_matrix(confusion, names, title, path):
     save(plot_confusion_matrix(confusion, names, title), path)
 
 
+def draw_reliability(calibration, title, path):
+    from utils.curves import plot_reliability
+    from utils.figures import save
+
+    save(plot_reliability(calibration, title), path)
+
+
 def evaluation_text(report):
-    per_class = sorted(report["per_class_accuracy"].items(), key=lambda item: item[1])
-    shown = per_class if len(per_class) <= 20 else per_class[:10]
-    width = max(len(name) for name, _ in shown)
     skipped = f", {report['skipped']} more could not be read" if report["skipped"] else ""
+    accuracies = (percent(report[f"top{count}_accuracy"], report["images"]) for count in (1, 5))
+    means = (f"{name.replace('_', ' ').replace('f1', 'F1')} {percent(report[name])}" for name in MEAN_METRICS)
     lines = [
         f"{report['checkpoint']} on {report['dataset']}: {report['images']} test images{skipped}",
-        f"top-1 {100 * report['top1_accuracy']:.2f} %   top-5 {100 * report['top5_accuracy']:.2f} %   "
-        f"loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
-        f"accuracy of {'each class' if shown is per_class else 'the ten hardest classes'}, lowest first:",
-        *(f"  {name:<{width}}  {100 * accuracy:6.2f} %" for name, accuracy in shown),
+        "top-1 {}   top-5 {}".format(*accuracies)
+        + f"   loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
+        "   ".join(means),
+        f"expected calibration error {percent(report['expected_calibration_error'])}",
+        *class_lines(report["per_class"]),
+        *confusion_lines(report["frequent_confusions"], report["per_class"]),
+        "[low, high]: the 95 % interval of an accuracy (Wilson)",
         f"confusion matrix: {report['confusion_matrix']}",
+        f"reliability diagram: {report['reliability_diagram']}",
     ]
     return "\n".join(lines)
+
+
+def class_lines(per_class):
+    """A table of the classes, or of the ten hardest of many; `per_class` is that of the report."""
+    present = {name: row for name, row in per_class.items() if row["support"]}
+    hardest = sorted(present, key=lambda name: present[name]["recall"])
+    shown = hardest if len(hardest) <= MANY_CLASSES else hardest[:10]
+    width = max(len(name) for name in shown)
+    lines = [f"accuracy (recall) of {'each class' if shown is hardest else 'the ten hardest classes'}, lowest first:"]
+    for name in shown:
+        row = present[name]
+        precision, f1 = (f"{percent(row[metric]):>8}" for metric in ("precision", "f1"))
+        recall = percent(row["recall"], row["support"])
+        lines.append(f"  {name:<{width}}  {recall:<24}  precision {precision}  F1 {f1}")
+    if absent := len(per_class) - len(present):
+        lines.append(
+            f"no test images of {absent} of the {len(per_class)} classes: their precision, recall and F1 count as 0 in "
+            "the macro means, as in scikit-learn, and not in the balanced accuracy"
+        )
+    return lines
+
+
+def confusion_lines(confusions, per_class):
+    """A table of the most frequent errors."""
+    if not confusions:
+        return []
+    pairs = [f"{row['true_class']} -> {row['predicted_class']}" for row in confusions]
+    width = max(map(len, pairs))
+    lines = ["most frequent confusions, true class -> prediction:"]
+    for pair, row in zip(pairs, confusions, strict=True):
+        lines.append(f"  {pair:<{width}}  {row['images']} of {per_class[row['true_class']]['support']} images")
+    return lines
 
 
 def classify(saved, args):

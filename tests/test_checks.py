@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import train
-from helpers import call_main, fails
+from helpers import call_main, fails, run_dir
 from utils.checks import check_figure_path, make_output_folder
 from utils.errors import UserError
 
@@ -73,6 +73,17 @@ def test_what_is_probably_a_mistake_is_a_warning(tiny_flags, image_folder, monke
     ]
     call_main(train, tiny_flags("--num_steps", 4, "--overwrite"), monkeypatch)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_metric_of_several_classes_needs_two(tiny_flags, image_folder, monkeypatch, capsys):
+    data = ["--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 0, "--best_metric", "macro_f1"]
+    shutil.rmtree(image_folder / "val" / "dog")
+    message = fails(train, tiny_flags(*data), monkeypatch, capsys)
+    assert "--best_metric macro_f1 needs two classes, the test set has 1; give accuracy" in message
+    assert [path.name for path in run_dir(tiny_flags()).iterdir()] == [".lock"]
+    shutil.rmtree(image_folder / "train" / "dog")
+    message = fails(train, tiny_flags(*data), monkeypatch, capsys)
+    assert "--best_metric macro_f1 needs two classes, imagefolder has 1; give accuracy" in message
 
 
 def test_an_existing_run_is_only_resumed_or_overwritten_by_a_flag(tiny_flags, monkeypatch, capsys):

@@ -92,6 +92,18 @@ def test_an_earlier_run_can_not_be_resumed_with_a_part_of_its_weights(earlier_ru
     assert "was started with --train all, so it can't be resumed with head\n" in capsys.readouterr().err
 
 
+def test_an_earlier_run_compared_accuracies_and_is_not_resumed_with_another_metric(earlier_run, monkeypatch, capsys):
+    flags = json.loads((earlier_run / "config.json").read_text())["flags"]
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
+    given += ["--output_dir", earlier_run.parent, "--resume", "--best_metric", "macro_f1"]
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, given, monkeypatch)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "warning: resuming with --best_metric macro_f1; the run was started with accuracy" in printed.out
+    assert "was started with --best_metric accuracy, so it can't be resumed with macro_f1" in printed.err
+
+
 def read_csv(path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))

@@ -17,6 +17,8 @@ from utils.flag_types import (
     share,
     trained_part,
 )
+from utils.losses import CLASS_WEIGHTS
+from utils.metrics import BEST_METRICS
 from utils.optimizers import OPTIMIZERS
 from utils.parallel.precision import AMP_BACKENDS
 from utils.parallel.processes import PARALLEL
@@ -148,6 +150,14 @@ def add_training_flags(group):
         help="Steps between two evaluations; each of them also writes a checkpoint.",
     )
     group.add_argument(
+        "--best_metric",
+        type=one_of("metric", BEST_METRICS),
+        default="accuracy",
+        metavar="NAME",
+        help=f"The test metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
+        "balanced_accuracy and macro_f1 count all classes equally.",
+    )
+    group.add_argument(
         "--save_every",
         type=positive,
         metavar="N",
@@ -240,7 +250,15 @@ def add_optimisation_flags(group):
 
 
 def add_regularisation_flags(group):
-    """Soft labels, mixed images and averaged weights."""
+    """Class weights, soft labels, mixed images and averaged weights."""
+    group.add_argument(
+        "--class_weights",
+        type=one_of("class weights", CLASS_WEIGHTS),
+        default="none",
+        metavar="NAME",
+        help="The weights of the classes in the training loss. balanced: images / (classes * images of the class); "
+        "none: 1.",
+    )
     group.add_argument(
         "--label_smoothing",
         type=fraction,

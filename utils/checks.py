@@ -11,6 +11,7 @@ from utils.data.datasets import DATASETS
 from utils.data.folders import class_folders, image_folders
 from utils.errors import UserError
 from utils.freezing import freeze
+from utils.metrics import BEST_METRICS
 from utils.optimizers import make_optimizer
 from utils.parallel.precision import import_apex_amp, trained_parameters
 from utils.pretrained import check_exists, published_url
@@ -126,11 +127,19 @@ def check_length(args, num_steps, num_images):
         )
 
 
+def check_best_metric(args, num_classes, where):
+    """Whether --best_metric is defined for the number of classes in the data set or in its test set, named `where`."""
+    if BEST_METRICS[args.best_metric].from_confusion and num_classes < 2:
+        raise UserError(f"--best_metric {args.best_metric} needs two classes, {where} has {num_classes}; give accuracy")
+
+
 def check_files(args):
     """Whether the data and the weights exist, as far as possible without reading them."""
     if DATASETS[args.dataset].in_folders:
         for folder in image_folders(args.data_dir):
             class_folders(folder)
+    if args.mode == "train":
+        check_best_metric(args, DATASETS[args.dataset].count_classes(args.data_dir), args.dataset)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
         raise UserError(

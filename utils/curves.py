@@ -1,14 +1,20 @@
-"""Figures of runs: their loss and accuracy over the steps, and a confusion matrix. Each function returns a Figure."""
+"""Figures of runs: curves over the steps, confusion matrix, calibration. Each `plot_...` function returns a Figure."""
+
+import math
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes
+from utils.metrics import expected_calibration_error, wilson_interval
 
 FEW_POINTS = 30  # below this many evaluations each one has a marker
-FEW_CLASSES = 20  # up to this many classes the confusion matrix shows their names and counts
+FEW_CLASSES = 20  # up to this many classes the confusion matrix shows counts
+MAX_CELLS = 250  # rows of a confusion matrix that can be told apart
+MAX_LABELS = 100  # class names at an axis
 
 
 def plot_curves(metrics, title):
@@ -75,21 +81,92 @@ def label_curves(loss, accuracy):
 def plot_confusion_matrix(confusion, classes, title):
     """Rows are true classes, columns are predictions; each row is a share of the images of its class.
 
-    `confusion` is an int64 tensor (classes, classes) of counts.
+    `confusion` is an int64 tensor (classes, classes) of counts. With more than FEW_CLASSES classes, those that are
+    confused with each other are neighbours, and the colours show small shares too. With more than MAX_CELLS, a cell
+    shows the highest share among several neighbours.
     """
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    shares = 100 * (confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     few = len(classes) <= FEW_CLASSES
-    side = min(12.0, 3 + 0.4 * len(classes)) if few else 9
+    order = np.arange(len(classes)) if few else similar_together(shares)
+    group = math.ceil(len(classes) / MAX_CELLS)
+    starts = np.arange(0, len(classes), group)
+    cells = shares[np.ix_(order, order)]
+    cells = np.maximum.reduceat(np.maximum.reduceat(cells, starts, axis=0), starts, axis=1)
+    side = min(14.0, 3 + (0.4 if few else 0.11) * len(cells))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow((100 * shares).numpy(), cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(drawn, ax=axes, label="share of the true class (%)", shrink=0.8)
+    drawn = axes.imshow(cells, cmap="Blues", norm=PowerNorm(1 if few else 0.5, vmin=0, vmax=100))
+    of_several = f", highest of {group} x {group} classes" if group > 1 else ""
+    figure.colorbar(drawn, ax=axes, label=f"share of the true class (%){of_several}", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class", title=escape_math(title))
+    label_classes(axes, [classes[index] for index in order[starts]], few)
     if few:
-        labels = [escape_math(name) for name in classes]
-        axes.set_xticks(range(len(classes)), labels, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), labels)
         for row, column in confusion.nonzero().tolist():
-            colour = "white" if shares[row, column] > 0.5 else "black"
+            colour = "white" if shares[row, column] > 50 else "black"
             axes.text(column, row, int(confusion[row, column]), ha="center", va="center", color=colour, fontsize=7)
+    return figure
+
+
+def similar_together(shares):
+    """An order of the classes in which those that are often confused are neighbours, by average linkage.
+
+    `shares` are percentages (classes, classes), rows are true classes.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage  # slow imports that other figures do not need
+    from scipy.spatial.distance import squareform
+
+    distances = 100 - (shares + shares.T) / 2
+    np.fill_diagonal(distances, 0)
+    return leaves_list(linkage(squareform(distances), method="average"))
+
+
+def label_classes(axes, names, few):
+    """Names at both axes, at most MAX_LABELS of them."""
+    ticks = np.arange(0, len(names), math.ceil(len(names) / MAX_LABELS))
+    labels = [escape_math(names[tick] if few else shorten(names[tick])) for tick in ticks]
+    style = {} if few else {"fontsize": 7}
+    axes.set_xticks(ticks, labels, rotation=45 if few else 90, ha="right" if few else "center", **style)
+    axes.set_yticks(ticks, labels, **style)
+
+
+def shorten(name, length=24):
+    """A name of at most `length` characters."""
+    return name if len(name) <= length else f"{name[: length - 3].rstrip()}..."
+
+
+def plot_reliability(calibration, title):
+    """The accuracy of the images in each bin of confidence, and below it the share of the images in the bin.
+
+    `calibration` is the tensor (BINS, 3) of `calibration_sums`. Error bars are 95 % intervals; a well calibrated model
+    is on the diagonal.
+    """
+    count, correct, confidence = calibration.numpy().T
+    filled = count > 0
+    count, centres = count[filled], ((np.arange(len(filled)) + 0.5) / len(filled))[filled]
+    accuracy, mean = correct[filled] / count, confidence[filled] / count
+    intervals = np.array([wilson_interval(*pair) for pair in zip(accuracy.tolist(), count.tolist(), strict=True)])
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 100 / len(filled)
+    upper.bar(100 * centres, 100 * accuracy, width, color=TRAIN, alpha=0.35, edgecolor="white", label="accuracy")
+    upper.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="perfect calibration")
+    bars = 100 * np.abs(intervals.T - accuracy)
+    upper.errorbar(
+        100 * mean,
+        100 * accuracy,
+        bars,
+        fmt="o",
+        color=TEST,
+        markersize=4,
+        capsize=2,
+        label="95 % interval, at the mean confidence",
+    )
+    lower.bar(100 * centres, 100 * count / count.sum(), width, color=TRAIN, alpha=0.35, edgecolor="white")
+    error = expected_calibration_error(calibration)
+    upper.set_title(f"{escape_math(title)}\nexpected calibration error {100 * error:.2f} %", fontsize="medium")
+    upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 101))
+    lower.set(xlabel="confidence (%)", ylabel="images (%)")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", columnspacing=1, frameon=False)
+    for axes in (upper, lower):
+        style_axes(axes)
     return figure

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils.data.datasets import DATASETS, DataOptions, load_dataset
 from utils.errors import UserError
+from utils.metrics import BINS, calibration_sums, mean_metrics, percent
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes, sum_over_processes
 from utils.pretrained import load_pretrained_flag
@@ -44,8 +45,8 @@ def run_evaluation(args, make_model):
                 f"{args.model_type} on {args.dataset}: {result['images']} test images{skipped}, "
                 f"{len(test_set.classes)} classes, at {args.img_size}x{args.img_size}, {processes}\n"
                 f"  weights  {origin}\n"
-                f"  top-1    {100 * result['accuracy']:.2f} %\n"
-                f"  top-5    {100 * result['top5_accuracy']:.2f} %\n"
+                f"  top-1    {percent(result['accuracy'], result['images'])} (95 % interval)\n"
+                f"  top-5    {percent(result['top5_accuracy'], result['images'])}\n"
                 f"  loss     {result['loss']:.4f}\n"
                 f"  speed    {result['images_per_second']:.1f} images/s"
             )
@@ -81,14 +82,16 @@ def evaluate_model(model, test_set, img_size, args, processes, per_class=False):
 def evaluate(model, test_set, img_size, batch_size, precision, processes, per_class=False, after_batch=lambda: None):
     """{"images", "loss", "accuracy", "top5_accuracy"}: a count, a mean and fractions over all processes.
 
-    With `per_class` also "confusion", counts int64 (classes, classes): rows are true classes, columns predictions.
-    Each process calls `after_batch()` equally often. Raises UserError if no image can be read.
+    With `per_class` also "confusion", counts int64 (classes, classes): rows are true classes, columns predictions;
+    "calibration", the `calibration_sums`; and the `mean_metrics`. Each process calls `after_batch()` equally often.
+    Raises UserError if no image can be read.
     """
     was_training = model.training
     model.eval()
     num_classes = len(test_set.classes)
     totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1 correct, top-5 correct
     confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=processes.device)
+    calibration = totals.new_zeros(BINS, 3)
     count = 0
     batches = iter(test_set.eval_batches(img_size, batch_size, processes))
     most = math.ceil(len(range(0, len(test_set), processes.size)) / batch_size)  # batches of the first process
@@ -98,12 +101,14 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
             if len(labels):
                 with precision.autocast():
                     logits = model(precision.inputs(images)).float()
-                correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                predictions = logits.topk(min(5, logits.shape[1])).indices  # (B, 5), the most probable class first
+                correct = predictions == labels[:, None]
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 totals += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
                 if per_class:
-                    cells = labels * num_classes + logits.argmax(1)
-                    confusion += torch.bincount(cells, minlength=num_classes**2)
+                    cells = labels * num_classes + predictions[:, 0]
+                    confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
+                    calibration += calibration_sums(logits.softmax(dim=1).amax(dim=1), correct[:, 0])
                 count += len(labels)  # on the host, so that no batch waits for the device
                 bar.update(len(labels))
             elif isinstance(model, FSDPModule):  # which gathers weights with all processes
@@ -117,6 +122,8 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     result = {"images": int(count), "loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
     if per_class:
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()
+        result["calibration"] = sum_over_processes(calibration).cpu()
+        result |= mean_metrics(result["confusion"])
     return result
 
 

@@ -81,8 +81,7 @@ def check_earlier_run(run):
         config = read_config(run.folder)
     if config is None:
         return
-    for flag, wanted in changed_flags(config["flags"], run.flags).items():
-        found = config["flags"][flag]
+    for flag, (found, wanted) in changed_flags(config["flags"], run.flags).items():
         raise UserError(f"{run.folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
 
 

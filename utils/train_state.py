@@ -14,6 +14,7 @@ from utils.data.stream import dropout_keys
 from utils.errors import RunStoppedError
 from utils.evaluation import evaluate
 from utils.freezing import freeze
+from utils.metrics import BEST_METRICS, Best
 from utils.optimizers import empty_state, make_optimizer, restore_state, state_tensors
 from utils.parallel.averaging import WeightAverage
 from utils.parallel.memory import recompute_activations
@@ -32,7 +33,7 @@ ATTENTION_IMAGES = 8  # test images that --log_attention_every draws
 class Progress:
     """The evaluations of a run so far, and its duration."""
 
-    best_accuracy: float = -1.0
+    best_value: float | None = None  # of --best_metric
     best_step: int = 0
     evaluated_step: int = 0  # the last one
     total_seconds: float = 0.0
@@ -41,13 +42,14 @@ class Progress:
 class TrainState:
     """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
 
-    def __init__(self, model, args, processes, num_steps, classes, run_dir=None):
+    def __init__(self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None):
         """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
 
         `classes` are their names, `run_dir` is the folder to save in, which timing a step does not need.
+        `class_weights` (classes,) multiply the terms of the loss.
         """
         self.model, self.args, self.processes, self.classes = model, args, processes, list(classes)
-        self.run_dir = run_dir
+        self.run_dir, self.class_weights = run_dir, class_weights
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
@@ -118,6 +120,11 @@ class TrainState:
         is_due_now = is_due(self.step, self.args.eval_every) or self.step == self.schedule.num_steps
         return is_due_now and self.progress.evaluated_step < self.step
 
+    @property
+    def best(self):
+        """The Best evaluation so far."""
+        return Best(self.args.best_metric, self.progress.best_value, self.progress.best_step)
+
     def evaluate(self, test_set, tracker, stop):
         """Evaluate the weights, or their moving average if there is one; save the best, and record the result.
 
@@ -132,13 +139,14 @@ class TrainState:
         size = (self.args.img_size, self.args.img_size)
         with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
             options = (size, self.args.eval_batch_size, self.precision, self.processes)
-            result = evaluate(self.model, test_set, *options, after_batch=check_stop)
-        if result["accuracy"] > self.progress.best_accuracy:
-            self.progress.best_accuracy, self.progress.best_step = result["accuracy"], self.step
+            needs_confusion = BEST_METRICS[self.args.best_metric].from_confusion
+            result = evaluate(self.model, test_set, *options, needs_confusion, after_batch=check_stop)
+        if self.best.is_improved_by(result[self.args.best_metric]):
+            self.progress.best_value, self.progress.best_step = result[self.args.best_metric], self.step
             averaged = self.average.weights if self.average else {}
             save_best(self.run_dir, self.step, {**self.precision.weights(), **averaged}, self.processes.is_first)
         row = self.metrics_row(result, tracker.seconds())
-        tracker.log_evaluation(row, self.progress.best_accuracy, self.progress.best_step)
+        tracker.log_evaluation(row, self.best)
         self.meter.reset()
         self.progress.evaluated_step, self.progress.total_seconds = self.step, tracker.seconds()
         if self.processes.is_first:
@@ -149,7 +157,8 @@ class TrainState:
         """{column: number} of an evaluation and the mean metrics of the steps before it."""
         # The prefix distinguishes a training metric from the same metric of the evaluation.
         training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
-        tests = {f"test_{name}": result[name] for name in ("loss", "accuracy", "top5_accuracy")}
+        names = dict.fromkeys(("loss", "accuracy", "top5_accuracy", self.args.best_metric))
+        tests = {f"test_{name}": result[name] for name in names}
         speed = {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": seconds}
         return {"step": self.step, **training, **tests, **speed}
 
@@ -213,6 +222,8 @@ class TrainState:
         self.step = progress.pop("step")
         progress.setdefault("evaluated_step", self.step)  # earlier versions evaluated before they saved
         self.meter.load_state_dict(progress.pop("metrics", None) or metrics_of_earlier_version(progress, self.args))
+        if "best_accuracy" in progress:  # of earlier versions, which had no other metric
+            progress["best_value"] = progress.pop("best_accuracy")
         self.progress = Progress(**progress)
         places = {**self.precision.weights(), **self.precision.named}
         tensors = load_tensors(self.run_dir, self.step, empty_state(places))

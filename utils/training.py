@@ -7,19 +7,21 @@ and any number of processes computes the same global batch.
 import math
 
 import torch
-import torch.nn.functional as F
 
-from utils.checks import check_length
+from utils.checks import check_best_metric, check_length
 from utils.data.augmentation import Augmentation
 from utils.data.datasets import DATASETS, DataOptions, load_dataset
 from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
+from utils.losses import class_weights, cross_entropy
+from utils.metrics import best_of
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
 from utils.records.checkpoint import load_checkpoint
 from utils.records.metrics_file import read_rows
 from utils.records.run_folder import (
+    EARLIER_FLAGS,
     METRICS,
     check_shared,
     is_finished,
@@ -94,12 +96,14 @@ def train(model, train_set, test_set, args, processes, run_dir, saved=None):
     check_length(args, num_steps, len(train_set))
     if saved:
         check_resumption(saved, args, num_steps, run_dir, train_set.classes)
-    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir)
+    check_best_metric(args, len(set(test_set.labels.tolist())), "the test set")
+    weights = class_weights(args.class_weights, train_set.labels, train_set.classes, processes.device)
+    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir, weights)
     if saved:
         run.restore(saved)
     barrier()  # every process has seen whether there is a run to resume
     if processes.is_first:
-        prepare_run_folder(run_dir, args, train_set.classes, num_steps)
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps, len(test_set))
     check_shared(run_dir)
     batches = training_batches(train_set, args, processes, run.step, num_steps)
     with open_tracker(run) as tracker, StopSignal().listening() as stop:
@@ -122,7 +126,7 @@ def train(model, train_set, test_set, args, processes, run_dir, saved=None):
             if is_due(run.step, args.log_attention_every):
                 run.log_attention(test_set, tracker)
         report_unreadable(train_set, test_set, tracker)
-        tracker.summarise(run.progress.best_accuracy, run.progress.best_step)
+        tracker.summarise(run.best, len(test_set))
 
 
 def train_step(run, batches):
@@ -139,7 +143,7 @@ def train_step(run, batches):
         with gradients_summed(run.network, is_last):
             with precision.autocast():
                 logits = run.network(precision.inputs(images)).float()
-            batch_loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
+            batch_loss = cross_entropy(logits, targets, args.label_smoothing, run.class_weights)
             batch_loss = batch_loss / args.gradient_accumulation_steps
             precision.backward(batch_loss)
         loss += batch_loss.detach()
@@ -163,23 +167,21 @@ def training_batches(train_set, args, processes, first_step, num_steps):
 
 def report_finished(run_dir):
     """Print the results of a run whose last step has been evaluated."""
-    rows = read_rows(run_dir / METRICS)
-    best = max(rows, key=lambda row: float(row["test_accuracy"]))
-    num_classes = len(read_config(run_dir)["classes"])
+    rows, config = read_rows(run_dir / METRICS), read_config(run_dir)
+    best = best_of(rows, {**EARLIER_FLAGS, **config["flags"]}["best_metric"])
     print(f"{run_dir} has finished all of its {rows[-1]['step']} steps")
-    print(summary(run_dir, rows, float(best["test_accuracy"]), int(best["step"]), num_classes))
+    print(summary(run_dir, rows, best, len(config["classes"]), config.get("test_images")))
 
 
 def check_resumption(saved, args, num_steps, run_dir, classes):
     """Raise UserError if the saved state can't be continued with these flags and classes."""
-    started_with, step = saved["optimizer"], saved["progress"]["step"]
-    if started_with != args.optimizer:
-        raise UserError(
-            f"the run was started with --optimizer {started_with}, so it can't be resumed with {args.optimizer}"
-        )
-    trained = (saved["flags"] or {}).get("train", "all")  # of earlier versions, which had no flag
-    if trained != args.train:
-        raise UserError(f"the run was started with --train {trained}, so it can't be resumed with {args.train}")
+    before = {**EARLIER_FLAGS, **(saved["flags"] or {}), "optimizer": saved["optimizer"]}
+    for flag in ("optimizer", "train", "best_metric"):
+        if before[flag] != getattr(args, flag):
+            raise UserError(
+                f"the run was started with --{flag} {before[flag]}, so it can't be resumed with {getattr(args, flag)}"
+            )
+    step = saved["progress"]["step"]
     if step > num_steps:
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")
     if saved["classes"]:

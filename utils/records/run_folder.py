@@ -30,6 +30,8 @@ WITHOUT_EFFECT = {
     *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
 }
+# What earlier versions did, whose runs have no such flags.
+EARLIER_FLAGS = {"best_metric": "accuracy", "class_weights": "none", "train": "all", "layer_decay": 1.0}
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 
 
@@ -123,8 +125,8 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps):
-    """Write config.json. Before that, delete the files of an earlier run that is not resumed."""
+def prepare_run_folder(run_dir, args, classes, num_steps, test_images):
+    """Write config.json, with a count of the test images. Before that, delete an earlier run that is not resumed."""
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
         for path in files_of_run(run_dir):
@@ -134,6 +136,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps):
         "flags": vars(args),
         "classes": classes,
         "num_steps": num_steps,
+        "test_images": test_images,
         "command": sys.argv,
         "launcher": launcher(),
         "versions": {
@@ -180,14 +183,15 @@ def started_with(saved, run_dir):
 
 def report_changed_flags(before, args):
     """Print the flags whose values differ from those `before`, with which the run was started."""
-    for flag, value in changed_flags(before, args).items():
-        print(f"warning: resuming with --{flag} {value}; the run was started with {before[flag]}")
+    for flag, (earlier, value) in changed_flags(before, args).items():
+        print(f"warning: resuming with --{flag} {value}; the run was started with {earlier}")
 
 
 def changed_flags(before, args):
-    """{flag: value} of the flags in `args` that would change the results of a run with the flags `before`."""
+    """{flag: (value before, value)} of the flags in `args` that would change the results of a run with those before."""
+    before = {**EARLIER_FLAGS, **before}
     return {
-        flag: value
+        flag: (before[flag], value)
         for flag, value in vars(args).items()
         if flag not in WITHOUT_EFFECT and before.get(flag, value) != value
     }

@@ -6,6 +6,7 @@ import time
 
 from tqdm import tqdm
 
+from utils.metrics import BEST_METRICS, percent
 from utils.records.best_effort import BestEffort, reason
 from utils.records.metrics_file import MetricsFile, as_columns
 from utils.records.run_folder import CURVES, EVENTS, METRICS, read_config
@@ -86,10 +87,10 @@ class Tracker:
         self.bar.set_postfix_str(f"{newest}, lr {lr:.2e}, {images_per_second:.1f} img/s", refresh=False)
         self.bar.update(len(steps))
 
-    def log_evaluation(self, row, best_accuracy, best_step):
+    def log_evaluation(self, row, best):
         """Record a row of metrics.csv, {column: number}, also in TensorBoard and as a line in the terminal.
 
-        It replaces an earlier row of the same step. Records that have failed are tried again.
+        It replaces an earlier row of the same step. Records that have failed are tried again. `best` is a Best.
         """
         if not self.enabled:
             return
@@ -99,13 +100,15 @@ class Tracker:
         self.add_scalars(tests, row["step"], retry=True)
         self.writing_events.attempt(self.events.write)
         if self.wandb:
-            self.wandb.summarise({"best_accuracy": best_accuracy, "best_step": best_step})
+            self.wandb.summarise({f"best_{best.metric}": best.value, "best_step": best.step})
         top5 = f" top-5 {100 * row['test_top5_accuracy']:6.2f} %" if self.num_classes > FEW_CLASSES else ""
+        metric = BEST_METRICS[best.metric]
+        chosen = f" {metric.title} {100 * row[f'test_{best.metric}']:6.2f} %" if metric.from_confusion else ""
         width = len(str(self.bar.total))
         self.say(
             f"step {row['step']:>{width}}/{self.bar.total}"
             f"  train loss {row['train_loss']:.4f} accuracy {100 * row['train_accuracy']:6.2f} %"
-            f"  test loss {row['test_loss']:.4f} accuracy {100 * row['test_accuracy']:6.2f} %{top5}"
+            f"  test loss {row['test_loss']:.4f} accuracy {100 * row['test_accuracy']:6.2f} %{top5}{chosen}"
             f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} img/s"
         )
 
@@ -152,14 +155,14 @@ class Tracker:
         if self.wandb:
             self.wandb.finish()
 
-    def summarise(self, best_accuracy, best_step):
-        """Print the results of the run and the paths of its files."""
+    def summarise(self, best, test_images):
+        """Print the results of the run, its Best among them, and the paths of its files."""
         if not self.enabled:
             return
         self.complete()
         records = {METRICS: self.writing_metrics, CURVES: self.drawing_curves, EVENTS: self.writing_events}
         incomplete = [name for name, record in records.items() if record.failed]
-        self.say(summary(self.run_dir, self.metrics.rows, best_accuracy, best_step, self.num_classes, incomplete))
+        self.say(summary(self.run_dir, self.metrics.rows, best, self.num_classes, test_images, incomplete))
 
 
 def title_of(run_dir):
@@ -170,17 +173,19 @@ def title_of(run_dir):
     return "{name}: {model_type} on {dataset}".format(**config["flags"])
 
 
-def summary(run_dir, rows, best_accuracy, best_step, num_classes, incomplete=()):
+def summary(run_dir, rows, best, num_classes, test_images=None, incomplete=()):
     """The results of a run and the paths of its files as text.
 
-    `rows` are those of metrics.csv, {column: text}; `incomplete` names the records that could not be written.
+    `rows` are those of metrics.csv, {column: text}. With the number of `test_images`, which earlier versions did not
+    record, accuracies have intervals. `incomplete` names the records that could not be written.
     """
     last = ""
     if rows:
-        top1, top5 = (100 * float(rows[-1].get(f"test_{name}", "nan")) for name in ("accuracy", "top5_accuracy"))
+        top1, top5 = (float(rows[-1].get(f"test_{name}", "nan")) for name in ("accuracy", "top5_accuracy"))
         shows_top5 = num_classes > FEW_CLASSES and not math.isnan(top5)
-        last = f"test accuracy {top1:.2f} %, {f'top-5 {top5:.2f} %, ' if shows_top5 else ''}"
-    lines = [f"\n{last}best {100 * best_accuracy:.2f} % at step {best_step}"]
+        top5 = f"top-5 {percent(top5, test_images)}, " if shows_top5 else ""
+        last = f"test accuracy {percent(top1, test_images)}, {top5}"
+    lines = [f"\n{last}{best.text(test_images)}{' (95 % intervals)' if test_images else ''}"]
     for title, name in (
         ("weights", BEST),
         ("", LAST),
