@@ -95,7 +95,7 @@ def test_attention_matrices_have_one_scale_and_a_line_per_row_of_patches():
     assert (scale.vmin, scale.vmax) == (0.1 / 7, 1)
     assert scale(0.0) == 0
     np.testing.assert_array_equal(panels[1].images[0].get_array(), matrices[1].numpy())
-    lines = [line.get_xydata() for line in panels[3].lines]
-    assert [line[0, 0] for line in lines if line[0, 0] == line[1, 0]] == [0.5, 3.5]  # after tokens 0 and 3
-    assert [line[0, 1] for line in lines if line[0, 1] == line[1, 1]] == [0.5, 3.5]
+    horizontal, vertical = (lines.get_segments() for lines in panels[3].collections)
+    assert [line.tolist() for line in horizontal] == [[[-0.5, y], [6.5, y]] for y in (0.5, 3.5)]  # after tokens 0 and 3
+    assert [line.tolist() for line in vertical] == [[[x, -0.5], [x, 6.5]] for x in (0.5, 3.5)]
     assert [axes.get_title() for axes in panels] == ["block 0", "block 3", "", ""]

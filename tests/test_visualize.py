@@ -169,7 +169,7 @@ TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
         ((*VIT, VIT[1]), "--matrix needs --image"),
         ((*VIT, "--class"), "--class needs --image"),
         ((*VIT, "--image", "000.png", "--class", "clas 3"), "unknown class 'clas 3'; did you mean class 3"),
-        ((*VIT, "--image", "000.png", "--class", "21"), "Numbers from 0 to 20 are accepted too"),
+        ((*VIT, "--image", "000.png", "--class", "10"), "Numbers from 0 to 9 are accepted too"),
         ((*VIT, VIT[1], "--image", "000.png", "--blocks", 6), "--blocks 6: the model has the blocks 0 to 5"),
         (
             (*CONFORMER, "--class"),

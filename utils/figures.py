@@ -149,9 +149,8 @@ def plot_attention_matrices(rows, blocks, grid_size, title):
     for row, (label, matrices) in zip(panels, rows.items(), strict=True):
         for axes, matrix in zip(row, matrices, strict=True):
             drawn = axes.imshow(matrix.numpy(), cmap=HEAT, norm=scale)
-            for draw_line in (axes.axhline, axes.axvline):
-                for start in starts:
-                    draw_line(start, color="white", linewidth=0.4, alpha=0.5)
+            for draw_lines in (axes.hlines, axes.vlines):
+                draw_lines(starts, -0.5, tokens - 0.5, colors="white", linewidths=0.4, alpha=0.5)
             axes.tick_params(length=2, labelsize="x-small")
             axes.set_xticks(starts[numbers] + grid_size[1] / 2, numbers)
             axes.set_yticks(starts[numbers] + grid_size[1] / 2, numbers)
