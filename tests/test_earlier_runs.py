@@ -60,7 +60,7 @@ def test_the_curves_and_the_attention_of_an_earlier_run_are_drawn(earlier_run, t
     [image] = write_images(tmp_path / "images", [(8, 8)])
     flags = ["--checkpoint", earlier_run / "best.safetensors", "--image", image, "--curves", earlier_run]
     call_main(visualize, flags, monkeypatch)
-    kinds = ("blocks", "heads", "rollout")
+    kinds = ("blocks", "class", "heads", "matrix", "rollout")
     together = {"curves.png", "distance.png", "filters.png", "positions.png"}
     drawn = {path.name for path in (earlier_run / "pictures").iterdir()}
     assert drawn == together | {f"images-000-{kind}.png" for kind in kinds}

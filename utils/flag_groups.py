@@ -38,13 +38,17 @@ def add_data_flags(group, default):
     )
 
 
-def add_checkpoint_flags(group, canonical, required=False):
-    """Which saved model to load; `canonical` finds a model's name or raises ValueError."""
+def add_checkpoint_flags(group, canonical, required=False, several=""):
+    """Which saved model to load; `canonical` finds a model's name or raises ValueError.
+
+    `several` is a sentence about several files, which are then accepted.
+    """
     group.add_argument(
         "--checkpoint",
         required=required,
         metavar="FILE",
-        help="The best.safetensors or last.safetensors of a run, or an .npz file.",
+        nargs="+" if several else None,
+        help=f"The best.safetensors or last.safetensors of a run, or an .npz file. {several}".rstrip(),
     )
     group.add_argument(
         "--model_type",

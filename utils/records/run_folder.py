@@ -234,3 +234,13 @@ def read_run(run_dir):
     if not metrics:
         raise UserError(f"{run_dir} has no evaluation in its {METRICS} yet")
     return config["flags"], metrics
+
+
+def read_runs(folders):
+    """{label: [metrics]} of the runs in these folders, as `utils.curves.plot_runs` takes them."""
+    runs = {}
+    for folder in folders:
+        flags, metrics = read_run(folder)
+        label = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
+        runs[f"{label} ({folder})" if label in runs else label] = [metrics]
+    return runs
