@@ -50,9 +50,10 @@ FORKS = pytest.mark.skipif(sys.platform != "linux", reason="forks processes that
 @FORKS
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_results_of_one_and_resume_in_it(parallel, tiny_flags, monkeypatch):
-    """With dropout, accumulation and a moving average; 360 test images are shared by two processes."""
+    """With dropout, accumulation, class weights and a moving average; two processes share the 360 test images."""
     make_shallow(monkeypatch)
-    flags = [*EVERYTHING, "--gradient_accumulation_steps", 2, "--num_steps", 8, "--eval_every", 4]
+    flags = [*EVERYTHING, "--class_weights", "balanced", "--best_metric", "macro_f1"]
+    flags += ["--gradient_accumulation_steps", 2, "--num_steps", 8, "--eval_every", 4]
     one, two = (tiny_flags(*flags, "--name", name, "--parallel", parallel) for name in ("one", "two"))
     train_run(one, monkeypatch, "one")
     (status, printed), (other_status, others) = run_processes(2, two)
@@ -71,6 +72,7 @@ def assert_same_results(flags, others):
     for row, other in zip(metrics(flags), metrics(others), strict=True):
         for name in ("step", "train_loss", "train_accuracy", "grad_norm", "test_loss", "test_accuracy"):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
+        assert float(row["test_macro_f1"]) == pytest.approx(float(other["test_macro_f1"]), rel=1e-4)
     for name in ("last", "best"):
         weights, expected = (load_file(run_dir(each) / f"{name}.safetensors") for each in (flags, others))
         assert max(differences(weights, expected).values()) < 1e-4
