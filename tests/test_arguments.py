@@ -32,6 +32,10 @@ WRONG = [
     (["--train_batch_size", 0], "0 is not a whole number above 0"),
     (["--seed", -1], "-1 is not a whole number from 0 to 2**32 - 1"),
     (["--mean_std", "imagenett"], "unknown mean and standard deviation 'imagenett'; did you mean imagenet?"),
+    (["--auto_augment", "cifar100"], "unknown policy 'cifar100'; did you mean cifar10?"),
+    (["--color_jitter", 1.5], "--color_jitter: 1.5 is not a number from 0 to 1"),
+    (["--random_erasing", -0.1], "--random_erasing: -0.1 is not a number from 0 to 1"),
+    (["--repeated_augmentation", 0], "--repeated_augmentation: 0 is not a whole number above 0"),
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
 ]
 

@@ -34,7 +34,7 @@ def torchvisions(transform, images, seeds):
 @pytest.mark.parametrize("policy", [*AUTO_AUGMENT, *RAND_AUGMENTS], ids=str)
 def test_a_batch_has_the_bits_of_torchvisions_transform(policy, height, width):
     """With more images than a policy has pairs of operations, magnitudes and signs, except for TrivialAugment."""
-    images = random_images(400, height, width)
+    images = random_images(250, height, width)
     seeds = np.random.default_rng(1).integers(0, 2**64, len(images), dtype=np.uint64)
     if isinstance(policy, tuple):
         transform, flags = v2.RandAugment(*policy), {"rand_augment": policy}
@@ -46,15 +46,16 @@ def test_a_batch_has_the_bits_of_torchvisions_transform(policy, height, width):
     found = apply_policy(images, seeds, **flags)
     assert torch.equal(found, torchvisions(transform, images, seeds))
     assert torch.equal(images, before)
-    assert (found != images).flatten(1).any(dim=1).sum() > 30  # at magnitude 0 few operations change anything
+    assert (found != images).flatten(1).any(dim=1).sum() > 15  # at magnitude 0 few operations change anything
 
 
+@pytest.mark.parametrize("height, width", [(32, 20), (60, 70)])  # below and above SMALL
 @pytest.mark.parametrize("name", functions())
-def test_an_operation_has_the_bits_of_torchvisions_on_each_image(name):
+def test_an_operation_has_the_bits_of_torchvisions_on_each_image(name, height, width):
     """`_apply_image_or_video_transform` applies the drawn operations in torchvision's transforms."""
-    images = random_images(24, 32, 20, seed=2)
+    images = random_images(24, height, width, seed=2)
     reference = v2.AutoAugment()
-    levels = {**rand_augment_space(32, 20, 31), "Invert": None}[name]
+    levels = {**rand_augment_space(height, width, 31), "Invert": None}[name]
     for magnitude in (levels[3], levels[17], levels[30]) if levels else (0.0,):
         found = apply_operations(images, [(name, magnitude)] * len(images))
         arguments = (name, magnitude, reference.interpolation, reference._fill)

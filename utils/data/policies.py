@@ -2,6 +2,7 @@
 
 torchvision draws and applies the operations image by image. Here a sample's draws are those of torchvision's transform
 with the sample's own seed. Each operation is then applied at once to all images that drew it with the same magnitude.
+The operations that move the pixels of small images are all applied at once.
 """
 
 import functools
@@ -9,12 +10,15 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 
 from utils.data.images import transforms
 
 MAX_MAGNITUDE = 30  # of RandAugment and TrivialAugment, on RandAugment's scale
 AUTO_AUGMENT = ("trivial", "imagenet", "cifar10", "svhn")
-SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
+MOVES = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
+SIGNED = MOVES | {"Brightness", "Color", "Contrast", "Sharpness"}
+SMALL = 64 * 64  # pixels of an image up to which the calls cost more time than the pixels
 
 
 def apply_policy(images, seeds, rand_augment=None, auto_augment=None):
@@ -130,13 +134,33 @@ def apply_operations(images, operations):
     """Apply to image i of a batch uint8 (B, 3, H, W) the operations[i], a pair of name and magnitude."""
     groups = {}
     for row, operation in enumerate(operations):
-        groups.setdefault(operation, []).append(row)
+        together = operation[0] in MOVES and images[0, 0].numel() <= SMALL
+        groups.setdefault(MOVES if together else operation, []).append(row)
     order = torch.tensor(list(itertools.chain(*groups.values()))).to(images.device, non_blocking=True)
-    parts = images[order].split([len(rows) for rows in groups.values()])
-    changed = [functions()[name](part, magnitude) for (name, magnitude), part in zip(groups, parts, strict=True)]
+    changed = []
+    for group, part in zip(groups, images[order].split([len(rows) for rows in groups.values()]), strict=True):
+        if group is MOVES:
+            changed.append(move_pixels(part, [operations[row] for row in groups[MOVES]]))
+        else:
+            name, magnitude = group
+            changed.append(functions()[name](part, magnitude))
     result = torch.empty_like(images)
     result[order] = torch.cat(changed)
     return result
+
+
+def move_pixels(images, operations):
+    """`apply_operations` for those in MOVES. They copy pixels, so a map of the sources replaces a call for each one."""
+    sources = torch.stack([source_pixels(*operation, *images.shape[2:], images.device) for operation in operations])
+    padded = F.pad(images.flatten(2), (1, 0))
+    return padded.gather(2, sources[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+
+
+@functools.lru_cache(maxsize=512)  # more than TrivialAugment has; 16 MB
+def source_pixels(name, magnitude, height, width, device):
+    """The number of the pixel, from 1, that torchvision's operation copies to each pixel, or 0 for black: (H * W,)."""
+    numbers = torch.arange(1.0, height * width + 1, device=device).view(1, 1, height, width)
+    return functions()[name](numbers, magnitude).flatten().long()
 
 
 @functools.cache
