@@ -28,7 +28,6 @@ KINDS = {  # fields of Augmentation
     "--auto_augment cifar10": {"auto_augment": "cifar10"},
     "--color_jitter 0.4": {"color_jitter": 0.4},
     "--random_erasing 0.25": {"random_erasing": 0.25},
-    "the three of the DeiT command": {"rand_augment": (2, 9), "random_erasing": 0.25, "repeats": 3},
 }
 IMAGE_BY_IMAGE = {  # torchvision's transforms of the same kinds
     "--rand_augment 2 9": v2.RandAugment,
