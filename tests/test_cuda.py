@@ -215,9 +215,8 @@ def test_images_in_gpu_memory_are_augmented_there(policy, device):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 16, 16), dtype=np.uint8)
     augmentation = Augmentation(0, (16, 16), 1.0, flip=True, color_jitter=0.3, **policy)
     sets = [TensorImages(pixels, range(64), map(str, range(64)), place) for place in (torch.device("cpu"), device)]
-    (images, labels), (others, other_labels) = (
-        next(data.train_batches([np.arange(64)], augmentation)) for data in sets
-    )
+    positions = [np.arange(64)]
+    (images, labels), (others, other_labels) = (next(data.train_batches(positions, augmentation)) for data in sets)
     assert others.device.type == "cuda"
     assert torch.equal(other_labels.cpu(), labels)
     assert ((others.cpu() - images).abs() > 0.1).float().mean() < 0.01
