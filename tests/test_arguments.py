@@ -34,6 +34,10 @@ WRONG = [
     (["--mean_std", "imagenett"], "unknown mean and standard deviation 'imagenett'; did you mean imagenet?"),
     (["--best_metric", "f1"], "unknown metric 'f1'; did you mean "),
     (["--class_weights", "balance"], "unknown class weights 'balance'; did you mean balanced?"),
+    (["--auto_augment", "cifar100"], "unknown policy 'cifar100'; did you mean cifar10?"),
+    (["--color_jitter", 1.5], "--color_jitter: 1.5 is not a number from 0 to 1"),
+    (["--random_erasing", -0.1], "--random_erasing: -0.1 is not a number from 0 to 1"),
+    (["--repeated_augmentation", 0], "--repeated_augmentation: 0 is not a whole number above 0"),
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
 ]
 

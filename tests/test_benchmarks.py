@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.profiling import activation_bytes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import augmentation
 import data_loading
 import end_to_end
 import freezing
@@ -33,7 +34,7 @@ import token_reduction_speed
 
 CPU = torch.device("cpu")
 SMALL = ("--img_size", 32, "--batch_size", 2, "--rounds", 1)
-ALL = (data_loading, end_to_end, freezing, growth, kernels, throughput, token_reduction_speed)
+ALL = (augmentation, data_loading, end_to_end, freezing, growth, kernels, throughput, token_reduction_speed)
 
 
 @pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
@@ -289,6 +290,14 @@ def test_data_loading_compares_the_input_pipeline_with_timm():
     assert [row[:2] for row in rows] == [(n, name) for n in "01" for name in ("this project", "timm")]
     assert all(float(speed) > 0 for *_, speed in rows)
     assert [ratio for _, name, ratio, _ in rows if name == "timm"] == ["1.00", "1.00"]
+
+
+def test_augmentation_compares_each_kind_with_torchvisions(run_main):
+    printed = run_main(augmentation, "--img_size", 8, "--batch_size", 4, "--batches", 1, "--rounds", 1)
+    rows = re.findall(r"^\| (.*) \| (this project|torchvision, image by image) \| \d+ \|", printed, re.MULTILINE)
+    assert rows == [(name, "this project") for name in augmentation.KINDS] + [
+        (name, "torchvision, image by image") for name in augmentation.IMAGE_BY_IMAGE
+    ]
 
 
 def test_data_loading_needs_two_batches(main_fails):

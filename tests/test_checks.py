@@ -32,6 +32,8 @@ WRONG = [
     (["--num_steps", 10**10], "--num_steps 10000000000 is more than 1,000,000,000 steps"),
     (["--rand_augment", 0, 9], "--rand_augment 0 9: give at least 1 operation and a magnitude of at most 30"),
     (["--rand_augment", 2, 31], "--rand_augment 2 31: give at least 1 operation"),
+    (["--rand_augment", 2, 9, "--auto_augment", "trivial"], "--rand_augment and --auto_augment exclude each other"),
+    (["--repeated_augmentation", 17], "--repeated_augmentation 17 is more than --train_batch_size 16: a batch would"),
 ]
 
 

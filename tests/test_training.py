@@ -184,7 +184,8 @@ def test_a_resumed_run_ends_with_the_same_bits(optimizer, precision, tiny_flags,
 def test_a_resumed_run_has_the_same_mixing_average_and_random_paths(tiny_flags, monkeypatch):
     """All that draws random numbers or has a state of its own, at once."""
     flags = ["--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--drop_path_rate", 0.2, "--dropout_rate", 0.1]
-    flags += ["--rand_augment", 2, 9, "--gradient_accumulation_steps", 2, "--num_steps", 8]
+    flags += ["--auto_augment", "trivial", "--color_jitter", 0.3, "--random_erasing", 0.5, "--repeated_augmentation", 3]
+    flags += ["--gradient_accumulation_steps", 2, "--num_steps", 8]
     whole = tiny_flags(*flags)
     train_run(whole, monkeypatch)
     stop_after(3, monkeypatch)

@@ -2,8 +2,8 @@
 
 import os
 
-from utils.data.augmentation import MAX_MAGNITUDE, MEAN_STD
-from utils.flag_groups import add_data_flags, add_precision_flags
+from utils.data.augmentation import MEAN_STD
+from utils.flag_groups import add_augmentation_flags, add_data_flags, add_precision_flags
 from utils.flag_types import (
     Parser,
     beta_alpha,
@@ -108,14 +108,7 @@ def add_training_data_flags(group):
         help="The smallest random crop as a fraction of the image's area. With 1 a crop only changes the aspect ratio.",
     )
     group.add_argument("--horizontal_flip", action="store_true", help="Mirror half of the training images.")
-    group.add_argument(
-        "--rand_augment",
-        type=natural,
-        nargs=2,
-        metavar=("N", "M"),
-        help=f"torchvision's RandAugment after crop and flip: N operations of magnitude M, at most {MAX_MAGNITUDE}, "
-        "for example 2 9. It works image by image, which is slow for data sets in memory; default: none.",
-    )
+    add_augmentation_flags(group)
     group.add_argument(
         "--mean_std",
         type=one_of("mean and standard deviation", MEAN_STD),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from utils.data.augmentation import MAX_MAGNITUDE
 from utils.data.datasets import DATASETS
 from utils.data.folders import class_folders, image_folders
+from utils.data.policies import MAX_MAGNITUDE
 from utils.errors import UserError
 from utils.freezing import freeze
 from utils.metrics import BEST_METRICS
@@ -53,10 +53,22 @@ def check_flags_together(args, make_model):
         import_wandb()
     if args.download and not args.pretrained_dir:
         raise UserError("--download needs --pretrained_dir, the path to download to")
+    check_augmentation(args)
+    check_model(args, make_model)
+
+
+def check_augmentation(args):
+    """Whether the augmentation can be applied."""
+    if args.rand_augment and args.auto_augment:
+        raise UserError("--rand_augment and --auto_augment exclude each other")
     if args.rand_augment and not (args.rand_augment[0] and args.rand_augment[1] <= MAX_MAGNITUDE):
         given = " ".join(map(str, args.rand_augment))
         raise UserError(f"--rand_augment {given}: give at least 1 operation and a magnitude of at most {MAX_MAGNITUDE}")
-    check_model(args, make_model)
+    if args.repeated_augmentation > args.train_batch_size:
+        raise UserError(
+            f"--repeated_augmentation {args.repeated_augmentation} is more than --train_batch_size "
+            f"{args.train_batch_size}: a batch would contain a single image"
+        )
 
 
 def check_model(args, make_model):

@@ -69,6 +69,11 @@ def share(text):
     return number(text, float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
+def probability(text):
+    """A number from 0 to 1."""
+    return number(text, float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
 def count_or_share(text):
     """An int for a count, a float for a share: `1` is one, `1.0` all."""
     return positive(text) if text.lstrip("+-").isdigit() else share(text)

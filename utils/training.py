@@ -159,7 +159,17 @@ def training_batches(train_set, args, processes, first_step, num_steps):
     """Yield the MicroBatches of each step from `first_step` on."""
     steps = (args.train_batch_size, args.gradient_accumulation_steps, processes, first_step, num_steps)
     size = (args.img_size, args.img_size)
-    augmentation = Augmentation(args.seed, size, args.min_crop_scale, args.horizontal_flip, args.rand_augment)
+    augmentation = Augmentation(
+        args.seed,
+        size,
+        args.min_crop_scale,
+        args.horizontal_flip,
+        args.rand_augment,
+        args.auto_augment,
+        args.color_jitter,
+        args.random_erasing,
+        args.repeated_augmentation,
+    )
     images_and_labels = train_set.train_batches(stream_positions(*steps), augmentation)
     for positions, (images, labels) in zip(stream_positions(*steps), images_and_labels, strict=True):
         yield MicroBatch(positions, images, labels)
