@@ -225,7 +225,7 @@ def test_ridge_regression_predicts_as_scikit_learn(per_class, dim):
     assert (ridge(train, labels, test) == reference.fit(train.astype(float), labels).predict(test)).all()
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [0, 3])  # with seed 3 two strengths are equally good
 def test_the_strength_is_that_of_scikit_learns_grid_search(seed):
     train, labels, test = gaussian_features(per_class=12, dim=40, noise=2, seed=seed)
     pipeline = make_pipeline(*reference_inputs(), RidgeClassifier(fit_intercept=False))
@@ -309,7 +309,7 @@ def folder_run(tmp_path, image_folder):
 
 
 def test_only_images_that_are_drawn_are_decoded(image_folder, tmp_path, run_main, monkeypatch, capsys):
-    """An unreadable one is an error if it is drawn, also with --skip_broken: a class would have less shots."""
+    """An unreadable one is an error if it is drawn, also with --skip_broken: a class would have fewer shots."""
     make_shallow(monkeypatch)
     flags = [*folder_run(tmp_path, image_folder), "--seeds", 0]
     cats = draw_shots(np.repeat([0, 1], 8), 8, seed=0)[:8]

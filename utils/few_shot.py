@@ -25,7 +25,7 @@ NEIGHBOURS = 10
 
 
 def check_shots(labels, classes, shots):
-    """Raises UserError if there is one class only, or if a class has less than `shots` images."""
+    """Raises UserError if there is one class only, or if a class has fewer than `shots` images."""
     if len(classes) < 2:
         raise UserError(f"the data set has one class only, {classes[0]!r}; few-shot classification needs two")
     counts = np.bincount(labels, minlength=len(classes))
