@@ -26,6 +26,11 @@ class Split(NamedTuple):
     classes: list  # the class names
     note: str = ""  # a line about files that are ignored
 
+    def subset(self, rows):
+        """The images of the given indices."""
+        images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows]
+        return self._replace(images=images, labels=np.asarray(self.labels)[rows])
+
 
 class DataSource(NamedTuple):
     """A data set. Both functions raise UserError that names the folder or file at fault."""
@@ -59,8 +64,13 @@ def load_dataset(name, split, options, processes):
     """
     if split != "train":
         options = options._replace(examples_per_class=None)
+    return make_data_set(name, read_split(name, split, options, processes), options, processes)
+
+
+def make_data_set(name, split, options, processes):
+    """A Split of the data set, or a subset of it, as `load_dataset` returns it. Raises UserError."""
     source = DATASETS[name]
-    images, labels, classes, _ = read_split(name, split, options, processes)
+    images, labels, classes, _ = split
     pixels = images
     if isinstance(images, list):
         quiet = processes.rank > 0
@@ -81,11 +91,10 @@ def read_split(name, split, options, processes):
     if note and processes.is_first:
         print(note, file=sys.stderr)
     labels = np.asarray(labels, dtype=np.int64)
+    found = Split(images, labels, list(classes), note)
     if options.examples_per_class:
-        rows = first_of_each_class(labels, options.examples_per_class)
-        images = [images[row] for row in rows] if isinstance(images, list) else images[rows]
-        labels = labels[rows]
-    return Split(images, labels, list(classes), note)
+        return found.subset(first_of_each_class(labels, options.examples_per_class))
+    return found
 
 
 def first_of_each_class(labels, count):
