@@ -350,8 +350,8 @@ def start_agents(count, *command):
     machines = ["--standalone", "--nproc_per_node=2"] if count == 1 else ["--nnodes=2", "--nproc_per_node=1", *meeting]
     launcher = [sys.executable, "-m", "torch.distributed.run", *machines, "--max-restarts=3"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    # Otherwise processes would look for each other at what dead ones of the same restart count have left in the store.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if count > 1:  # otherwise processes would look for each other at the addresses of dead ones
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, **pipes) for _ in range(count)]
 
@@ -384,7 +384,8 @@ def test_a_dead_worker_costs_only_the_steps_since_the_last_checkpoint(agents, un
             assert time.monotonic() < deadline
             time.sleep(0.01)
         saved = saved_step(run_dir)
-        os.kill(children(machines[-1])[-1], signal.SIGKILL)
+        victim = 0 if agents == 1 else -1  # the first process is the one whose address the others keep
+        os.kill(children(machines[-1])[victim], signal.SIGKILL)
         printed = "".join(machine.communicate(timeout=300)[0] for machine in machines)
     finally:
         for machine in machines:
