@@ -180,7 +180,7 @@ def draw_reliability(calibration, title, path):
 def evaluation_text(report):
     skipped = f", {report['skipped']} more could not be read" if report["skipped"] else ""
     accuracies = (percent(report[f"top{count}_accuracy"], report["images"]) for count in (1, 5))
-    means = (f"{name.replace('_', ' ')} {percent(report[name])}" for name in MEAN_METRICS)
+    means = (f"{name.replace('_', ' ').replace('f1', 'F1')} {percent(report[name])}" for name in MEAN_METRICS)
     lines = [
         f"{report['checkpoint']} on {report['dataset']}: {report['images']} {NAMES[report['split']]} images{skipped}",
         "top-1 {}   top-5 {}".format(*accuracies)
@@ -205,8 +205,9 @@ def class_lines(per_class):
     lines = [f"accuracy (recall) of {'each class' if shown is hardest else 'the ten hardest classes'}, lowest first:"]
     for name in shown:
         row = present[name]
-        others = "   ".join(f"{metric} {percent(row[metric])}" for metric in ("precision", "f1"))
-        lines.append(f"  {name:<{width}}  {percent(row['recall'], row['support']):<23}   {others}")
+        precision, f1 = (f"{percent(row[metric]):>8}" for metric in ("precision", "f1"))
+        recall = percent(row["recall"], row["support"])
+        lines.append(f"  {name:<{width}}  {recall:<24}  precision {precision}  F1 {f1}")
     if absent := len(per_class) - len(present):
         lines.append(
             f"no test images of {absent} of the {len(per_class)} classes: their precision, recall and F1 count as 0 in "

@@ -1,5 +1,6 @@
 """A saved model ready for use: its module, its classes, and how it prepares an image."""
 
+import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,31 @@ class SavedModel:
         images = resize(image, (self.img_size, self.img_size))[None]
         return normalise(images.to(next(self.model.parameters()).device), self.mean_std)
 
+    def class_number(self, name):
+        """The number of the class with this name, or whose number this is, counted from 0. Raises UserError."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        nearest = [known for known in self.classes if name and name.lower() in known.lower()]
+        nearest = nearest or difflib.get_close_matches(name, self.classes, cutoff=0.4)
+        hint = f"did you mean {', '.join(nearest[:3])}?" if nearest else f"there is {', '.join(self.classes[:3])}, ..."
+        raise UserError(f"unknown class {name!r}; {hint} Numbers from 0 to {len(self.classes) - 1} are accepted too")
+
     def visible_part(self, image):
         """The part of an image (3, H, W) that `prepare` keeps: all of it, or its centre if the run evaluates crops."""
         crops = self.flags and DATASETS[self.flags["dataset"]].prepare is centre_crop
         return centre_square(image) if crops else image
+
+
+def distinct_labels(models, paths):
+    """A label for each SavedModel: its norm, its run, its file or its path, the first of which differs for all."""
+    norms = [saved.flags.get("norm_type", "LN") for saved in models]
+    runs = [saved.flags.get("name", saved.title) for saved in models]
+    for labels in (norms, runs, [saved.title for saved in models]):
+        if len(set(labels)) == len(models):
+            return labels
+    return paths
 
 
 def load_run(path, model_type, img_size, token_reduction):

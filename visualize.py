@@ -1,7 +1,7 @@
 """Draw the attention of a saved model, and the loss and accuracy of runs, as PNG files.
 
-Without --rollout, --blocks, --heads, --distance, --clusters, --positions and --filters all of these figures are drawn.
-A CNN has no attention; for each image it gets the Grad-CAM of the class that it predicts.
+Without a flag from --rollout to --filters, all of these figures that are possible are drawn. A CNN has no attention;
+for each image it gets the Grad-CAM of the class that it predicts.
 """
 
 import os
@@ -10,29 +10,34 @@ from typing import NamedTuple
 
 import torch
 
-from inference import SavedModel
+from inference import SavedModel, distinct_labels
 from models import TOKEN_REDUCTIONS, canonical_model_type
+from models.conformer import Conformer
 from utils.attention import (
     attention_distance,
     attention_of,
+    class_maps,
     class_token_mask,
     cluster_grid,
     first_convolution,
-    grad_cam,
+    first_head,
     position_similarity,
     principal_filters,
     rollout,
 )
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
-from utils.data.images import check_image, images_below, read_image
+from utils.data.images import check_image, images_below, read_image, unique_stems
 from utils.errors import UserError, run_script
 from utils.figures import (
+    MEAN,
     UNIFORM,
     blocks_to_draw,
     downscale,
     plot_attention,
     plot_attention_distance,
+    plot_attention_matrices,
+    plot_attention_rows,
     plot_clusters,
     plot_filters,
     plot_heads,
@@ -44,32 +49,46 @@ from utils.figures import (
 from utils.flag_groups import add_checkpoint_flags, add_token_reduction_flags, token_reduction_of
 from utils.flag_types import Parser, natural
 from utils.parallel.processes import choose_device
-from utils.records.run_folder import read_run
+from utils.records.run_folder import read_runs
 
 MAX_GRID = 24  # images in the figures of several images
-KINDS = ("rollout", "blocks", "heads", "distance", "clusters", "positions", "filters")
-KINDS_OF_IMAGES = {"rollout", "blocks", "heads", "distance", "clusters"}
+KINDS = ("rollout", "class", "blocks", "heads", "matrix", "distance", "clusters", "positions", "filters")
+KINDS_OF_IMAGES = set(KINDS) - {"positions", "filters"}
 
 
 def main():
     args = parse_flags()
     make_output_folder(args.output_dir, "--output_dir")
     if args.curves:
-        write(plot_runs(read_curves(args.curves)), args, "curves")
+        write(plot_runs(read_runs(args.curves)), args, "curves")
     if args.checkpoint:
         reduction = token_reduction_of({}, vars(args))
-        saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download, reduction)
-        draw = draw_attention if hasattr(saved.model, "forward_with_attention") else draw_grad_cams
-        draw(saved.to(choose_device()), args)
+        models = [
+            SavedModel.load(path, args.model_type, args.img_size, args.download, reduction).to(choose_device())
+            for path in args.checkpoint
+        ]
+        args.class_numbers = [models[0].class_number(name) for name in vars(args)["class"] or ()]
+        for saved, path in zip(models, args.checkpoint, strict=True):
+            check_kinds(saved.model, path, given_kinds(args))
+        if len(models) > 1:
+            compare_matrices(models, args)
+        elif hasattr(models[0].model, "forward_with_attention"):
+            draw_attention(models[0], args)
+        else:
+            draw_grad_cams(models[0], args)
 
 
 def parse_flags():
     args = make_parser().parse_args()
     if not args.checkpoint and not args.curves:
         raise UserError("there is nothing to draw; give a --checkpoint, or runs with --curves")
-    folder = Path(args.checkpoint).parent if args.checkpoint else Path()
+    folder = Path(args.checkpoint[0]).parent if args.checkpoint and len(args.checkpoint) == 1 else Path()
     args.output_dir = Path(args.output_dir or folder / "pictures")
-    kinds = [kind for kind in KINDS if getattr(args, kind)]
+    args.matrix = args.matrix or len(args.checkpoint or ()) > 1
+    kinds = given_kinds(args)
+    for kind in kinds:
+        if len(args.checkpoint or ()) > 1 and kind not in ("matrix", "blocks"):
+            raise UserError(f"--{kind} is for one --checkpoint; only --matrix compares several")
     if not args.checkpoint and (kinds or args.image):
         raise UserError(f"--{kinds[0] if kinds else 'image'} needs --checkpoint")
     if not args.image and KINDS_OF_IMAGES.intersection(kinds):
@@ -80,10 +99,24 @@ def parse_flags():
     return args
 
 
+def given_kinds(args):
+    """The kinds of figures that have a flag; a --class without a name is an empty list."""
+    return [kind for kind in KINDS if getattr(args, kind) not in (None, False)]
+
+
+def check_kinds(model, path, kinds):
+    """Raise UserError for a kind of figure that the model in the file `path` does not have."""
+    for kind in kinds:
+        if kind != "class" and not hasattr(model, "forward_with_attention"):
+            raise UserError(f"{path} is a CNN without attention; omit --{kind} to draw its Grad-CAM")
+        if kind == "class" and isinstance(model, Conformer):
+            raise UserError(f"--class: {path} is a Conformer, whose head does not read the class token")
+
+
 def make_parser():
     parser = Parser(__doc__)
     group = parser.add_argument_group("model")
-    add_checkpoint_flags(group, canonical_model_type)
+    add_checkpoint_flags(group, canonical_model_type, several="Several are compared by --matrix.")
     add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
     group = parser.add_argument_group("figures")
     group.add_argument(
@@ -91,9 +124,21 @@ def make_parser():
     )
     group.add_argument("--rollout", action="store_true", help="Draw the attention rollout over all blocks.")
     group.add_argument(
+        "--class",
+        nargs="*",
+        metavar="NAME",
+        help="Draw Grad-CAM and attention relevance for these classes, given by their names or their numbers from 0; "
+        "without NAME for the predicted class.",
+    )
+    group.add_argument(
         "--blocks", type=natural, nargs="+", metavar="N", help="Draw single blocks, counted from 0; default: 0 3 6 9."
     )
     group.add_argument("--heads", action="store_true", help="Draw every head of the --blocks.")
+    group.add_argument(
+        "--matrix",
+        action="store_true",
+        help="Draw the attention matrix of the first head in the --blocks, of all --checkpoint files in one figure.",
+    )
     group.add_argument(
         "--distance", action="store_true", help="Draw the mean attention distance of each head, over all images."
     )
@@ -108,7 +153,7 @@ def make_parser():
     group.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="The folder for the figures; default: pictures/ next to the checkpoint, or in the current folder.",
+        help="The folder for the figures; default: pictures/ next to a single checkpoint, or in the current folder.",
     )
     return parser
 
@@ -117,10 +162,7 @@ def draw_attention(saved, args):
     """Draw the figures of a ViT that the flags ask for."""
     model = saved.model
     kinds = kinds_to_draw(model, args)
-    depth = len(model.blocks)
-    for block in args.blocks or ():
-        if block >= depth:
-            raise UserError(f"--blocks {block}: the model has the blocks 0 to {depth - 1}")
+    blocks = blocks_of([saved], args)
     if "positions" in kinds:
         similarity = position_similarity(model.pos_embed, model.patch_embed.grid_size)
         write(plot_position_similarity(similarity, saved.title), args, "positions")
@@ -128,20 +170,31 @@ def draw_attention(saved, args):
         filters = principal_filters(first_convolution(model).weight)
         write(plot_filters(filters, f"{saved.title}: principal components of the first filters"), args, "filters")
     if kinds & KINDS_OF_IMAGES:
-        draw_attention_of_images(saved, kinds, args.blocks or blocks_to_draw(depth), args)
+        draw_attention_of_images(saved, kinds, blocks, args)
+
+
+def blocks_of(models, args):
+    """The --blocks, by default those of 0, 3, 6 and 9 that all models have. Raises UserError."""
+    depth = min(len(saved.model.blocks) for saved in models)
+    for block in args.blocks or ():
+        if block >= depth:
+            raise UserError(f"--blocks {block}: the model has the blocks 0 to {depth - 1}")
+    return args.blocks or blocks_to_draw(depth)
 
 
 def kinds_to_draw(model, args):
     """The kinds of figures that the flags ask for, by default all that are possible. Raises UserError."""
-    kinds = {kind for kind in KINDS if getattr(args, kind)}
-    if args.heads:
-        kinds.discard("blocks")  # --blocks then selects the blocks whose heads are drawn
+    kinds = set(given_kinds(args))
+    if args.heads or args.matrix:
+        kinds.discard("blocks")  # --blocks then selects the blocks of these figures
     if not kinds:
         kinds = set(KINDS) if args.image else set(KINDS) - KINDS_OF_IMAGES
+    if isinstance(model, Conformer):
+        kinds.discard("class")
     if model.reduction:
         return kinds
     if args.clusters and args.token_reduction in (None, "none"):
-        raise UserError(f"--clusters: {args.checkpoint} merges no tokens; give --token_reduction")
+        raise UserError(f"--clusters: {args.checkpoint[0]} merges no tokens; give --token_reduction")
     if args.clusters:
         raise UserError(f"--clusters: --keep_tokens {args.keep_tokens} keeps all patches; give a smaller number")
     return kinds - {"clusters"}
@@ -169,7 +222,8 @@ def draw_attention_of_images(saved, kinds, blocks, args):
     rollouts, merged, distances = [], [], []
     for path, stem in zip(args.image, unique_stems(args.image), strict=True):
         image = read_image(path)
-        logits, attention, clusters = attention_of(saved.model, saved.prepare(image))
+        images = saved.prepare(image)
+        logits, attention, clusters = attention_of(saved.model, images)
         prediction = describe_prediction(saved, path, stem, image, logits)
         if "rollout" in kinds:
             mask = class_token_mask(rollout(attention)[0], patch_embed.grid_size).cpu()
@@ -179,6 +233,12 @@ def draw_attention_of_images(saved, kinds, blocks, args):
             part = (prediction.image, cluster_grid(clusters, patch_embed.grid_size), prediction.caption)
             draw_clusters([part], clusters_title(saved), args, f"{stem}-clusters")
             merged = [*merged, part][:MAX_GRID]
+        if "class" in kinds:
+            draw_classes(saved, prediction, images, logits, args, clusters)
+        if "matrix" in kinds:
+            title = f"{prediction.title}: attention weights of the first head"
+            matrices = {"": first_head(attention, blocks)[0]}
+            write(plot_attention_matrices(matrices, blocks, patch_embed.grid_size, title), args, f"{stem}-matrix")
         if "distance" in kinds:
             distances.append(attention_distance(attention, patch_embed.grid_size, patch_embed.img_size))
         masks = torch.stack([class_token_mask(attention[block][0], patch_embed.grid_size) for block in blocks]).cpu()
@@ -195,26 +255,56 @@ def draw_attention_of_images(saved, kinds, blocks, args):
         write(plot_attention_distance(sum(distances) / len(distances), title), args, "distance")
 
 
+def draw_classes(saved, prediction, images, logits, args, clusters=None):
+    """The figure of one image with the maps of each --class, by default of the predicted one, one row per class."""
+    numbers = args.class_numbers or [logits.argmax().item()]
+    maps = class_maps(saved.model, images, torch.tensor(numbers, device=images.device), clusters)
+    rows = {
+        prediction_caption(logits, saved.classes, number): {name: masks[i] for name, masks in maps.items()}
+        for i, number in enumerate(numbers)
+    }
+    write(plot_attention_rows(prediction.image, rows, prediction.title, MEAN), args, f"{prediction.stem}-class")
+
+
+@torch.no_grad()
+def compare_matrices(models, args):
+    """For each image the attention matrices of several models in one figure, one row per model."""
+    grids = {}
+    for saved, path in zip(models, args.checkpoint, strict=True):
+        grids.setdefault(saved.model.patch_embed.grid_size, path)
+    if len(grids) > 1:
+        found = ", ".join(f"{path} has {rows}x{columns} patches" for (rows, columns), path in grids.items())
+        raise UserError(f"--matrix compares models with the same grid of patches; {found}")
+    blocks, labels = blocks_of(models, args), distinct_labels(models, args.checkpoint)
+    for path, stem in zip(args.image, unique_stems(args.image), strict=True):
+        rows, image = {}, read_image(path)
+        for saved, label in zip(models, labels, strict=True):
+            logits, attention, _ = attention_of(saved.model, saved.prepare(image))
+            caption = f"{label}\npredicted:\n{prediction_caption(logits, saved.classes)}"
+            rows[caption] = first_head(attention, blocks)[0]
+        title = f"{Path(path).name}: attention weights of the first head"
+        write(plot_attention_matrices(rows, blocks, *grids, title), args, f"{stem}-matrix")
+
+
 def draw_grad_cams(saved, args):
-    """Grad-CAM of a CNN for the predicted class of each image."""
+    """Grad-CAM of a CNN for each --class, by default the predicted class of each image."""
     model = saved.model
-    for kind in KINDS:
-        if getattr(args, kind):
-            raise UserError(f"{args.checkpoint} is a CNN without attention; omit --{kind} to draw its Grad-CAM")
     if not args.image:
         raise UserError("Grad-CAM needs --image")
-    unit = "relative to the mean over the image"
     masks = []
     for path, stem in zip(args.image, unique_stems(args.image), strict=True):
         image = read_image(path)
         images = saved.prepare(image)
         with torch.no_grad():
             logits = model(images)
-        mask = grad_cam(model, model.stages[-1].blocks, images, logits.argmax(dim=1))[0].cpu()
         prediction = describe_prediction(saved, path, stem, image, logits)
-        draw_mask(prediction, {"Grad-CAM": mask}, args, "grad_cam", unit)
+        if given_kinds(args):
+            draw_classes(saved, prediction, images, logits, args)
+            continue
+        mask = class_maps(model, images, logits.argmax(dim=1))["Grad-CAM"][0]
+        draw_mask(prediction, {"Grad-CAM": mask}, args, "grad_cam", MEAN)
         masks = [*masks, (prediction.image, mask, prediction.caption)][:MAX_GRID]
-    draw_grid(masks, f"{saved.title}: Grad-CAM", args, unit)
+    draw_grid(masks, f"{saved.title}: Grad-CAM", args, MEAN)
 
 
 def draw_mask(prediction, masks, args, kind, unit=UNIFORM):
@@ -243,27 +333,6 @@ def clusters_title(saved):
 def first_images(parts, args):
     """An addition to a title where a figure does not show all images."""
     return f", the first {len(parts)} of {len(args.image)} images" if len(parts) < len(args.image) else ""
-
-
-def unique_stems(paths):
-    """A different start of file names for each path: its folder, which is often the class, its name, and a number."""
-    stems = []
-    for path in map(Path, paths):
-        folder = path.resolve().parent.name
-        stem = f"{folder}-{path.stem}" if folder else path.stem
-        number = sum(other == stem or other.startswith(f"{stem}~") for other in stems)
-        stems.append(f"{stem}~{number + 1}" if number else stem)
-    return stems
-
-
-def read_curves(folders):
-    """{label: [metrics]} of the runs in these folders, as `plot_runs` takes them."""
-    runs = {}
-    for folder in folders:
-        flags, metrics = read_run(folder)
-        label = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
-        runs[f"{label} ({folder})" if label in runs else label] = [metrics]
-    return runs
 
 
 def write(figure, args, name):

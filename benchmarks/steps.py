@@ -22,7 +22,7 @@ from models.token_reduction import cluster_tokens
 from utils.data.stream import MicroBatch
 from utils.errors import UserError
 from utils.flag_types import argument, one_of, positive
-from utils.parallel.precision import OPT_LEVELS
+from utils.parallel.precision import OPT_LEVELS, trained_parameters
 from utils.parallel.processes import device_name, one_process
 from utils.profiling import activation_bytes, count_flops
 from utils.train_state import TrainState
@@ -141,9 +141,9 @@ class TimedStep:
         train_step(self.run, itertools.repeat(MicroBatch(np.arange(len(images)), images, labels)))
 
 
-def our_step(model, device, precision, level, compile=False, grad_checkpointing=False):
+def our_step(model, device, precision, level, compile=False, grad_checkpointing=False, train="all"):
     """The TimedStep of train.py at one of DTYPES and, in 16 bits, an opt level."""
-    flags = ["--name", "benchmark", "--learning_rate", LEARNING_RATE, "--warmup_steps", 0]
+    flags = ["--name", "benchmark", "--learning_rate", LEARNING_RATE, "--warmup_steps", 0, "--train", train]
     if precision != "fp32":
         flags += [f"--{precision}", "--fp16_opt_level", level]
     flags += ["--compile"] * compile + ["--grad_checkpointing"] * grad_checkpointing
@@ -189,7 +189,7 @@ def state_bytes(step):
     state = [value for values in step.optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     return {
         "weights": sum(tensor.nbytes for tensor in (*step.model.parameters(), *step.model.buffers())),
-        "gradients": sum(p.nbytes for p in (*step.model.parameters(), *masters)),
+        "gradients": sum(p.nbytes for p in (*trained_parameters(step.model).values(), *masters)),
         "optimizer": sum(tensor.nbytes for tensor in (*masters, *state)),
     }
 

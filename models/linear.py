@@ -37,8 +37,8 @@ def linear(x, weight, bias):
 
 
 def linear_gelu(x, layer):
-    """gelu(layer(x)); on a CPU without gradients in one kernel."""
-    if uses_onednn(x, layer.weight) and not torch.is_grad_enabled():
+    """gelu(layer(x)); on a CPU in one kernel if nothing needs a gradient."""
+    if uses_onednn(x, layer.weight) and not needs_gradient(x, layer.weight, layer.bias):
         return onednn_linear(x, layer.weight, layer.bias, "gelu")
     return gelu(layer(x))
 
@@ -70,6 +70,11 @@ def uses_onednn(x, weight):
     )
 
 
+def needs_gradient(*tensors):
+    """Whether what is computed from the tensors becomes part of a graph."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def runs_eagerly(*tensors):
     """Whether ordinary tensors are computed on at once: not in a compiler or tracer, for fake or distributed tensors,
     in torch.func or in forward-mode differentiation. These support only PyTorch's public operators.
@@ -99,7 +104,7 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight needs no x
         return onednn_linear(x, weight, bias)
 
     @staticmethod

@@ -135,7 +135,7 @@ def damaged_image(split):
     """A cause: damage an image; the run must name it, save what it has computed, and continue once it is repaired."""
 
     def cause(case, reference, variant, rng):
-        image = rng.choice(sorted((case.pictures / split).rglob("*.*"))[1:])  # the first one is read before training
+        image = rng.choice(sorted((case.pictures / split).rglob("*.*"))[2:])  # the first two are read before training
         before = image.read_bytes()
         DAMAGES[variant](image, rng)
         with case.start() as run:

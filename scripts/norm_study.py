@@ -1,8 +1,8 @@
 """Does a ViT need LayerNorm? Architectures x norms x {from scratch, pretrained} on one data set, by train.py.
 
-The results are a table (table.md, table.csv), one figure with the curves of all norms and one with the attention maps
-of each. Several GPUs share the runs; otherwise they run one after another. The same command resumes an interrupted
-study and tries failed runs again; finished runs are not repeated.
+The results are a table (table.md, table.csv), one figure with the curves of all norms, and for test images figures with
+the attention maps and the attention matrices of each norm. Several GPUs share the runs; otherwise they run one after
+another. The same command resumes an interrupted study and tries failed runs again; finished runs are not repeated.
 
     python scripts/norm_study.py --bf16 --download
 """
@@ -19,14 +19,14 @@ from experiment import TRAIN
 from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
 from models.configs import VITS
-from utils.attention import attention_of, class_token_mask
+from utils.attention import attention_of, class_token_mask, first_head
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
 from utils.data.datasets import DataOptions, find_splits, load_dataset
 from utils.data.splits import evaluated_split
 from utils.errors import UserError, run_script
-from utils.figures import blocks_to_draw, plot_attention_rows, prediction_caption, save
+from utils.figures import blocks_to_draw, plot_attention_matrices, plot_attention_rows, prediction_caption, save
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
@@ -212,26 +212,32 @@ def draw_figures(finished, args):
         name = args.figures / f"{model_type}-{start}"
         title = f"{model_type}, {STARTS[start]}, on {data_name(flags)}"
         write(plot_runs({norm: [read_metrics(run.folder)] for norm, run in runs.items()}, title), f"{name}-curves.png")
-        rows = [{} for _ in images]  # per image: {norm and prediction: its masks}
+        rows, matrices = [{} for _ in images], [{} for _ in images]  # per image: {norm and prediction: its attention}
         for norm, run in runs.items():
-            for row, (best, masks) in zip(rows, attention_masks(run, images, test_set.classes, device), strict=True):
-                row[f"{norm}\npredicted:\n{best}"] = masks
-        for number, (image, label, row) in enumerate(zip(originals, labels, rows, strict=True)):
-            full_title = f"{title}: attention of the class token, a test image of {test_set.classes[label]}"
-            write(plot_attention_rows(image, row, full_title), f"{name}-attention-{number + 1}.png")
+            for i, (best, masks, whole) in enumerate(attention_maps(run, images, test_set.classes, device)):
+                rows[i][f"{norm}\npredicted:\n{best}"] = {f"block {block}": mask for block, mask in masks.items()}
+                matrices[i][f"{norm}\npredicted:\n{best}"] = whole
+        for i, (image, label) in enumerate(zip(originals, labels, strict=True)):
+            shown = f"a test image of {test_set.classes[label]}"
+            figure = plot_attention_rows(image, rows[i], f"{title}: attention of the class token, {shown}")
+            write(figure, f"{name}-attention-{i + 1}.png")
+            full_title = f"{title}: attention weights of the first head, {shown}"
+            figure = plot_attention_matrices(matrices[i], list(masks), next(iter(masks.values())).shape, full_title)
+            write(figure, f"{name}-matrix-{i + 1}.png")
 
 
 @torch.no_grad()
-def attention_masks(run, images, classes, device):
-    """[(prediction, {block: mask, the mean of the heads})] per image, by the run's last weights."""
+def attention_maps(run, images, classes, device):
+    """[(prediction, {block: mask, the mean of the heads}, first head (blocks, N, N))] per image, last weights."""
     model = SavedModel.load(run.folder / LAST).to(device).model
     logits, attention, _ = attention_of(model, images)
+    blocks = blocks_to_draw(len(model.blocks))
     masks = {
-        f"block {block}": class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu()
-        for block in blocks_to_draw(len(model.blocks))
+        block: class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu() for block in blocks
     }
+    whole = first_head(attention, blocks)
     return [
-        (prediction_caption(logits[i : i + 1], classes), {block: mask[i] for block, mask in masks.items()})
+        (prediction_caption(logits[i : i + 1], classes), {block: mask[i] for block, mask in masks.items()}, whole[i])
         for i in range(len(images))
     ]
 

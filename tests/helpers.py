@@ -270,10 +270,11 @@ def one_hot(images, labels, step):
     return images, F.one_hot(labels, 10).float()
 
 
-def plain_loop(steps, batch, mix=one_hot, max_grad_norm=1.0):
+def plain_loop(steps, batch, mix=one_hot, max_grad_norm=1.0, weights=None):
     """A run of TINY in ordinary PyTorch: momentum SGD, clipping, warm-up of 3 steps, then cosine.
 
-    Returns (weights, losses, correct predictions and gradient norms of the steps).
+    `weights` (10,) are those of the classes in the loss. Returns (weights, losses, correct predictions and gradient
+    norms of the steps).
     """
     torch.manual_seed(42)
     model = build_model("ViT-Mini_4", img_size=8).train()
@@ -288,7 +289,7 @@ def plain_loop(steps, batch, mix=one_hot, max_grad_norm=1.0):
         images = normalise(resized_crops(data.images[indices], boxes, (8, 8)))
         images, targets = mix(images, data.labels[indices], step)
         logits = model(images)
-        loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+        loss = F.cross_entropy(logits, targets, weights, label_smoothing=0.1)  # targets are one-hot: divided by B
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item())

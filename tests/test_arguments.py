@@ -32,6 +32,12 @@ WRONG = [
     (["--train_batch_size", 0], "0 is not a whole number above 0"),
     (["--seed", -1], "-1 is not a whole number from 0 to 2**32 - 1"),
     (["--mean_std", "imagenett"], "unknown mean and standard deviation 'imagenett'; did you mean imagenet?"),
+    (["--best_metric", "f1"], "unknown metric 'f1'; did you mean "),
+    (["--class_weights", "balance"], "unknown class weights 'balance'; did you mean balanced?"),
+    (["--auto_augment", "cifar100"], "unknown policy 'cifar100'; did you mean cifar10?"),
+    (["--color_jitter", 1.5], "--color_jitter: 1.5 is not a number from 0 to 1"),
+    (["--random_erasing", -0.1], "--random_erasing: -0.1 is not a number from 0 to 1"),
+    (["--repeated_augmentation", 0], "--repeated_augmentation: 0 is not a whole number above 0"),
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
 ]
 
@@ -99,6 +105,8 @@ def test_every_flag_has_help_in_a_group_and_the_usual_defaults_are_unchanged():
         "fp16_opt_level": "O2",
         "loss_scale": 0,
         "norm_type": "LN",
+        "best_metric": "accuracy",
+        "class_weights": "none",
     }
     assert usual.items() <= defaults.items()
     text = parser.format_help()

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import random_model
 from models import build_model
 from models.configs import VITS
 from models.token_reduction import Clusters
 from synthetic import make_checkpoint, make_images
 from utils.attention import (
     attention_distance,
+    class_maps,
+    class_relevance,
     class_token_mask,
     cluster_grid,
     expand_attention,
@@ -21,6 +24,7 @@ from utils.attention import (
     position_similarity,
     principal_filters,
     rollout,
+    token_grad_cam,
 )
 from utils.figures import upsample
 
@@ -187,6 +191,106 @@ def test_grad_cam_is_largest_where_the_class_depends_on_the_image():
         mask = grad_cam(model, model[0], images, torch.tensor([label]))[0]
         assert mask.shape == (4, 6)
         assert mask[place] == pytest.approx(24)
+
+
+def forward_by_hand(model, images, block, attention=None):
+    """Logits (B, classes) in float64, and what the parts of one block compute; `attention` replaces its weights."""
+    x = model.embed(images)
+    parts = {}
+    for number, layer in enumerate(model.blocks):
+        inputs = layer.norm1(x)
+        q, k, v = (
+            part.unflatten(-1, (layer.attn.num_heads, -1)).transpose(1, 2)
+            for part in nn.functional.linear(inputs, layer.attn.qkv.weight, layer.attn.qkv.bias).chunk(3, dim=-1)
+        )
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        if number == block:
+            parts = {"inputs": inputs, "weights": weights}
+            weights = weights if attention is None else attention
+        x = x + layer.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.norm2(x))
+    return model.head(model.norm(x)[:, 0]), parts
+
+
+def small_vit(**keywords):
+    model = random_model("ViT-Mini_4", (8, 12), 3, hidden_size=8, mlp_dim=8, num_heads=2, **keywords)
+    torch.manual_seed(3)
+    return model.double().requires_grad_(False), torch.randn(1, 3, 8, 12, dtype=torch.float64)
+
+
+def test_relevance_against_differences_of_the_logit():
+    """Equations 5 and 6, with the gradient of each attention weight by central differences of the logit."""
+    model, images = small_vit(num_layers=2)
+    found = class_relevance(model, images.expand(2, -1, -1, -1), torch.tensor([2, 0]))
+    assert not found[0].allclose(found[1])
+    for row, label in enumerate((2, 0)):
+        expected = torch.eye(7, dtype=torch.float64)
+        for block in (0, 1):
+            weights = forward_by_hand(model, images, block)[1]["weights"]
+            gradient = torch.zeros_like(weights)
+            for index in np.ndindex(*weights.shape):
+                logits = []
+                for step in (1e-5, -1e-5):
+                    changed = weights.clone()
+                    changed[index] += step
+                    logits.append(forward_by_hand(model, images, block, changed)[0][0, label])
+                gradient[index] = (logits[0] - logits[1]) / 2e-5
+            expected = expected + (gradient * weights).clamp(min=0)[0].mean(dim=0) @ expected
+        torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_relevance_after_a_token_reduction_that_merges_equal_tokens_is_that_of_the_whole_model():
+    """The right half of the image is one colour, and so are its position embeddings: four equal patches become one."""
+    whole, images = small_vit(num_layers=3)
+    images[..., 4:] = images[..., :1, :1, 4:5]
+    whole.pos_embed[:, [2, 3, 5, 6]] = whole.pos_embed[:, 2:3].clone()
+    keywords = {"token_reduction": "facility", "keep_tokens": 3, "reduction_layer": 1}
+    reduced = small_vit(num_layers=3, **keywords)[0]
+    reduced.load_state_dict(whole.state_dict())
+    labels = torch.tensor([1])
+    expected, found = (class_relevance(model, images, labels)[0] for model in (whole, reduced))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
+
+
+def test_grad_cam_of_a_vit_against_its_definition():
+    """The gradient of the class's logit with respect to the input of the last attention, by autograd on plain code."""
+    model, images = small_vit(num_layers=2)
+    images = images.requires_grad_()
+    for label in (0, 1, 2):
+        logits, parts = forward_by_hand(model, images, 1)
+        [gradient] = torch.autograd.grad(logits[0, label], parts["inputs"])
+        importance = gradient[0, 1:].mean(dim=0)  # of each channel
+        expected = (parts["inputs"][0, 1:] @ importance).clamp(min=0)
+        expected = (expected / expected.mean().clamp(min=1e-12)).unflatten(0, (2, 3)).detach()
+        found = token_grad_cam(model, images, torch.tensor([label]))[0]
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("norm_type", ["LN", "BN", "GN", "Rescale"])
+def test_maps_of_classes_leave_the_model_as_it_was(norm_type):
+    """No hook, no gradient; the maps of a class do not depend on the other classes; frozen weights change nothing."""
+    model = random_model("ViT-Mini_4", 16, 5, norm_type, num_layers=2)
+    image = torch.from_numpy(make_images(16))[:1]
+    maps = class_maps(model, image, torch.tensor([4, 1]))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    alone = class_maps(model.requires_grad_(False), image, torch.tensor([1]))
+    for name, masks in maps.items():
+        assert masks.shape == (2, 4, 4)
+        assert not masks.requires_grad
+        torch.testing.assert_close(masks[1:], alone[name], rtol=1e-4, atol=1e-5)
+        assert masks.mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_patches_have_the_grad_cam_of_their_cluster():
+    model = random_model("ViT-Mini_4", 16, 5, token_reduction="tome", keep_tokens=4, reduction_layer=1, num_layers=2)
+    image = torch.from_numpy(make_images(16))[:1]
+    clusters = model.forward_with_clusters(image)[2]
+    maps = class_maps(model, image, torch.tensor([0, 3]), clusters)["Grad-CAM"].flatten(1)
+    numbers = clusters.assignment[0, 1:]
+    for cluster in range(1, 5):
+        members = maps[:, numbers == cluster]
+        assert (members == members[:, :1]).all()
 
 
 def test_tokens_share_the_attention_of_their_cluster():

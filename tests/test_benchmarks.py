@@ -21,8 +21,10 @@ from utils.errors import UserError
 from utils.profiling import activation_bytes
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import augmentation
 import data_loading
 import end_to_end
+import freezing
 import growth
 import kernels
 import peers
@@ -32,7 +34,7 @@ import token_reduction_speed
 
 CPU = torch.device("cpu")
 SMALL = ("--img_size", 32, "--batch_size", 2, "--rounds", 1)
-ALL = (data_loading, end_to_end, growth, kernels, throughput, token_reduction_speed)
+ALL = (augmentation, data_loading, end_to_end, freezing, growth, kernels, throughput, token_reduction_speed)
 
 
 @pytest.mark.parametrize("module", ALL, ids=lambda module: module.__name__)
@@ -173,6 +175,17 @@ def test_the_bytes_of_weights_gradients_and_optimizer_at_a_level(level, precisio
     assert steps.training_memory(step, *batch) > sum(expected.values())
 
 
+def test_freezing_compares_the_parts_that_are_trained(run_main, main_fails):
+    printed = run_main(freezing, "--model_type", "ViT-Nano_4", *SMALL, "--precision", "fp32", "--img_size", 16)
+    rows = re.findall(r"^\| `(\S+)` \| ([\d.e-]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \|", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["all", "norms", "last:2", "head"]
+    trained, memory = ({row[0]: float(row[column]) for row in rows} for column in (1, 2))
+    assert trained["all"] > trained["last:2"] > trained["norms"] > trained["head"]
+    assert memory["all"] > memory["norms"] > memory["last:2"] > memory["head"]
+    assert rows[0][3] == "1.00"
+    assert "the model has 12 blocks" in main_fails(freezing, "--model_type", "ViT-Nano_4", "--train", "last:13")
+
+
 def test_a_timed_step_is_a_training_step_without_dropout():
     """Two steps of momentum SGD, clipped; a forward pass between them changes nothing."""
     torch.manual_seed(0)
@@ -277,6 +290,14 @@ def test_data_loading_compares_the_input_pipeline_with_timm():
     assert [row[:2] for row in rows] == [(n, name) for n in "01" for name in ("this project", "timm")]
     assert all(float(speed) > 0 for *_, speed in rows)
     assert [ratio for _, name, ratio, _ in rows if name == "timm"] == ["1.00", "1.00"]
+
+
+def test_augmentation_compares_each_kind_with_torchvisions(run_main):
+    printed = run_main(augmentation, "--img_size", 8, "--batch_size", 4, "--batches", 1, "--rounds", 1)
+    rows = re.findall(r"^\| (.*) \| (this project|torchvision, image by image) \| \d+ \|", printed, re.MULTILINE)
+    assert rows == [(name, "this project") for name in augmentation.KINDS] + [
+        (name, "torchvision, image by image") for name in augmentation.IMAGE_BY_IMAGE
+    ]
 
 
 def test_data_loading_needs_two_batches(main_fails):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import train
-from helpers import call_main, fails
+from helpers import call_main, fails, run_dir
 from utils.checks import check_figure_path, make_output_folder
 from utils.errors import UserError
 
@@ -32,6 +32,8 @@ WRONG = [
     (["--num_steps", 10**10], "--num_steps 10000000000 is more than 1,000,000,000 steps"),
     (["--rand_augment", 0, 9], "--rand_augment 0 9: give at least 1 operation and a magnitude of at most 30"),
     (["--rand_augment", 2, 31], "--rand_augment 2 31: give at least 1 operation"),
+    (["--rand_augment", 2, 9, "--auto_augment", "trivial"], "--rand_augment and --auto_augment exclude each other"),
+    (["--repeated_augmentation", 17], "--repeated_augmentation 17 is more than --train_batch_size 16: a batch would"),
 ]
 
 
@@ -73,6 +75,17 @@ def test_what_is_probably_a_mistake_is_a_warning(tiny_flags, image_folder, monke
     ]
     call_main(train, tiny_flags("--num_steps", 4, "--overwrite"), monkeypatch)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_metric_of_several_classes_needs_two(tiny_flags, image_folder, monkeypatch, capsys):
+    data = ["--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 0, "--best_metric", "macro_f1"]
+    shutil.rmtree(image_folder / "val" / "dog")
+    message = fails(train, tiny_flags(*data), monkeypatch, capsys)
+    assert "--best_metric macro_f1 needs two classes, the test set has 1; give accuracy" in message
+    assert [path.name for path in run_dir(tiny_flags()).iterdir()] == [".lock"]
+    shutil.rmtree(image_folder / "train" / "dog")
+    message = fails(train, tiny_flags(*data), monkeypatch, capsys)
+    assert "--best_metric macro_f1 needs two classes, imagefolder has 1; give accuracy" in message
 
 
 def test_an_existing_run_is_only_resumed_or_overwritten_by_a_flag(tiny_flags, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from utils.data.augmentation import Augmentation
+from utils.data.loading import TensorImages
 from utils.data.stream import stream_positions
 from utils.parallel.precision import Precision
 from utils.parallel.processes import choose_device, one_process
@@ -151,6 +153,13 @@ def test_every_norm_trains_in_sixteen_bits(norm_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_a_part_of_the_weights_trains_and_is_saved_in_sixteen_bits(level, tiny_flags):
+    flags = ["--fp16", "--fp16_opt_level", level, "--ema_decay", 0.5, "--layer_decay", 0.75]
+    metrics = train_on_the_gpu(tiny_flags, "--train", "last:2", *flags)
+    assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
+
+
 def test_a_stopped_run_resumes_with_the_same_losses(tiny_flags, monkeypatch):
     """Adam's moments, the loss scale and the stream of samples are those of the run that was not stopped."""
     flags = ["--fp16", "--optimizer", "adamw", "--learning_rate", 0.001, "--num_steps", 24, "--eval_every", 8]
@@ -191,7 +200,7 @@ def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
 
 def test_images_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
     """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
-    augmentation = Augmentation(0, (16, 16), 0.1, flip=True, rand_augment=None)
+    augmentation = Augmentation(0, (16, 16), 0.1, flip=True, random_erasing=0.5)
     batches = []
     for processes in (one_process(), one_process(device)):
         data = load_data("imagenet", "train", image_folder, processes, num_workers=2)
@@ -205,6 +214,19 @@ def test_images_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
     for (images, labels), (others, other_labels) in zip(*batches, strict=True):
         torch.testing.assert_close(others.cpu(), images)
         assert torch.equal(other_labels.cpu(), labels)
+
+
+@pytest.mark.parametrize("policy", [{"rand_augment": (2, 9)}, {"auto_augment": "trivial"}, {"auto_augment": "cifar10"}])
+def test_images_in_gpu_memory_are_augmented_there(policy, device):
+    """Rounding may differ from a CPU's in single pixels, by a level or at the edge of a moved image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 16, 16), dtype=np.uint8)
+    augmentation = Augmentation(0, (16, 16), 1.0, flip=True, color_jitter=0.3, **policy)
+    sets = [TensorImages(pixels, range(64), map(str, range(64)), place) for place in (torch.device("cpu"), device)]
+    positions = [np.arange(64)]
+    (images, labels), (others, other_labels) = (next(data.train_batches(positions, augmentation)) for data in sets)
+    assert others.device.type == "cuda"
+    assert torch.equal(other_labels.cpu(), labels)
+    assert ((others.cpu() - images).abs() > 0.1).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

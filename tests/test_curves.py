@@ -1,10 +1,13 @@
 """Figures of runs: which lines, ranges and labels they have."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from utils.curves import plot_confusion_matrix, plot_curves, plot_runs
+from utils.curves import plot_confusion_matrix, plot_curves, plot_reliability, plot_runs
+from utils.metrics import calibration_sums, wilson_interval
 
 
 def metrics_of(steps, offset=0.0):
@@ -57,9 +60,56 @@ def test_the_confusion_matrix_shows_shares_and_counts():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat \\$", "dog"]
 
 
-def test_a_confusion_matrix_of_many_classes_has_no_class_names():
-    figure = plot_confusion_matrix(torch.eye(21, dtype=torch.int64), [f"name {i}" for i in range(21)], "")
+def test_a_confusion_matrix_of_many_classes_has_neighbours_that_are_confused():
+    """21 classes, of which c is confused with c + 10: names without counts, and all confusions next to the diagonal."""
+    confusion = 8 * torch.eye(21, dtype=torch.int64)
+    for first in range(10):
+        confusion[first, first + 10] = confusion[first + 10, first] = 2
+    figure = plot_confusion_matrix(confusion, [f"${i} {'x' * 30}" for i in range(21)], "")
     figure.canvas.draw()
     axes = figure.axes[0]
     assert not axes.texts
-    assert not any("name" in label.get_text() for label in axes.get_yticklabels())
+    drawn = np.asarray(axes.images[0].get_array())
+    rows, columns = drawn.nonzero()
+    assert np.abs(rows - columns).max() == 1
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == names
+    numbers = [int(re.fullmatch(r"\\\$(\d+) x+\.\.\.", name)[1]) for name in names]
+    expected = 100 * (confusion / confusion.sum(dim=1, keepdim=True))[numbers][:, numbers]
+    np.testing.assert_allclose(drawn, expected)  # each cell stands at the names of its classes
+
+
+def test_a_confusion_matrix_of_a_thousand_classes_shows_each_confusion():
+    """A cell has the highest share of 4 x 4 classes, so a single confusion of two distant classes is not lost."""
+    confusion = 50 * torch.eye(1000, dtype=torch.int64)
+    for first in (0, 500):  # two groups of eight similar classes
+        group = slice(first, first + 8)
+        confusion[group, group] = 2 + 34 * torch.eye(8, dtype=torch.int64)
+    confusion[3, 3], confusion[3, 503] = 35, 1
+    confusion[900] = 0  # no image
+    figure = plot_confusion_matrix(confusion, [f"class {i}" for i in range(1000)], "")
+    figure.canvas.draw()
+    drawn = np.asarray(figure.axes[0].images[0].get_array()).round(6)
+    assert drawn.shape == (250, 250)
+    assert (drawn == 2).sum() == 1
+    assert set(drawn.ravel()) == {0, 2, 4, 72, 100}
+    assert (drawn.diagonal() >= 72).all()
+    assert len(figure.axes[0].get_yticks()) <= 100
+    assert figure.axes[1].get_ylabel() == "share of the true class (%), highest of 4 x 4 classes"
+
+
+def test_the_reliability_diagram_shows_accuracy_intervals_and_shares():
+    confidence = torch.tensor([0.9] * 30 + [0.5] * 10)
+    correct = torch.tensor([True] * 21 + [False] * 9 + [True] * 6 + [False] * 4)
+    figure = plot_reliability(calibration_sums(confidence, correct), "run $")
+    figure.canvas.draw()
+    upper, lower = figure.axes
+    assert upper.get_title() == "run \\$\nexpected calibration error 17.50 %"
+    accuracy, bars = upper.containers
+    assert [patch.get_height() for patch in accuracy] == pytest.approx([60, 70])
+    assert [patch.get_x() for patch in accuracy] == pytest.approx([100 * 7 / 15, 100 * 13 / 15])
+    assert [patch.get_height() for patch in lower.containers[0]] == pytest.approx([25, 75])
+    np.testing.assert_allclose(bars.lines[0].get_xdata(), [50, 90], rtol=1e-6)
+    [segments] = bars.lines[2]
+    ends = [segment[:, 1] for segment in segments.get_segments()]
+    np.testing.assert_allclose(ends, [[100 * x for x in wilson_interval(*pair)] for pair in ((0.6, 10), (0.7, 30))])

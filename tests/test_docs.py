@@ -347,7 +347,18 @@ def test_no_sentence_stands_in_two_documents():
     assert not problems, "\n".join(problems)
 
 
-REFERENCES = ("Dosovitskiy", "Steiner", "Kolesnikov", "Bolya", "Shao", "Abnar", "Jordan", "Nemhauser", "Selvaraju")
+REFERENCES = (
+    "Dosovitskiy",
+    "Steiner",
+    "Kolesnikov",
+    "Bolya",
+    "Shao",
+    "Abnar",
+    "Jordan",
+    "Nemhauser",
+    "Selvaraju",
+    "Chefer",
+)
 
 
 def test_citation_file_has_the_required_keys():

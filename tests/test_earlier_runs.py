@@ -60,7 +60,7 @@ def test_the_curves_and_the_attention_of_an_earlier_run_are_drawn(earlier_run, t
     [image] = write_images(tmp_path / "images", [(8, 8)])
     flags = ["--checkpoint", earlier_run / "best.safetensors", "--image", image, "--curves", earlier_run]
     call_main(visualize, flags, monkeypatch)
-    kinds = ("blocks", "heads", "rollout")
+    kinds = ("blocks", "class", "heads", "matrix", "rollout")
     together = {"curves.png", "distance.png", "filters.png", "positions.png"}
     drawn = {path.name for path in (earlier_run / "pictures").iterdir()}
     assert drawn == together | {f"images-000-{kind}.png" for kind in kinds}
@@ -80,6 +80,28 @@ def test_an_earlier_run_is_resumed_and_ends_as_its_own_code_ended_it(earlier_run
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     assert math.isnan(metrics["grad_norm"][0])  # which the earlier version did not measure
     assert metrics["grad_norm"][1] > 0
+
+
+def test_an_earlier_run_can_not_be_resumed_with_a_part_of_its_weights(earlier_run, monkeypatch, capsys):
+    """Earlier versions trained all weights, and recorded no --train."""
+    model = ["--model_type", "ViT-Nano_4", "--dataset", "digits", "--img_size", 8, "--train_batch_size", 16]
+    place = ["--name", "run", "--output_dir", earlier_run.parent, "--resume", "--optimizer", "adamw"]
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, [*model, *place, "--train", "head"], monkeypatch)
+    assert stopped.value.code == 2
+    assert "was started with --train all, so it can't be resumed with head\n" in capsys.readouterr().err
+
+
+def test_an_earlier_run_compared_accuracies_and_is_not_resumed_with_another_metric(earlier_run, monkeypatch, capsys):
+    flags = json.loads((earlier_run / "config.json").read_text())["flags"]
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value]
+    given += ["--output_dir", earlier_run.parent, "--resume", "--best_metric", "macro_f1"]
+    with pytest.raises(SystemExit) as stopped:
+        call_main(train, given, monkeypatch)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "warning: resuming with --best_metric macro_f1; the run was started with accuracy" in printed.out
+    assert "was started with --best_metric accuracy, so it can't be resumed with macro_f1" in printed.err
 
 
 def read_csv(path):

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, classification_report, confusion_matrix
 
 import evaluate
 from helpers import DIGITS_RUN, ROOT, call_main, fails, load_data, succeed, write_images, write_run
 from inference import SavedModel
 from models import build_model
 from synthetic import make_checkpoint
+from utils.metrics import wilson_interval
 
 NANO = ROOT / "checkpoint" / "ViT-Nano_4-digits.npz"
 
@@ -67,8 +69,41 @@ def test_the_report_has_the_numbers_of_the_model(weights, report, digits, tmp_pa
     per_class = {str(digit): (best == labels)[labels == digit].float().mean().item() for digit in range(10)}
     assert 0 < sum(per_class.values()) < 10
     assert found["per_class_accuracy"] == pytest.approx(per_class)
-    with Image.open(tmp_path / "confusion_matrix.png") as image:
-        assert image.width > 300
+    for name in ("confusion_matrix", "reliability_diagram"):
+        assert found[name] == str(tmp_path / f"{name}.png")
+        with Image.open(found[name]) as image:
+            assert image.width > 300
+
+
+@torch.no_grad()
+def test_the_report_has_the_metrics_of_scikit_learn(weights, report, digits):
+    images, labels = digits
+    found = report("--checkpoint", weights, "--dataset", "digits")
+    logits = SavedModel.load(weights).model(images)
+    best = logits.argmax(dim=1)
+    expected = classification_report(labels, best, labels=range(10), output_dict=True, zero_division=0)
+    names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "support": "support"}
+    assert len(found["per_class"]) == 10
+    for digit, row in found["per_class"].items():
+        assert {name: row[name] for name in names} == pytest.approx({a: expected[digit][b] for a, b in names.items()})
+        assert row["recall_interval"] == pytest.approx(wilson_interval(row["recall"], row["support"]))
+    for name in ("precision", "recall", "f1"):
+        assert found[f"macro_{name}"] == pytest.approx(expected["macro avg"][names[name]])
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, best))
+    for count in (1, 5):
+        low, high = wilson_interval(found[f"top{count}_accuracy"], 360)
+        assert found[f"top{count}_accuracy_interval"] == pytest.approx([low, high])
+    confidence, correct = logits.softmax(dim=1).amax(dim=1), best == labels
+    bins = found["calibration_bins"]
+    assert [row["count"] for row in bins] == np.histogram(confidence, bins=15, range=(0, 1))[0].tolist()
+    assert sum(row["correct"] for row in bins) == correct.sum()
+    gaps = [row["correct"] - row["count"] * row["mean_confidence"] for row in bins if row["count"]]
+    assert found["expected_calibration_error"] == pytest.approx(sum(map(abs, gaps)) / 360)
+    assert sum(gaps) == pytest.approx((correct.float() - confidence).sum().item(), rel=1e-4)
+    confusion = confusion_matrix(labels, best) - np.diag(np.diag(confusion_matrix(labels, best)))
+    assert [row["images"] for row in found["frequent_confusions"]] == sorted(confusion.ravel())[:-11:-1]
+    for row in found["frequent_confusions"]:
+        assert confusion[int(row["true_class"]), int(row["predicted_class"])] == row["images"]
 
 
 def test_the_confusion_matrix_is_drawn_from_the_predictions(weights, report, digits, tmp_path, monkeypatch):
@@ -90,24 +125,46 @@ def test_the_confusion_matrix_is_drawn_from_the_predictions(weights, report, dig
 
 def test_the_report_as_text(tmp_path, monkeypatch, capsys):
     path = tmp_path / "matrix.png"
-    call_main(evaluate, ["--checkpoint", NANO, "--dataset", "digits", "--confusion_matrix", path], monkeypatch)
-    first, second, third, *classes, last = capsys.readouterr().out.splitlines()
+    diagram = tmp_path / "diagram.png"
+    flags = ["--dataset", "digits", "--confusion_matrix", path, "--reliability_diagram", diagram]
+    call_main(evaluate, ["--checkpoint", NANO, *flags], monkeypatch)
+    first, second, *lines = capsys.readouterr().out.splitlines()
     assert first == f"{NANO} on digits: 360 test images"
-    assert re.fullmatch(r"top-1 99\.44 %   top-5 100\.00 %   loss 0\.0448   [\d.]+ images/s", second)
-    assert third == "accuracy of each class, lowest first:"
-    assert classes[:2] == ["  8   97.14 %", "  9   97.22 %"]
-    assert len(classes) == 10
-    assert last == f"confusion matrix: {path}"
+    top = r"top-1 99\.44 % \[98\.00, 99\.85\]   top-5 100\.00 % \[98\.94, 100\.00\]"
+    assert re.fullmatch(top + r"   loss 0\.0448   [\d.]+ images/s", second)
+    assert lines[:5] == [
+        "balanced accuracy 99.44 %   macro precision 99.49 %   macro recall 99.44 %   macro F1 99.45 %",
+        "expected calibration error 3.02 %",
+        "accuracy (recall) of each class, lowest first:",
+        "  8  97.14 % [85.47, 99.49]    precision 100.00 %  F1  98.55 %",
+        "  9  97.22 % [85.83, 99.51]    precision 100.00 %  F1  98.59 %",
+    ]
+    assert lines[13:] == [
+        "most frequent confusions, true class -> prediction:",
+        "  8 -> 3  1 of 35 images",
+        "  9 -> 3  1 of 36 images",
+        "[low, high]: the 95 % interval of an accuracy (Wilson)",
+        f"confusion matrix: {path}",
+        f"reliability diagram: {diagram}",
+    ]
+    assert diagram.exists()
 
 
 def test_of_many_classes_the_text_has_the_ten_lowest_accuracies():
-    accuracies = {f"class {number}": 1 - number / 100 for number in range(21)}
-    numbers = {"loss": 1.0, "top1_accuracy": 0.9, "top5_accuracy": 1.0, "images_per_second": 5.0}
-    names = {"checkpoint": "a.npz", "dataset": "birds", "confusion_matrix": "c.png", "per_class_accuracy": accuracies}
-    lines = evaluate.evaluation_text({**names, **numbers, "images": 21, "skipped": 3}).splitlines()
-    assert lines[0] == "a.npz on birds: 21 test images, 3 more could not be read"
-    assert lines[2] == "accuracy of the ten hardest classes, lowest first:"
-    assert lines[3:-1] == [f"  class {number}   {100 - number}.00 %" for number in range(20, 10, -1)]
+    rows = {f"class {i}": dict.fromkeys(("recall", "precision", "f1"), 1 - i / 100) for i in range(22)}
+    rows = {name: {**row, "support": 100 * (name != "class 21")} for name, row in rows.items()}
+    lines = evaluate.class_lines(rows)
+    assert lines[0] == "accuracy (recall) of the ten hardest classes, lowest first:"
+    for line, number in zip(lines[1:11], range(20, 10, -1), strict=True):
+        accuracy = f"{100 - number}.00 %"
+        assert line.startswith(f"  class {number}  {accuracy} [")
+        assert line.endswith(f"  precision  {accuracy}  F1  {accuracy}")
+    assert lines[11:] == [
+        "no test images of 1 of the 22 classes: their precision, recall and F1 count as 0 in the macro means, as in "
+        "scikit-learn, and not in the balanced accuracy"
+    ]
+    del rows["class 20"], rows["class 21"]
+    assert len(evaluate.class_lines(rows)) == 21
 
 
 def test_the_image_size_and_token_reduction_of_the_flags_are_used(weights, report):
@@ -152,6 +209,8 @@ def test_a_class_without_test_images_has_no_accuracy(image_folder, tmp_path, rep
     shutil.rmtree(image_folder / "val" / "dog")
     found = report("--checkpoint", checkpoint, "--num_workers", 0)
     assert list(found["per_class_accuracy"]) == ["cat"]
+    assert found["balanced_accuracy"] == found["top1_accuracy"] == 2 * found["macro_recall"]
+    assert (found["per_class"]["dog"]["support"], found["per_class"]["dog"]["recall_interval"]) == (0, None)
 
 
 def test_the_five_most_probable_classes_of_an_image(weights, report, tmp_path, monkeypatch, capsys):
@@ -188,6 +247,10 @@ def test_wrong_flags_and_data_are_errors(weights, tmp_path, monkeypatch, capsys)
             ["--checkpoint", weights, "--dataset", "digits", "--confusion_matrix", "no/x.png"],
             "no/x.png can't be written",
         ),
+        (
+            ["--checkpoint", weights, "--dataset", "digits", "--reliability_diagram", "x.pdf"],
+            "--reliability_diagram x.pdf can't be written; give a .png file",
+        ),
         (["--checkpoint", weights, "nothing.png"], "nothing.png does not exist"),
         (["--checkpoint", weights, "--dataset", "digit"], "unknown dataset 'digit'; did you mean digits?"),
     ):
@@ -202,4 +265,6 @@ def test_evaluate_from_the_shell_by_two_processes(tmp_path, monkeypatch, report)
     alone = report(*command)
     found = json.loads(printed)
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    assert found["per_class_accuracy"] == alone["per_class_accuracy"]
+    assert found["expected_calibration_error"] == pytest.approx(alone["expected_calibration_error"], rel=1e-4)
+    for name in ("per_class_accuracy", "per_class", "frequent_confusions", "macro_f1", "top1_accuracy_interval"):
+        assert found[name] == alone[name]

@@ -17,6 +17,7 @@ from models import build_model
 from synthetic import make_checkpoint
 from utils.data.augmentation import normalise, resized_crops
 from utils.evaluation import evaluate
+from utils.metrics import mean_metrics, percent
 from utils.parallel.precision import Precision
 from utils.parallel.processes import Processes, one_process
 
@@ -90,9 +91,28 @@ def test_processes_share_the_test_images_and_count_each_once():
     for name in ("loss", "accuracy", "top5_accuracy"):
         assert sum(part[name] for part in parts) / 3 == pytest.approx(whole[name], rel=1e-5)
     assert torch.equal(sum(part["confusion"] for part in parts), whole["confusion"])
+    torch.testing.assert_close(sum(part["calibration"] for part in parts), whole["calibration"])
+    assert whole["confusion"].diagonal().sum() == whole["calibration"][:, 1].sum() == round(360 * whole["accuracy"])
+    assert mean_metrics(whole["confusion"]).items() <= whole.items()
     expected = measured(model)
     found = {"top-1": 100 * whole["accuracy"], "top-5": 100 * whole["top5_accuracy"], "loss": whole["loss"]}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_prediction_is_the_same_in_the_accuracy_and_in_the_confusion_matrix():
+    """Also where two classes have the same logit, as happens in 16 bits."""
+    test_set = load_data("digits", "test")
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.rand(10, 3 * 64, generator=generator)
+
+    class Ties(torch.nn.Module):
+        def forward(self, images):
+            return (images.flatten(1) @ columns.T / 20).round()
+
+    result = evaluate(Ties(), test_set, (8, 8), 50, Precision("O0", torch.float32, CPU), one_process(), per_class=True)
+    assert result["confusion"].sum() == 360
+    assert result["confusion"].diagonal().sum() == round(360 * result["accuracy"])
 
 
 @pytest.mark.slow
@@ -122,6 +142,8 @@ def test_mode_eval_tests_pretrained_weights_with_their_head(tiny_flags, monkeypa
     printed = capsys.readouterr().out
     assert numbers_of(printed)["weights"] == str(weights[10])
     assert_prints(printed, expected)
+    interval = percent(round(3.6 * expected["top-1"]) / 360, 360)
+    assert f"  top-1    {interval} (95 % interval)\n" in printed
     message = fails(train, tiny_flags("--mode", "eval", "--pretrained_dir", weights[21]), monkeypatch, capsys)
     assert "21.npz does not fit ViT-Mini_4: head/" in message
     assert "the checkpoint has 21 classes, the model 10" in message

@@ -57,6 +57,7 @@ def test_every_script_is_tested():
     found = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     ours = {"experiment", "hybrid_vs_cnn", "make_imagenet_like", "norm_study", "token_study"}
     elsewhere = {"fault_campaign", "fault_checks", "fault_runs", "faults"}  # test_fault_campaign.py
+    elsewhere |= {"few_shot"}  # test_few_shot.py
     assert found == ours | elsewhere
 
 
@@ -197,7 +198,9 @@ def test_a_norm_study_is_stopped_resumes_and_is_then_finished(tmp_path):
         assert 0.1 < float(row["test_accuracy"]) <= float(row["best_test_accuracy"]) <= 1
         assert float(row["seconds"]) > 0
         assert f"| from scratch | {row['norm_type']} | {100 * float(row['test_accuracy']):.2f} % |" in table
-    figures = [tmp_path / "figures" / f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1")]
+    figures = [
+        tmp_path / "figures" / f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1", "matrix-1")
+    ]
     for figure in figures:
         with Image.open(figure) as image:
             assert min(image.size) > 300
@@ -254,7 +257,7 @@ def test_a_norm_study_uses_runs_that_are_finished(tmp_path, run_main, main_fails
     assert (row["norm_type"], row["start"]) == ("Rescale", "scratch")
     assert f"| from scratch | Rescale | {100 * float(row['test_accuracy']):.2f} % |" in printed
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1")}
+    assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1", "matrix-1")}
     error = main_fails(norm_study, *flags, "--learning_rate", 0.1)
     assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
 

@@ -8,6 +8,7 @@ from utils.figures import (
     cluster_colours,
     cluster_frames,
     downscale,
+    plot_attention_matrices,
     plot_attention_rows,
     plot_clusters,
     plot_image_grid,
@@ -79,3 +80,22 @@ def test_the_blocks_to_draw_and_the_caption_of_a_prediction():
     assert blocks_to_draw(6) == [0, 3]
     logits = torch.tensor([[0.0, np.log(3.0)]])
     assert prediction_caption(logits, ["cat", "dog"]) == "dog 75 %"
+    assert prediction_caption(logits, ["cat", "dog"], 0) == "cat 25 %"
+
+
+def test_attention_matrices_have_one_scale_and_a_line_per_row_of_patches():
+    """Two models, two blocks, 2 x 3 patches; weights of 0 and 1 are possible."""
+    matrices = torch.rand(2, 7, 7).softmax(dim=-1)
+    figure = plot_attention_matrices({"LN": matrices, "a $x^$": torch.eye(7).expand(2, 7, 7)}, [0, 3], (2, 3), "title")
+    figure.canvas.draw()
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == 4
+    assert len({axes.images[0].norm for axes in panels}) == 1
+    scale = panels[0].images[0].norm
+    assert (scale.vmin, scale.vmax) == (0.1 / 7, 1)
+    assert scale(0.0) == 0
+    np.testing.assert_array_equal(panels[1].images[0].get_array(), matrices[1].numpy())
+    horizontal, vertical = (lines.get_segments() for lines in panels[3].collections)
+    assert [line.tolist() for line in horizontal] == [[[-0.5, y], [6.5, y]] for y in (0.5, 3.5)]  # after tokens 0 and 3
+    assert [line.tolist() for line in vertical] == [[[x, -0.5], [x, 6.5]] for x in (0.5, 3.5)]
+    assert [axes.get_title() for axes in panels] == ["block 0", "block 3", "", ""]

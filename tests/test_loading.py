@@ -69,11 +69,12 @@ def test_images_in_memory_and_from_workers_give_the_same_batches(tmp_path):
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
     in_memory = TensorImages(images, labels, map(str, labels), CPU)
     batches = [np.arange(0, 6), np.arange(6, 12)]
-    expected = list(in_memory.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
+    augmentation = Augmentation(1, (16, 16), 0.1, True, random_erasing=0.5, repeats=2)
+    expected = list(in_memory.train_batches(batches, augmentation))
     expected_eval = list(in_memory.eval_batches((16, 16), 4, one_process()))
     for workers in (0, 1, 2):
         on_disk = FolderImages(paths, labels, map(str, labels), CPU, stretch, DataOptions(num_workers=workers))
-        found = list(on_disk.train_batches(batches, Augmentation(1, (16, 16), 0.1, True)))
+        found = list(on_disk.train_batches(batches, augmentation))
         found += list(on_disk.eval_batches((16, 16), 4, one_process()))
         for (mine, my_labels), (theirs, their_labels) in zip(found, expected + expected_eval, strict=True):
             assert torch.equal(my_labels, their_labels)
@@ -117,11 +118,12 @@ def test_an_unreadable_image_in_a_worker_is_reported_in_one_line(workers, tmp_pa
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_readable_image_replaces_an_unreadable_one(workers, tmp_path, capsys):
     paths = write_jpegs(tmp_path, 8)
-    whole, order = stream(folder_images(paths), [16], CROPS)
+    augmentation = CROPS._replace(random_erasing=0.5)
+    whole, order = stream(folder_images(paths), [16], augmentation)
     for row in (2, 3, 7):
         truncate(paths[row])
     data = folder_images(paths, workers, skip_broken=True)
-    images, labels = stream(data, [5, 10, 16], CROPS)
+    images, labels = stream(data, [5, 10, 16], augmentation)
     assert labels.tolist() == [{2: 4, 3: 4, 7: 0}.get(label, label) for label in order.tolist()]
     intact = torch.tensor([label not in (2, 3, 7) for label in order])
     assert torch.equal(images[intact], whole[intact])

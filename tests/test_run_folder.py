@@ -79,7 +79,9 @@ def test_the_results_of_a_finished_run_are_printed_again_without_its_checkpoint(
     shutil.rmtree(run_dir(flags) / "state-2")
     before, _ = contents(run_dir(flags)), capsys.readouterr()
     call_main(train, [*flags, "--resume"], monkeypatch)
-    assert re.search(r"test accuracy [\d.]+ %, best [\d.]+ % at step 2", capsys.readouterr().out)
+    assert re.search(
+        r"test accuracy [\d.]+ % \[.*\], best [\d.]+ % \[.*\] at step 2 \(95 % intervals\)\n", capsys.readouterr().out
+    )
     assert contents(run_dir(flags)) == before
 
 

@@ -1,6 +1,7 @@
 """Random bits, the order of the samples, and dropout keys: functions of seed and position alone."""
 
 import numpy as np
+import pytest
 import torch
 
 from helpers import CPU
@@ -49,6 +50,28 @@ def test_the_stream_continues_from_one_epoch_into_the_next():
     epochs, indices = samples_at(42, np.arange(95, 105), 100)
     assert epochs.tolist() == [0] * 5 + [1] * 5
     assert indices.tolist() == [*epoch_order(42, 0, 100)[95:], *epoch_order(42, 1, 100)[:5]]
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize("num_samples", [1, 12, 25])
+def test_repeats_of_a_sample_alternate_with_those_of_its_neighbour(num_samples, repeats):
+    """An epoch has as many positions as without repeats, and takes the first samples of the same permutation."""
+    epochs, indices = samples_at(42, np.arange(2 * num_samples), num_samples, repeats)
+    for epoch in range(2):
+        mine = indices[epoch * num_samples : (epoch + 1) * num_samples]
+        order = epoch_order(42, epoch, num_samples)
+        pairs = [np.tile(order[i : i + 2], repeats) for i in range(0, num_samples, 2)]
+        assert mine.tolist() == np.concatenate(pairs)[:num_samples].tolist()
+        repetitions = epochs[epoch * num_samples : (epoch + 1) * num_samples] - epoch * repeats
+        assert ((repetitions >= 0) & (repetitions < repeats)).all()
+    assert len(set(zip(epochs.tolist(), indices.tolist(), strict=True))) == 2 * num_samples  # no augmentation twice
+    if num_samples > 1:
+        assert (indices[1:num_samples] != indices[: num_samples - 1]).all()  # partners of mixup differ
+
+
+def test_without_repeats_the_order_is_that_of_earlier_versions():
+    _, indices = samples_at(42, np.arange(6), 6)
+    assert indices.tolist() == [5, 0, 1, 2, 4, 3]
 
 
 def test_micro_batches_of_all_processes_make_up_the_global_batch():

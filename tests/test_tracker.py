@@ -17,6 +17,7 @@ from helpers import call_main, load_data, make_shallow, read_config, train_run, 
 from models import build_model
 from utils.data.augmentation import normalise
 from utils.errors import RunStoppedError, UserError
+from utils.metrics import Best
 from utils.records.event_file import EventFile
 from utils.records.metrics_file import read_rows
 from utils.records.run_folder import read_metrics
@@ -84,7 +85,7 @@ def test_of_more_than_ten_classes_the_top5_accuracy_is_recorded_and_printed(
     assert rows[-1]["test_accuracy"] < top5 < 1
     printed = capsys.readouterr().out
     assert re.search(rf"test loss [\d.]+ accuracy +[\d.]+ % top-5 +{100 * top5:.2f} %  lr", printed)
-    assert re.search(rf"\ntest accuracy [\d.]+ %, top-5 {100 * top5:.2f} %, best ", printed)
+    assert re.search(rf"\ntest accuracy [\d.]+ % \[.*\], top-5 {100 * top5:.2f} % \[.*\], best ", printed)
 
 
 def test_metrics_without_a_newer_column_are_read_and_continued(many_classes, tiny_flags, monkeypatch, tmp_path, capsys):
@@ -102,10 +103,10 @@ def test_metrics_without_a_newer_column_are_read_and_continued(many_classes, tin
     assert "test_top5_accuracy" not in read_metrics(path.parent)
     capsys.readouterr()
     train_run([*flags, "--resume"], monkeypatch)  # no step is left to do
-    assert re.search(r"\ntest accuracy [\d.]+ %, best ", capsys.readouterr().out)
+    assert re.search(r"\ntest accuracy [\d.]+ % \[[\d., ]+\], best ", capsys.readouterr().out)
     _, resumed = train_run([*flags, "--resume", "--num_steps", 18], monkeypatch)
     assert np.isnan([row["test_top5_accuracy"] for row in resumed]).tolist() == [True, True, False]
-    assert re.search(r"\ntest accuracy [\d.]+ %, top-5 [\d.]+ %, best ", capsys.readouterr().out)
+    assert re.search(r"\ntest accuracy [\d.]+ % \[.*\], top-5 [\d.]+ % \[.*\], best ", capsys.readouterr().out)
     path.write_text(path.read_text().replace("train_loss", "loss"))
     with pytest.raises(UserError, match="needs numbers in the columns step, train_loss, "):
         read_metrics(path.parent)
@@ -137,7 +138,7 @@ def evaluate_at(tracker, step):
     tracker.log_steps(step, {"loss": [step / 2]}, lr=0.1, images_per_second=100.0)
     names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5_accuracy")
     row = {"step": step, **dict.fromkeys(names, step / 4), "lr": 0.1, "images_per_second": 100.0, "seconds": step}
-    tracker.log_evaluation(row, best_accuracy=0.5, best_step=1)
+    tracker.log_evaluation(row, Best("accuracy", 0.5, 1))
 
 
 def recorded(folder):
@@ -363,14 +364,26 @@ def test_the_duration_is_measured_by_the_clock_of_the_highest_resolution(tmp_pat
     assert 60 < tracker.seconds() < 120
 
 
+def test_the_summary_has_intervals_where_the_number_of_test_images_is_known(tmp_path):
+    rows = [{"step": "7", "test_accuracy": "0.25", "test_top5_accuracy": "0.75"}]
+    first = summary(tmp_path, rows, Best("accuracy", 0.5, 7), num_classes=11, test_images=100).splitlines()[1]
+    assert first == (
+        "test accuracy 25.00 % [17.55, 34.30], top-5 75.00 % [65.70, 82.45], best 50.00 % [40.38, 59.62] at step 7 "
+        "(95 % intervals)"
+    )
+    first = summary(tmp_path, rows, Best("macro_f1", 0.5, 7), num_classes=10, test_images=100).splitlines()[1]
+    assert first == "test accuracy 25.00 % [17.55, 34.30], best macro F1 50.00 % at step 7 (95 % intervals)"
+
+
 def test_the_summary_of_a_run_is_text(tmp_path):
-    lines = summary(tmp_path, [], best_accuracy=0.5, best_step=7, num_classes=10).splitlines()
+    best = Best("accuracy", 0.5, 7)
+    lines = summary(tmp_path, [], best, num_classes=10).splitlines()
     assert lines[1] == "best 50.00 % at step 7"
     assert [line.endswith("  (missing)") for line in lines[2:]] == [True] * 5
     for name in ("best.safetensors", "last.safetensors", "metrics.csv", "curves.png", "events.out.tfevents.1"):
         (tmp_path / name).touch()
     rows = [{"step": "7", "test_accuracy": "0.25", "test_top5_accuracy": "0.75"}]
-    text = summary(tmp_path, rows, best_accuracy=0.5, best_step=7, num_classes=11, incomplete=["curves.png"])
+    text = summary(tmp_path, rows, best, num_classes=11, incomplete=["curves.png"])
     assert text.splitlines()[1:] == [
         "test accuracy 25.00 %, top-5 75.00 %, best 50.00 % at step 7",
         f"  weights      {tmp_path / 'best.safetensors'}",

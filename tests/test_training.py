@@ -1,6 +1,7 @@
 """The training loop: its numbers, divided batches, resumption to the bit, new metrics and data sets, divergence."""
 
 import ast
+import functools
 import math
 import re
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import train
 from helpers import (
@@ -18,16 +20,23 @@ from helpers import (
     contents,
     differences,
     initial_weights,
+    load_data,
     make_shallow,
     plain_loop,
+    read_config,
     run_dir,
     stop_after,
     train_run,
 )
+from models import build_model
 from utils import train_state
+from utils.data.augmentation import normalise
+from utils.data.mixing import make_mixing, mix_pairs
 from utils.errors import UserError
 from utils.evaluation import evaluate
+from utils.metrics import Best
 from utils.records.tracker import Tracker
+from utils.records.weights import saved_step
 from utils.train_state import is_due
 from utils.training import train_step
 
@@ -63,6 +72,92 @@ def test_accumulation_gives_the_results_of_the_whole_batch_also_with_dropout(tin
         assert [row[name] for row in part_rows] == pytest.approx([row[name] for row in rows], rel=1e-4), name
 
 
+def test_class_weights_multiply_the_training_loss_only(tiny_flags, monkeypatch):
+    """The same as in a plain loop, with micro-batches too; the test loss has no weights."""
+    counts = load_data("digits", "train").labels.bincount()
+    balanced = 1437 / (10 * counts.float())
+    flags = ["--learning_rate", 0.1, "--label_smoothing", 0.1, "--class_weights", "balanced"]
+    weights, rows = train_run(tiny_flags(*flags, "--gradient_accumulation_steps", 4), monkeypatch)
+    expected, losses, _, _ = plain_loop(12, 16, weights=balanced)
+    unweighted, *_ = plain_loop(12, 16)
+    assert max(differences(weights, expected).values()) < 2e-6
+    assert max(differences(weights, unweighted).values()) > 1e-4
+    assert rows[0]["train_loss"] == pytest.approx(np.mean(losses[:6]), rel=1e-5)
+    model = build_model("ViT-Mini_4", img_size=8).eval()
+    model.load_state_dict(weights)
+    assert rows[-1]["test_loss"] == pytest.approx(loss_and_predictions(model)[0], rel=1e-5)
+
+
+def test_class_weights_and_mixed_images(tiny_flags, monkeypatch):
+    """Each term of a mixed target has the weight of its own class."""
+    flags = ["--learning_rate", 0.1, "--label_smoothing", 0.1, "--class_weights", "balanced", "--mixup", 0.5]
+    weights, _ = train_run(tiny_flags(*flags), monkeypatch)
+    balanced = 1437 / (10 * load_data("digits", "train").labels.bincount().float())
+
+    def mix(images, labels, step):
+        return mix_pairs(make_mixing(0.5, 0), images, labels, 10, 42, step)
+
+    expected, *_ = plain_loop(12, 16, mix, weights=balanced)
+    assert max(differences(weights, expected).values()) < 2e-6
+
+
+@torch.no_grad()
+def loss_and_predictions(model):
+    """The loss of a model on the digits' test set, and its predictions."""
+    data = load_data("digits", "test")
+    logits = model(normalise(data.images))
+    return torch.nn.functional.cross_entropy(logits, data.labels).item(), logits.argmax(dim=1)
+
+
+def best_predictions(flags):
+    """The predictions of a run's best weights on the digits' test set."""
+    model = build_model("ViT-Mini_4", img_size=8).eval()
+    model.load_state_dict(load_file(run_dir(flags) / "best.safetensors"))
+    return loss_and_predictions(model)[1]
+
+
+SEVERAL = ["--num_steps", 8, "--eval_every", 2, "--learning_rate", 0.5, "--max_grad_norm", 0]
+SCORES = {"balanced_accuracy": balanced_accuracy_score, "macro_f1": functools.partial(f1_score, average="macro")}
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "loss"])
+def test_the_metric_of_the_flag_chooses_the_best_weights(metric, tiny_flags, monkeypatch, capsys):
+    """The learning rate is so high that the last step is not the best."""
+    flags = tiny_flags(*SEVERAL, "--best_metric", metric)
+    _, rows = train_run(flags, monkeypatch)
+    values = [row[f"test_{metric}"] for row in rows]
+    best = values.index(min(values) if metric == "loss" else max(values))
+    assert saved_step(run_dir(flags) / "best.safetensors") == rows[best]["step"] < 8
+    if metric != "loss":
+        assert values[best] == pytest.approx(
+            SCORES[metric](load_data("digits", "test").labels, best_predictions(flags))
+        )
+    printed = capsys.readouterr().out
+    text = Best(metric, values[best], int(rows[best]["step"])).text()
+    assert f", {text} (95 % intervals)\n" in printed
+    assert read_config(run_dir(flags))["flags"]["best_metric"] == metric
+    call_main(train, [*flags, "--resume"], monkeypatch)
+    assert f", {text} (95 % intervals)\n" in capsys.readouterr().out
+
+
+def test_a_resumed_run_continues_with_the_best_value_of_its_metric(tiny_flags, monkeypatch):
+    whole, stopped = (tiny_flags(*SEVERAL, "--best_metric", "loss", "--name", name) for name in ("whole", "stopped"))
+    train_run(whole, monkeypatch, "whole")
+    stop_after(5, monkeypatch)
+    with pytest.raises(SystemExit):
+        train_run(stopped, monkeypatch)
+    train_run([*stopped, "--resume"], monkeypatch, "stopped")
+    assert_same_bits(*(load_file(run_dir(flags) / "best.safetensors") for flags in (whole, stopped)))
+
+
+def test_only_a_metric_that_is_asked_for_has_a_column(tiny_flags, monkeypatch):
+    _, [row] = train_run(tiny_flags("--num_steps", 1), monkeypatch)
+    tests = [name for name in row if name.startswith("test_")]
+    assert tests == ["test_loss", "test_accuracy", "test_top5_accuracy"]
+    _, [row] = train_run(tiny_flags("--num_steps", 1, "--overwrite", "--best_metric", "macro_f1"), monkeypatch)
+    assert [name for name in row if name.startswith("test_")] == [*tests, "test_macro_f1"]
+
+
 def test_dropout_changes_a_run(tiny_flags, monkeypatch):
     """Without this the tests with dropout would show nothing."""
     with_dropout, _ = train_run(tiny_flags("--num_steps", 2, "--warmup_steps", 0, "--dropout_rate", 0.2), monkeypatch)
@@ -89,7 +184,8 @@ def test_a_resumed_run_ends_with_the_same_bits(optimizer, precision, tiny_flags,
 def test_a_resumed_run_has_the_same_mixing_average_and_random_paths(tiny_flags, monkeypatch):
     """All that draws random numbers or has a state of its own, at once."""
     flags = ["--ema_decay", 0.9, "--mixup", 0.2, "--cutmix", 1, "--drop_path_rate", 0.2, "--dropout_rate", 0.1]
-    flags += ["--rand_augment", 2, 9, "--gradient_accumulation_steps", 2, "--num_steps", 8]
+    flags += ["--auto_augment", "trivial", "--color_jitter", 0.3, "--random_erasing", 0.5, "--repeated_augmentation", 3]
+    flags += ["--gradient_accumulation_steps", 2, "--num_steps", 8]
     whole = tiny_flags(*flags)
     train_run(whole, monkeypatch)
     stop_after(3, monkeypatch)
@@ -184,6 +280,10 @@ def test_a_resumed_run_takes_the_weight_decay_of_the_flags(tiny_flags, monkeypat
         (["--model_type", "ViT-Ti_16", "--img_size", 16], "does not fit the model"),
         (["--optimizer", "adamw"], "the run was started with --optimizer sgd, so it can't be resumed with adamw"),
         (["--num_steps", 1], "is at step 2 already, beyond the 1 of the flags"),
+        (
+            ["--best_metric", "loss"],
+            "was started with --best_metric accuracy, so it can't be resumed with loss",
+        ),
     ],
 )
 def test_flags_that_can_not_resume_a_run_are_an_error_and_change_nothing(

@@ -8,16 +8,18 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from PIL import Image
 
 import train
 import visualize
-from helpers import ROOT, call_main, fails, make_shallow, succeed, write_images
+from helpers import DIGITS_RUN, ROOT, call_main, fails, make_shallow, succeed, write_images, write_run
+from inference import SavedModel
 from models import build_model
 from synthetic import make_checkpoint
-from visualize import unique_stems
+from utils.data.images import read_image, unique_stems
 
 NOTEBOOK = ROOT / "visualize_attention_map.ipynb"
 REDUCTION = ("--token_reduction", "facility", "--reduction_layer", 2, "--keep_tokens")
@@ -65,19 +67,22 @@ def of_each_image(*kinds):
 def test_without_flags_all_figures_of_a_vit_are_drawn(draw, tmp_path):
     together = {"distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", "--image", tmp_path / "cats" / "000.png")
-    assert names == together | {f"cats-000-{kind}.png" for kind in ("rollout", "blocks", "heads")}
+    kinds = ("rollout", "class", "blocks", "heads", "matrix")
+    assert names == together | {f"cats-000-{kind}.png" for kind in kinds}
 
 
 def test_without_flags_all_figures_of_a_vit_with_a_token_reduction_are_drawn(draw):
     together = {"grid.png", "clusters.png", "distance.png", "positions.png", "filters.png"}
     names = draw("ViT-Mini_4", *REDUCTION, 0.5)
-    assert names == together | of_each_image("rollout", "blocks", "heads", "clusters")
+    assert names == together | of_each_image("rollout", "class", "blocks", "heads", "matrix", "clusters")
 
 
 def test_flags_select_the_figures(draw, tmp_path):
     one = ("--image", tmp_path / "cats" / "000.png")
     assert draw("ViT-Mini_4", *one, "--blocks", 1, 5, "--img_size", 24) == {"cats-000-blocks.png"}
     assert draw("ViT-Mini_4", *one, "--blocks", 1, "--heads") == {"cats-000-heads.png"}
+    assert draw("ViT-Mini_4", *one, "--blocks", 1, "--matrix") == {"cats-000-matrix.png"}
+    assert draw("ViT-Mini_4", *one, "--class") == {"cats-000-class.png"}
     assert draw("ViT-Mini_4", *one, "--rollout") == {"cats-000-rollout.png"}  # a single image needs no grid
     assert draw("ViT-Mini_4", *REDUCTION, 3, *one, "--clusters") == {"cats-000-clusters.png"}
     assert draw("ViT-Mini_4", "--distance", "--filters") == {"distance.png", "filters.png"}
@@ -97,6 +102,44 @@ def test_the_title_of_a_grid_says_if_images_are_omitted(draw, tmp_path, monkeypa
 
 def test_a_cnn_gets_grad_cam(draw):
     assert draw("ResNet-Mini_Flops", "--img_size", 32) == of_each_image("grad_cam") | {"grid.png"}
+    assert draw("ResNet-Mini_Flops", "--img_size", 32, "--class", 3) == of_each_image("class")
+
+
+def test_each_class_has_a_row_of_maps(draw, monkeypatch):
+    """By name or number; of a CNN Grad-CAM only."""
+    figures = []
+    monkeypatch.setattr(visualize, "plot_attention_rows", lambda *given: figures.append(given[1]) or Figure())
+    draw("ViT-Mini_4", "--class", "class 3", 0)
+    draw("ResNet-Mini_Flops", "--img_size", 32, "--class", 1)
+    for rows in figures[:2]:
+        assert [label.rpartition(" ")[0].rpartition(" ")[0] for label in rows] == ["class 3", "class 0"]
+        assert all(list(maps) == ["Grad-CAM", "attention relevance"] for maps in rows.values())
+        three, zero = (maps["attention relevance"] for maps in rows.values())
+        assert three.shape == (4, 4)
+        assert not three.allclose(zero)
+    assert [list(maps) for rows in figures[2:] for maps in rows.values()] == [["Grad-CAM"]] * 2
+
+
+def test_the_matrices_of_several_checkpoints_are_drawn_in_one_figure(tmp_path, monkeypatch, capsys):
+    """The blocks are those of the shallowest model; the labels are norms, or names of runs where norms are equal."""
+    figures = []
+    monkeypatch.setattr(visualize, "plot_attention_matrices", lambda *given: figures.append(given) or Figure())
+    paths = []
+    for name, norm in (("one", "LN"), ("two", "GN"), ("three", "LN")):
+        flags = {**DIGITS_RUN, "norm_type": norm, "name": name}
+        paths.append(write_run(tmp_path / name, flags)[1])
+    image = write_images(tmp_path / "cats", [(16, 16)])[0]
+    monkeypatch.chdir(tmp_path)
+    call_main(visualize, ["--image", image, "--checkpoint", *paths[:2]], monkeypatch)
+    call_main(visualize, ["--image", image, "--checkpoint", *paths, "--matrix", "--blocks", 5], monkeypatch)
+    assert capsys.readouterr().out == "pictures/cats-000-matrix.png\n" * 2
+    norms, runs = ([label.split("\n")[0] for label in rows] for rows, *_ in figures)
+    assert (norms, runs) == (["LN", "GN"], ["one", "two", "three"])
+    assert [blocks for _, blocks, *_ in figures] == [[0, 3], [5]]
+    for saved, (label, matrices) in zip(map(SavedModel.load, paths), figures[1][0].items(), strict=True):
+        with torch.no_grad():
+            attention = saved.model.forward_with_attention(saved.prepare(read_image(image)))[1]
+        torch.testing.assert_close(matrices[0], attention[5][0, 0], msg=label)
 
 
 def test_figures_of_images_with_the_same_name_do_not_overwrite_each_other():
@@ -105,6 +148,8 @@ def test_figures_of_images_with_the_same_name_do_not_overwrite_each_other():
 
 
 VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flops.npz")
+CONFORMER = ("--image", "000.png", "--checkpoint", "conformer/best.safetensors")
+TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +163,19 @@ VIT, CNN = ("--checkpoint", "ViT-Mini_4.npz"), ("--checkpoint", "ResNet-Mini_Flo
         ((*VIT, "--image", "nothing.png"), "nothing.png does not exist"),
         ((*VIT, "--image", "000.png", "--output_dir", "000.png"), "000.png can't be created: "),
         ((*CNN, "--image", "000.png", "--rollout"), "is a CNN without attention; omit --rollout"),
+        ((*CNN, "--image", "000.png", "--matrix"), "is a CNN without attention; omit --matrix"),
+        ((*VIT, CNN[1], "--image", "000.png"), "ResNet-Mini_Flops.npz is a CNN without attention; omit --matrix"),
+        ((*VIT, VIT[1], "--image", "000.png", "--class"), "--class is for one --checkpoint; only --matrix compares"),
+        ((*VIT, VIT[1]), "--matrix needs --image"),
+        ((*VIT, "--class"), "--class needs --image"),
+        ((*VIT, "--image", "000.png", "--class", "clas 3"), "unknown class 'clas 3'; did you mean class 3"),
+        ((*VIT, "--image", "000.png", "--class", "10"), "Numbers from 0 to 9 are accepted too"),
+        ((*VIT, VIT[1], "--image", "000.png", "--blocks", 6), "--blocks 6: the model has the blocks 0 to 5"),
+        (
+            (*CONFORMER, "--class"),
+            "conformer/best.safetensors is a Conformer, whose head does not read the class token",
+        ),
+        ((*TWO_GRIDS, "--matrix"), "ViT-Mini_4.npz has 4x4 patches, finer/best.safetensors has 8x8 patches"),
         (CNN, "Grad-CAM needs --image"),
         (("--curves", "nowhere"), "nowhere is not the folder of a run"),
         (("--curves", "nowhere", "--image", "000.png"), "--image needs --checkpoint"),
@@ -127,6 +185,8 @@ def test_wrong_flags_are_errors(flags, message, weights, tmp_path, monkeypatch, 
     write_images(tmp_path, [(8, 8)])
     for path in weights.iterdir():
         os.link(path, tmp_path / path.name)
+    write_run(tmp_path / "conformer", {**DIGITS_RUN, "model_type": "Conformer-Mini_4"})
+    write_run(tmp_path / "finer", {**DIGITS_RUN, "img_size": 32})
     monkeypatch.chdir(tmp_path)
     assert message in fails(visualize, flags, monkeypatch, capsys)
 

@@ -2,8 +2,8 @@
 
 import os
 
-from utils.data.augmentation import MAX_MAGNITUDE, MEAN_STD
-from utils.flag_groups import add_data_flags, add_precision_flags
+from utils.data.augmentation import MEAN_STD
+from utils.flag_groups import add_augmentation_flags, add_data_flags, add_precision_flags
 from utils.flag_types import (
     Parser,
     beta_alpha,
@@ -16,6 +16,7 @@ from utils.flag_types import (
     positive_float,
     seed,
     share,
+    trained_part,
 )
 from utils.losses import CLASS_WEIGHTS
 from utils.metrics import BEST_METRICS
@@ -135,14 +136,7 @@ def add_training_data_flags(group):
         help="The smallest random crop as a fraction of the image's area. With 1 a crop only changes the aspect ratio.",
     )
     group.add_argument("--horizontal_flip", action="store_true", help="Mirror half of the training images.")
-    group.add_argument(
-        "--rand_augment",
-        type=natural,
-        nargs=2,
-        metavar=("N", "M"),
-        help=f"torchvision's RandAugment after crop and flip: N operations of magnitude M, at most {MAX_MAGNITUDE}, "
-        "for example 2 9. It works image by image, which is slow for data sets in memory; default: none.",
-    )
+    add_augmentation_flags(group)
     group.add_argument(
         "--mean_std",
         type=one_of("mean and standard deviation", MEAN_STD),
@@ -233,6 +227,22 @@ def add_optimisation_flags(group):
         default=0.0,
         metavar="WD",
         help="The weight decay; it does not apply to biases, norms, the class token and position embeddings.",
+    )
+    group.add_argument(
+        "--layer_decay",
+        type=share,
+        default=1.0,
+        metavar="FACTOR",
+        help="The learning rate of each layer is that of the layer after it times FACTOR, for example 0.75; the head's "
+        "is --learning_rate. A layer is a block, or the embedding.",
+    )
+    group.add_argument(
+        "--train",
+        type=trained_part,
+        default="all",
+        metavar="PART",
+        help="The weights that are trained; the others are frozen. all; head: the head only; last:N: also the last N "
+        "blocks (of a CNN: stages) and the final norm; norms: also all norms.",
     )
     group.add_argument(
         "--warmup_steps", type=natural, default=500, metavar="N", help="Steps of linear warm-up from learning rate 0."

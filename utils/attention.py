@@ -5,6 +5,7 @@ N is the number of tokens: the class token and one token per patch. utils/figure
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def attention_of(model, images):
@@ -48,6 +49,11 @@ def rollout(attention):
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)
         joint = mixed if joint is None else mixed @ joint
     return joint
+
+
+def first_head(attention, blocks):
+    """The attention matrices of the first head in some `blocks`: (B, len(blocks), N, N) on the CPU, query by key."""
+    return torch.stack([attention[block][:, 0].float() for block in blocks], dim=1).cpu()
 
 
 def class_token_mask(weights, grid_size):
@@ -104,6 +110,21 @@ def principal_filters(kernels, count=28):
     return 0.5 + 0.5 * images / images.abs().amax(dim=(1, 2, 3), keepdim=True)
 
 
+def class_maps(model, image, classes, clusters=None):
+    """Maps of the patches that speak for each of `classes` (C,): {name: (C, rows, columns)} relative to their mean.
+
+    `image` is (1, 3, H, W). A CNN has only Grad-CAM. `clusters` are those that `attention_of` returns for the image.
+    """
+    images = image.expand(len(classes), -1, -1, -1)
+    if not hasattr(model, "forward_with_attention"):
+        return {"Grad-CAM": grad_cam(model, model.stages[-1].blocks, images, classes).cpu()}
+    relevance = class_relevance(model, images, classes)
+    return {
+        "Grad-CAM": token_grad_cam(model, images, classes, clusters).cpu(),
+        "attention relevance": class_token_mask(relevance, model.patch_embed.grid_size).cpu(),
+    }
+
+
 def grad_cam(model, layer, images, classes):
     """Grad-CAM (Selvaraju et al., 2017) of a CNN for `classes` (B,), relative to its mean: (B, rows, columns).
 
@@ -114,3 +135,50 @@ def grad_cam(model, layer, images, classes):
     with torch.enable_grad():
         maps = LayerGradCam(model, layer).attribute(images, classes, relu_attributions=True)[:, 0].detach()
     return maps / maps.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def token_grad_cam(model, images, classes, clusters=None):
+    """Grad-CAM on the last block of a ViT for `classes` (B,), relative to its mean: (B, rows, columns).
+
+    The feature map is the patches' input of the last attention, after its norm: the head reads the class token only,
+    so no class depends on what the last block returns for the patches. `clusters` are those that `attention_of` returns
+    for the images, or for one that all are equal to; each patch gets the value of its cluster.
+    """
+    from captum.attr import LayerGradCam
+
+    feature_map = nn.Identity()  # (B, hidden, patches), channels first as captum expects them
+
+    def replace_patches(module, inputs, x):
+        return torch.cat([x[:, :1], feature_map(x[:, 1:].transpose(1, 2)).transpose(1, 2)], dim=1)
+
+    with torch.enable_grad(), model.blocks[-1].norm1.register_forward_hook(replace_patches):
+        images = images.detach().requires_grad_()  # so that there is a graph also if the weights are frozen
+        maps = LayerGradCam(model, feature_map).attribute(images, classes, relu_attributions=True)[:, 0].detach()
+    if clusters is not None:
+        maps = maps.gather(1, clusters.assignment[:, 1:].expand(len(maps), -1) - 1)
+    maps = maps / maps.mean(dim=1, keepdim=True).clamp(min=1e-12)
+    return maps.unflatten(1, model.patch_embed.grid_size)
+
+
+def class_relevance(model, images, classes):
+    """Relevance of each input token to each output token of a ViT for the logits of `classes` (B,): (B, N, N).
+
+    Equations 5 and 6 of Chefer et al. (2021), "Generic Attention-model Explainability": R starts as the identity, and
+    each block, first block first, adds E_h[(grad A * A)^+] R, where E_h is the mean over heads and grad A the gradient
+    of the class's logit with respect to the attention weights A. The class token's row explains the logit. After a
+    token reduction the products are expanded to all tokens as in `expand_attention`.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()  # so that there is a graph also if the weights are frozen
+        logits, attention, clusters = model.forward_with_clusters(images)
+        gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), attention)
+    products = [
+        (gradient * weights.detach()).clamp(min=0).mean(dim=1, keepdim=True).float()
+        for gradient, weights in zip(gradients, attention, strict=True)
+    ]
+    if clusters is not None:
+        products = expand_attention(products, clusters.assignment)
+    relevance = torch.eye(products[0].shape[-1], device=images.device)
+    for product in products:
+        relevance = relevance + product[:, 0] @ relevance
+    return relevance

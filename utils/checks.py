@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from utils.data.augmentation import MAX_MAGNITUDE
 from utils.data.datasets import DATASETS, DataOptions, training_splits
 from utils.data.folders import class_folders, image_folders
+from utils.data.policies import MAX_MAGNITUDE
 from utils.errors import UserError
+from utils.freezing import freeze
 from utils.metrics import BEST_METRICS
 from utils.optimizers import make_optimizer
-from utils.parallel.precision import import_apex_amp
+from utils.parallel.precision import import_apex_amp, trained_parameters
 from utils.pretrained import check_exists, published_url
 from utils.records.run_folder import best_weights, resumes
 from utils.records.weights_and_biases import check_project, import_wandb
@@ -52,10 +53,22 @@ def check_flags_together(args, make_model):
         import_wandb()
     if args.download and not args.pretrained_dir:
         raise UserError("--download needs --pretrained_dir, the path to download to")
+    check_augmentation(args)
+    check_model(args, make_model)
+
+
+def check_augmentation(args):
+    """Whether the augmentation can be applied."""
+    if args.rand_augment and args.auto_augment:
+        raise UserError("--rand_augment and --auto_augment exclude each other")
     if args.rand_augment and not (args.rand_augment[0] and args.rand_augment[1] <= MAX_MAGNITUDE):
         given = " ".join(map(str, args.rand_augment))
         raise UserError(f"--rand_augment {given}: give at least 1 operation and a magnitude of at most {MAX_MAGNITUDE}")
-    check_model(args, make_model)
+    if args.repeated_augmentation > args.train_batch_size:
+        raise UserError(
+            f"--repeated_augmentation {args.repeated_augmentation} is more than --train_batch_size "
+            f"{args.train_batch_size}: a batch would contain a single image"
+        )
 
 
 def check_model(args, make_model):
@@ -63,7 +76,8 @@ def check_model(args, make_model):
     try:
         with torch.device("meta"):
             model = make_model(num_classes=1)
-        make_optimizer(args, model, list(model.named_parameters()))
+        freeze(model, args.train)
+        make_optimizer(args, model, trained_parameters(model).items())
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.log_attention_every and not hasattr(model, "forward_with_attention"):

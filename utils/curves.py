@@ -135,7 +135,7 @@ def label_classes(axes, names, few):
 
 def shorten(name, length=24):
     """A name of at most `length` characters."""
-    return name if len(name) <= length else f"{name[: length - 3]}..."
+    return name if len(name) <= length else f"{name[: length - 3].rstrip()}..."
 
 
 def plot_reliability(calibration, title):
@@ -156,14 +156,21 @@ def plot_reliability(calibration, title):
     upper.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="perfect calibration")
     bars = 100 * np.abs(intervals.T - accuracy)
     upper.errorbar(
-        100 * mean, 100 * accuracy, bars, fmt="o", color=TEST, markersize=4, capsize=2, label="at the mean confidence"
+        100 * mean,
+        100 * accuracy,
+        bars,
+        fmt="o",
+        color=TEST,
+        markersize=4,
+        capsize=2,
+        label="95 % interval, at the mean confidence",
     )
     lower.bar(100 * centres, 100 * count / count.sum(), width, color=TRAIN, alpha=0.35, edgecolor="white")
     error = expected_calibration_error(calibration)
     upper.set_title(f"{escape_math(title)}\nexpected calibration error {100 * error:.2f} %", fontsize="medium")
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 101))
     lower.set(xlabel="confidence (%)", ylabel="images (%)")
-    upper.legend(frameon=False, loc="upper left")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", columnspacing=1, frameon=False)
     for axes in (upper, lower):
         style_axes(axes)
     return figure

@@ -130,8 +130,8 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     return result
 
 
-def progress_bar(test_set, processes):
+def progress_bar(test_set, processes, description="test"):
     """A bar over this process's share of the images, in the first process only."""
     share = len(range(processes.rank, len(test_set), processes.size))
     hidden = not processes.is_first or not sys.stderr.isatty()
-    return tqdm(total=share, desc="test", unit="img", leave=False, disable=hidden)
+    return tqdm(total=share, desc=description, unit="img", leave=False, disable=hidden)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.collections import LineCollection
-from matplotlib.colors import hsv_to_rgb
+from matplotlib.colors import LogNorm, hsv_to_rgb
 from matplotlib.figure import Figure  # not pyplot, which has global state and would change a notebook's backend
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAIN, TEST = OKABE_ITO[:2]  # blue and vermilion
 HEAT = "viridis"
 UNIFORM = "attention relative to uniform"  # the unit of masks: 1 where all patches have the same attention
+MEAN = "relative to the mean over the image"  # the unit of maps of a class
 
 
 def save(figure, path):
@@ -60,10 +61,11 @@ def blocks_to_draw(depth):
     return [block for block in (0, 3, 6, 9) if block < depth]
 
 
-def prediction_caption(logits, classes):
-    """The most probable class and its probability, such as "cat 87 %", for logits (1, classes)."""
-    probability, best = logits.float().softmax(dim=1)[0].max(dim=0)
-    return f"{classes[best]} {100 * probability:.0f} %"
+def prediction_caption(logits, classes, number=None):
+    """A class and its probability, such as "cat 87 %", for logits (1, classes); by default the most probable class."""
+    probabilities = logits.float().softmax(dim=1)[0]
+    number = probabilities.argmax() if number is None else number
+    return f"{classes[number]} {100 * probabilities[number]:.0f} %"
 
 
 def overlay(axes, image, mask, limits):
@@ -102,7 +104,7 @@ def plot_attention(image, masks, title, unit=UNIFORM):
     return figure
 
 
-def plot_attention_rows(image, rows, title):
+def plot_attention_rows(image, rows, title, unit=UNIFORM):
     """One row for each of `rows`, {label: {name: mask}}: the image, and next to it the row's masks drawn over it.
 
     All masks of a name, which are a column, have one scale, so they can be compared.
@@ -117,7 +119,7 @@ def plot_attention_rows(image, rows, title):
     for axes, label in zip(panels[:-1, 0], rows, strict=True):
         axes.imshow(image.permute(1, 2, 0).numpy())
         axes.set_axis_off()
-        axes.text(-0.08, 0.5, escape_math(label), transform=axes.transAxes, ha="right", va="center")
+        axes.text(-0.08, 0.5, wrap_text(label, 24), transform=axes.transAxes, ha="right", va="center")
     for column, name in zip(panels.T[1:], names, strict=True):
         masks = [masks_of_row[name] for masks_of_row in rows.values()]
         limits = (0, max(1.0, *(mask.max().item() for mask in masks)))
@@ -126,7 +128,39 @@ def plot_attention_rows(image, rows, title):
         column[0].set_title(escape_math(name), fontsize="medium")
         colour_bar(figure, drawn, "", cax=column[-1], orientation="horizontal")
     figure.suptitle(wrap_text(title, 20 * (1 + len(names))), fontsize="medium")
-    figure.supxlabel(UNIFORM, fontsize="small")
+    figure.supxlabel(unit, fontsize="small")
+    return figure
+
+
+def plot_attention_matrices(rows, blocks, grid_size, title):
+    """One row of panels for each of `rows`, {label: matrices (blocks, N, N)}, one column per block.
+
+    A row of a matrix is a query, a column a key: the class token, then the patches row by row, with a line at the start
+    of each row of patches. All matrices have one logarithmic scale, from a tenth of uniform attention to 1.
+    """
+    tokens = next(iter(rows.values())).shape[-1]
+    side = min(4.8, max(2.2, tokens / 120))  # a pixel per token, up to 577 tokens
+    width = (2.4 if any(rows) else 1.9) + side * len(blocks)
+    figure = Figure(figsize=(width, 1.3 + side * len(rows)), layout="compressed")
+    panels = figure.subplots(len(rows), len(blocks), squeeze=False, sharex=True, sharey=True)
+    scale = LogNorm(0.1 / tokens, 1, clip=True)  # linear colours would show only the model with the largest weights
+    starts = 0.5 + grid_size[1] * np.arange(grid_size[0])
+    numbers = np.arange(0, grid_size[0], math.ceil(grid_size[0] / 8))
+    for row, (label, matrices) in zip(panels, rows.items(), strict=True):
+        for axes, matrix in zip(row, matrices, strict=True):
+            drawn = axes.imshow(matrix.numpy(), cmap=HEAT, norm=scale)
+            for draw_lines in (axes.hlines, axes.vlines):
+                draw_lines(starts, -0.5, tokens - 0.5, colors="white", linewidths=0.4, alpha=0.5)
+            axes.tick_params(length=2, labelsize="x-small")
+            axes.set_xticks(starts[numbers] + grid_size[1] / 2, numbers)
+            axes.set_yticks(starts[numbers] + grid_size[1] / 2, numbers)
+        row[0].set_ylabel(wrap_text(label, 24))
+    for axes, block in zip(panels[0], blocks, strict=True):
+        axes.set_title(f"block {block}", fontsize="medium")
+    colour_bar(figure, drawn, "attention weight", ax=panels, extend="min", shrink=0.9)
+    figure.suptitle(wrap_text(title, 20 * (1 + len(blocks))), fontsize="medium")
+    order = "column: key, row: query; first the class token, then the patches, numbered by their row in the image"
+    figure.supxlabel(wrap_text(order, 26 * (1 + len(blocks))), fontsize="small")
     return figure
 
 

@@ -1,8 +1,9 @@
-"""Groups of flags that several scripts share: data, checkpoint, precision, model and token reduction."""
+"""Groups of flags that several scripts share: data, checkpoint, precision, model and token reduction; augmentation."""
 
 from utils.data.datasets import DATASETS
 from utils.data.loading import MAX_WORKERS
-from utils.flag_types import argument, count_or_share, fraction, natural, one_of, positive
+from utils.data.policies import AUTO_AUGMENT, MAX_MAGNITUDE
+from utils.flag_types import argument, count_or_share, fraction, natural, one_of, positive, probability
 from utils.parallel.precision import OPT_LEVELS
 
 TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
@@ -38,13 +39,58 @@ def add_data_flags(group, default):
     )
 
 
-def add_checkpoint_flags(group, canonical, required=False):
-    """Which saved model to load; `canonical` finds a model's name or raises ValueError."""
+def add_augmentation_flags(group):
+    """What changes training images after crop and flip, and how often an epoch repeats them."""
+    group.add_argument(
+        "--rand_augment",
+        type=natural,
+        nargs=2,
+        metavar=("N", "M"),
+        help=f"torchvision's RandAugment after crop and flip: N operations of magnitude M, at most {MAX_MAGNITUDE}, "
+        "for example 2 9; default: none.",
+    )
+    group.add_argument(
+        "--auto_augment",
+        type=one_of("policy", AUTO_AUGMENT),
+        metavar="NAME",
+        help="In place of --rand_augment: trivial, which is torchvision's TrivialAugmentWide, or AutoAugment's policy "
+        "for imagenet, cifar10 or svhn; default: none.",
+    )
+    group.add_argument(
+        "--color_jitter",
+        type=probability,
+        default=0.0,
+        metavar="X",
+        help="Multiply brightness, contrast and saturation by random factors from 1 - X to 1 + X.",
+    )
+    group.add_argument(
+        "--random_erasing",
+        type=probability,
+        default=0.0,
+        metavar="P",
+        help="The probability that a random box of a normalised training image is replaced by Gaussian noise.",
+    )
+    group.add_argument(
+        "--repeated_augmentation",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="Take each sample of an epoch N times, with different augmentation. The number of images of an epoch "
+        "stays the same, so an epoch contains 1/N of the training set.",
+    )
+
+
+def add_checkpoint_flags(group, canonical, required=False, several=""):
+    """Which saved model to load; `canonical` finds a model's name or raises ValueError.
+
+    `several` is a sentence about several files, which are then accepted.
+    """
     group.add_argument(
         "--checkpoint",
         required=required,
         metavar="FILE",
-        help="The best.safetensors or last.safetensors of a run, or an .npz file.",
+        nargs="+" if several else None,
+        help=f"The best.safetensors or last.safetensors of a run, or an .npz file. {several}".rstrip(),
     )
     group.add_argument(
         "--model_type",

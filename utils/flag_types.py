@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 
 from utils.errors import UserError
 
@@ -73,9 +74,21 @@ def open_share(text):
     return number(text, float, "a number above 0 and below 1", lambda x: 0 < x < 1)
 
 
+def probability(text):
+    """A number from 0 to 1."""
+    return number(text, float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
 def count_or_share(text):
     """An int for a count, a float for a share: `1` is one, `1.0` all."""
     return positive(text) if text.lstrip("+-").isdigit() else share(text)
+
+
+def trained_part(text):
+    """The value of --train."""
+    if re.fullmatch("all|head|norms|last:[1-9][0-9]*", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} is not all, head, norms or last:N with N above 0, for example last:2")
 
 
 def number(text, kind, what, is_valid):

@@ -72,7 +72,7 @@ def wilson_interval(accuracy, count):
     centre = accuracy + Z**2 / (2 * count)
     half = Z * math.sqrt(accuracy * (1 - accuracy) / count + Z**2 / (4 * count**2))
     low, high = ((centre + sign * half) / (1 + Z**2 / count) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return low if accuracy > 0 else 0.0, high if accuracy < 1 else 1.0  # without rounding errors
 
 
 def percent(accuracy, count=None):

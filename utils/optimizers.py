@@ -5,22 +5,31 @@ and returns a torch.optim.Optimizer. Its state must be tensors in `optimizer.sta
 A group that sets its own "lr" keeps its ratio to --learning_rate through the whole schedule.
 """
 
+from operator import itemgetter
+
 import torch
 from torch.distributed.tensor import DTensor
+
+from utils.freezing import layer_scales
 
 NOT_DECAYED = ("cls_token", "pos_embed")  # in addition to all weights of one dimension: biases and norms
 
 
 def make_optimizer(args, model, named_parameters):
-    """The optimizer of the flags for [(name, parameter), ...] of a model; raises ValueError if it does not suit it.
+    """The optimizer of the flags for the trained [(name, parameter), ...] of a model.
 
-    Biases, norms, the class token and position embeddings are not decayed.
+    Biases, norms, the class token and position embeddings are not decayed. With --layer_decay each layer has groups
+    with a learning rate of their own. Raises ValueError if the flags do not suit the model.
     """
-    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    scales = layer_scales(model, args.layer_decay) if args.layer_decay != 1 else {}
+    groups = {}
     for name, parameter in named_parameters:
         is_decayed = parameter.ndim > 1 and name not in NOT_DECAYED
-        groups[0 if is_decayed else 1]["params"].append((name, parameter))
-    groups = [group for group in groups if group["params"]]
+        groups.setdefault((is_decayed, scales.get(name, 1.0)), []).append((name, parameter))
+    groups = [
+        {"params": pairs, "weight_decay": args.weight_decay * is_decayed, "lr": args.learning_rate * scale}
+        for (is_decayed, scale), pairs in sorted(groups.items(), key=itemgetter(0), reverse=True)
+    ]
     optimizer = OPTIMIZERS[args.optimizer](groups, args.learning_rate, model)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
@@ -70,9 +79,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]):
             raise ValueError("muon needs whole matrices, not shards; use --parallel ddp")
         self.counts = count_block_matrices(model)
-        matrices = select(groups, lambda name: name in self.counts)
-        if not matrices:
+        if not self.counts:
             raise ValueError("muon needs a model whose blocks have 2-D weights, such as a ViT; use --optimizer adamw")
+        matrices = select(groups, lambda name: name in self.counts)
         self.adamw = adamw(select(groups, lambda name: name not in self.counts), lr, model)
         super().__init__([*({**group, "by_muon": True} for group in matrices), *self.adamw.param_groups], {"lr": lr})
         matrices = [self.split(group, torch.Tensor.detach) for group in self.muon_groups()]
@@ -107,6 +116,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw.step()
 
 
+def muon(groups, lr, model):
+    """MuonWithAdamW, or AdamW alone where all 2-D weights of the blocks are frozen."""
+    counts = count_block_matrices(model)
+    all_frozen = counts and not select(groups, lambda name: name in counts)
+    return (adamw if all_frozen else MuonWithAdamW)(groups, lr, model)
+
+
 def count_block_matrices(model):
     """{name: number of stacked matrices} of the 2-D weights in the model's blocks, its modules with `is_block`."""
     blocks = [(name, module) for name, module in model.named_modules() if getattr(module, "is_block", False)]
@@ -125,7 +141,7 @@ def select(groups, condition):
     return [group for group in selected if group["params"]]
 
 
-OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": MuonWithAdamW}
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "muon": muon}
 
 
 def state_tensors(optimizer):

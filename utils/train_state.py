@@ -13,6 +13,7 @@ from utils.data.mixing import make_mixing, mix_pairs
 from utils.data.stream import dropout_keys
 from utils.errors import RunStoppedError
 from utils.evaluation import evaluate
+from utils.freezing import freeze
 from utils.metrics import BEST_METRICS, Best
 from utils.optimizers import empty_state, make_optimizer, restore_state, state_tensors
 from utils.parallel.averaging import WeightAverage
@@ -58,6 +59,7 @@ class TrainState:
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
+        freeze(model, args.train)
         model.train()
         if args.grad_checkpointing:
             recompute_activations(model, args.compile)
@@ -74,7 +76,8 @@ class TrainState:
             is_static = args.gradient_accumulation_steps == 1
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=is_static)
         self.mixing = make_mixing(args.mixup, args.cutmix)
-        self.random_layers = [layer for layer in model.modules() if hasattr(layer, "seed_samples") and layer.rate > 0]
+        random_layers = [layer for layer in model.modules() if hasattr(layer, "seed_samples")]
+        self.random_layers = [layer for layer in random_layers if layer.rate > 0 and layer.training]
         self.step = 0
         self.progress = Progress()
         self.meter = Meter(processes)
@@ -203,7 +206,7 @@ class TrainState:
 
     def check_weights(self):
         """Raise RunStoppedError if a weight is not finite, as may follow a finite loss."""
-        weights = local_parts(self.precision.weights().values())
+        weights = local_parts({**self.model.state_dict(), **self.precision.named}.values())
         if sum_over_processes(1.0 - torch.stack([weight.isfinite().all() for weight in weights]).all().float()):
             message = f"the weights are not finite after step {self.step}"
             raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)

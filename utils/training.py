@@ -163,7 +163,17 @@ def training_batches(train_set, args, processes, first_step, num_steps):
     """Yield the MicroBatches of each step from `first_step` on."""
     steps = (args.train_batch_size, args.gradient_accumulation_steps, processes, first_step, num_steps)
     size = (args.img_size, args.img_size)
-    augmentation = Augmentation(args.seed, size, args.min_crop_scale, args.horizontal_flip, args.rand_augment)
+    augmentation = Augmentation(
+        args.seed,
+        size,
+        args.min_crop_scale,
+        args.horizontal_flip,
+        args.rand_augment,
+        args.auto_augment,
+        args.color_jitter,
+        args.random_erasing,
+        args.repeated_augmentation,
+    )
     images_and_labels = train_set.train_batches(stream_positions(*steps), augmentation)
     for positions, (images, labels) in zip(stream_positions(*steps), images_and_labels, strict=True):
         yield MicroBatch(positions, images, labels)
@@ -180,17 +190,13 @@ def report_finished(run_dir):
 
 def check_resumption(saved, args, num_steps, run_dir, classes):
     """Raise UserError if the saved state can't be continued with these flags and classes."""
-    started_with, step = saved["optimizer"], saved["progress"]["step"]
-    if started_with != args.optimizer:
-        raise UserError(
-            f"the run was started with --optimizer {started_with}, so it can't be resumed with {args.optimizer}"
-        )
-    metric = {**EARLIER_FLAGS, **(saved["flags"] or {})}["best_metric"]
-    if metric != args.best_metric:
-        raise UserError(
-            f"the run was started with --best_metric {metric}, whose values can't be compared with {args.best_metric}; "
-            f"give --best_metric {metric}, or another --name"
-        )
+    before = {**EARLIER_FLAGS, **(saved["flags"] or {}), "optimizer": saved["optimizer"]}
+    for flag in ("optimizer", "train", "best_metric"):
+        if before[flag] != getattr(args, flag):
+            raise UserError(
+                f"the run was started with --{flag} {before[flag]}, so it can't be resumed with {getattr(args, flag)}"
+            )
+    step = saved["progress"]["step"]
     if step > num_steps:
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")
     if saved["classes"]:
@@ -212,10 +218,12 @@ def description(run, splits):
     args, num_steps, train_set = run.args, run.schedule.num_steps, splits.train
     tests = f", {len(splits.test)} test" if splits.test else ""
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    trained = sum(p.numel() for p in run.precision.named.values()) / 1e6
+    part = "" if args.train == "all" else f" ({trained:.2f} M trained)"
     steps = f"resuming at step {run.step} of {num_steps}, steps" if run.step else f"{num_steps} steps"
     shards = ", each with its shard of the weights" if is_sharded(args, run.processes) else ""
     lines = [
-        f"{args.model_type}, {millions:.2f} M parameters, on {args.dataset}: {len(train_set)} training and "
+        f"{args.model_type}, {millions:.2f} M parameters{part}, on {args.dataset}: {len(train_set)} training and "
         f"{len(splits.evaluation)} {NAMES[splits.evaluated_on]}{tests} images, {len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
@@ -225,6 +233,9 @@ def description(run, splits):
         ),
         f"a batch of {args.train_batch_size} images contains some of the {len(train_set)} training images repeatedly": (
             args.train_batch_size > len(train_set)
+        ),
+        f"--train {args.train} freezes weights that no --pretrained_dir provides": (
+            args.train != "all" and not args.pretrained_dir
         ),
         f"there is a single class, {train_set.classes[0]!r}, so every prediction is correct": (
             len(train_set.classes) == 1

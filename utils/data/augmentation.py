@@ -1,9 +1,11 @@
-"""Random resized crops, flips and RandAugment, for a batch on the training device or for one image in a worker.
+"""The augmentation of training images, for a batch on the training device or for one image in a worker.
 
-The augmentation of a sample is a function of (seed, epoch, sample index) alone.
+The order is: crop, flip, policy (`utils/data/policies.py`), colour jitter, normalisation, random erasing. The
+augmentation of a sample is a function of (seed, epoch, sample index) alone.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -11,11 +13,13 @@ import numpy as np
 import torch
 
 from utils.data.images import transforms
-from utils.data.stream import AUGMENTATION, RAND_AUGMENT, random_bits, random_uniform
+from utils.data.policies import apply_policy
+from utils.data.stream import AUGMENTATION, COLOR_JITTER, ERASING, POLICY, random_bits, random_uniform, samples_at
 
-ASPECT_RATIOS = (3 / 4, 4 / 3)
-ATTEMPTS = 10
-MAX_MAGNITUDE = 30  # of RandAugment, on the paper's scale
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a crop
+ATTEMPTS = 10  # to find a box
+ERASED_SHARE = (0.02, 1 / 3)  # of the image's area, as in timm
+ERASED_ASPECT_RATIOS = (0.3, 1 / 0.3)
 MEAN_STD = {  # of the three channels, as fractions of 255
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # what Google's checkpoints were trained with
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's own, as in torchvision
@@ -23,13 +27,22 @@ MEAN_STD = {  # of the three channels, as fractions of 255
 
 
 class Augmentation(NamedTuple):
-    """How training images are augmented: crop, flip and RandAugment, in this order."""
+    """How training images are augmented."""
 
     seed: int
     img_size: tuple  # (height, width) in pixels
     min_crop_scale: float  # smallest crop, as a fraction of the image's area
     flip: bool  # whether half of the images are mirrored
     rand_augment: tuple | None = None  # (operations per image, their magnitude from 0 to 30)
+    auto_augment: str | None = None  # a name in AUTO_AUGMENT
+    color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
+    random_erasing: float = 0.0  # probability
+    repeats: int = 1  # of a sample in an epoch
+
+    @property
+    def changes_pixels(self):
+        """Whether it changes pixel values before normalisation."""
+        return bool(self.rand_augment or self.auto_augment or self.color_jitter)
 
 
 def random_crops(seed, epochs, indices, num_samples, heights, widths, min_scale, max_scale=1.0):
@@ -40,19 +53,27 @@ def random_crops(seed, epochs, indices, num_samples, heights, widths, min_scale,
     """
     draws = random_uniform(seed, AUGMENTATION, epochs * num_samples + indices, 2 * ATTEMPTS + 3)
     heights, widths = np.broadcast_to(heights, indices.shape), np.broadcast_to(widths, indices.shape)
-    area = (heights * widths)[:, None] * (min_scale + (max_scale - min_scale) * draws[:, :ATTEMPTS])
-    low, high = map(math.log, ASPECT_RATIOS)
+    boxes, found = random_boxes(draws[:, :-1], heights, widths, (min_scale, max_scale), ASPECT_RATIOS)
+    boxes[~found] = largest_centred_crops(heights[~found], widths[~found])
+    return torch.from_numpy(boxes.astype(np.int64)), torch.from_numpy(draws[:, -1] < 0.5)
+
+
+def random_boxes(draws, heights, widths, area_shares, aspect_ratios, margin=0):
+    """For each image the first of ATTEMPTS boxes that fits: float64 (B, 4), and whether there is one, bool (B,).
+
+    `draws` are uniform, (B, 2 * ATTEMPTS + 2). A box is smaller than the image by at least `margin` pixels.
+    """
+    smallest, largest = area_shares
+    area = (heights * widths)[:, None] * (smallest + (largest - smallest) * draws[:, :ATTEMPTS])
+    low, high = map(math.log, aspect_ratios)
     ratio = np.exp(low + (high - low) * draws[:, ATTEMPTS : 2 * ATTEMPTS])
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
-    rows, first = np.arange(len(indices)), fits.argmax(axis=1)
+    fits = (w > 0) & (h > 0) & (w <= widths[:, None] - margin) & (h <= heights[:, None] - margin)
+    rows, first = np.arange(len(draws)), fits.argmax(axis=1)
     w, h = w[rows, first], h[rows, first]
-    top = np.floor(draws[:, -3] * (heights - h + 1))
-    left = np.floor(draws[:, -2] * (widths - w + 1))
-    boxes = np.stack([top, left, h, w], axis=1)
-    none = ~fits.any(axis=1)
-    boxes[none] = largest_centred_crops(heights[none], widths[none])
-    return torch.from_numpy(boxes.astype(np.int64)), torch.from_numpy(draws[:, -1] < 0.5)
+    top = np.floor(draws[:, -2] * (heights - h + 1))
+    left = np.floor(draws[:, -1] * (widths - w + 1))
+    return np.stack([top, left, h, w], axis=1), fits.any(axis=1)
 
 
 def largest_centred_crops(heights, widths):
@@ -90,22 +111,81 @@ def resize_weights(start, length, in_size, out_size, flips=None):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def rand_augmented(image, bits, operations, magnitude):
-    """torchvision's RandAugment of an image, uint8 (3, H, W), seeded by the random bits."""
-    with torch.random.fork_rng(devices=[]):  # it draws on the CPU also for an image on a GPU
-        torch.default_generator.manual_seed(int(bits))
-        return rand_augment(operations, magnitude)(image)
+def augment_pixels(images, augmentation, samples):
+    """The policy and the colour jitter of `augmentation`, for uint8 images (B, 3, H, W).
+
+    `samples`, int64 (B,), number the samples over all epochs: epoch * samples per epoch + index.
+    """
+    seed, policy = augmentation.seed, (augmentation.rand_augment, augmentation.auto_augment)
+    if any(policy):
+        images = apply_policy(images, random_bits(seed, POLICY, samples, 1)[:, 0], *policy)
+    if augmentation.color_jitter:
+        images = jitter_colors(images, augmentation.color_jitter, random_uniform(seed, COLOR_JITTER, samples, 4))
+    return images
 
 
-@functools.cache
-def rand_augment(operations, magnitude):
-    """torchvision's transform."""
-    return transforms().RandAugment(operations, magnitude, num_magnitude_bins=MAX_MAGNITUDE + 1)
+def jitter_colors(images, strength, draws):
+    """torchvision's ColorJitter of brightness, contrast and saturation, for uint8 images (B, 3, H, W).
+
+    The three changes have a random order and factors uniform in [1 - strength, 1 + strength], which depend on `draws`,
+    uniform (B, 4).
+    """
+    images = images.clone()
+    factors = 1 + strength * (2 * draws[:, :3] - 1)
+    orders = np.array(list(itertools.permutations(range(3))))[(6 * draws[:, 3]).astype(int)]
+    for changes in orders.T:  # the first, second and third change of each image
+        for change, base in enumerate((black, mean_grey, grey)):
+            rows = torch.from_numpy(np.flatnonzero(changes == change)).to(images.device)
+            if len(rows):
+                factor = torch.from_numpy(factors[changes == change, change]).float().to(images.device)
+                images[rows] = blend(images[rows], base(images[rows]), factor[:, None, None, None])
+    return images
 
 
-def rand_augment_bits(seed, epochs, indices, num_samples):
-    """The seed of each sample's RandAugment, uint64 (B,)."""
-    return random_bits(seed, RAND_AUGMENT, epochs * num_samples + indices, 1)[:, 0]
+def blend(images, base, factor):
+    """base + factor * (images - base), limited to [0, 255], as uint8."""
+    base = base.float()
+    return images.sub(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
+
+
+def black(images):
+    """What brightness is relative to."""
+    return images.new_zeros(())
+
+
+def mean_grey(images):
+    """What contrast is relative to, float64 (B, 1, 1, 1); a sum of integers does not depend on its order."""
+    levels = grey(images)
+    return levels.sum(dim=(1, 2, 3), keepdim=True).double() / levels[0].numel()
+
+
+def grey(images):
+    """What saturation is relative to, uint8 (B, 1, H, W)."""
+    return transforms().functional.rgb_to_grayscale(images)
+
+
+def finish(images, mean_std, augmentation, positions, num_samples):
+    """Normalise images (B, 3, H, W) in [0, 255] at these positions of the stream, and erase boxes of some."""
+    images = normalise(images, mean_std)
+    if augmentation.random_erasing:
+        epochs, indices = samples_at(augmentation.seed, positions, num_samples, augmentation.repeats)
+        erase_boxes(images, augmentation.seed, epochs * num_samples + indices, augmentation.random_erasing)
+    return images
+
+
+def erase_boxes(images, seed, samples, probability):
+    """Replace a random box in some of the normalised images (B, 3, H, W) by Gaussian noise, in place.
+
+    As timm's RandomErasing in mode "pixel". `samples` as in `augment_pixels`.
+    """
+    draws = random_uniform(seed, ERASING, samples, 2 * ATTEMPTS + 3)
+    sides = (np.full(len(samples), side) for side in images.shape[2:])
+    boxes, found = random_boxes(draws[:, :-1], *sides, ERASED_SHARE, ERASED_ASPECT_RATIOS, margin=1)
+    seeds = random_bits(seed, ERASING, samples, 2 * ATTEMPTS + 4)[:, -1]
+    for row in np.flatnonzero(found & (draws[:, -1] < probability)):
+        top, left, height, width = boxes[row].astype(int)
+        noise = torch.randn(3, height, width, generator=torch.Generator().manual_seed(int(seeds[row])))
+        images[row, :, top : top + height, left : left + width] = noise.to(images.device, non_blocking=True)
 
 
 def normalise(images, mean_std="half"):

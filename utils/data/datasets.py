@@ -26,6 +26,11 @@ class Split(NamedTuple):
     classes: list  # the class names
     note: str = ""  # a line about files that are ignored
 
+    def subset(self, rows):
+        """The images of the given indices."""
+        images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows]
+        return self._replace(images=images, labels=np.asarray(self.labels)[rows])
+
 
 class DataSource(NamedTuple):
     """A data set. The functions of `data_dir` raise UserError that names the folder or file at fault."""
@@ -102,8 +107,13 @@ def load_dataset(name, split, options, processes):
 
     `examples_per_class` of the options limits the training split only. Raises UserError.
     """
+    return make_data_set(name, read_split(name, split, options, processes), options, processes)
+
+
+def make_data_set(name, split, options, processes):
+    """A Split of the data set, or a subset of it, as `load_dataset` returns it. Raises UserError."""
     source = DATASETS[name]
-    images, labels, classes, _ = read_split(name, split, options, processes)
+    images, labels, classes, _ = split
     pixels = images
     if isinstance(images, list):
         quiet = processes.rank > 0
@@ -124,16 +134,14 @@ def read_split(name, split, options, processes):
         images, labels, classes, note = source.read(options.data_dir, split if split in own else "train")
     if note and processes.is_first and split in own:
         print(note, file=sys.stderr)
-    labels, classes = np.asarray(labels, dtype=np.int64), list(classes)
-    rows = None
+    labels = np.asarray(labels, dtype=np.int64)
+    found = Split(images, labels, list(classes), note)
+    rows = np.arange(len(labels))
     if split == "train" or split not in own:
-        rows = rows_of_split(split, own, labels, images, classes, options)
+        rows = rows_of_split(split, own, labels, images, found.classes, options)
     if split == "train" and options.examples_per_class:
         rows = rows[first_of_each_class(labels[rows], options.examples_per_class)]
-    if rows is not None and len(rows) < len(labels):
-        images = [images[row] for row in rows] if isinstance(images, list) else images[rows]
-        labels = labels[rows]
-    return Split(images, labels, classes, note)
+    return found.subset(rows) if len(rows) < len(labels) else found
 
 
 def first_of_each_class(labels, count):

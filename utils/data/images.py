@@ -49,6 +49,17 @@ def images_below(folder):
     return paths
 
 
+def unique_stems(paths):
+    """A different start of file names for each path: its folder, which is often the class, its name, and a number."""
+    stems = []
+    for path in map(Path, paths):
+        folder = path.resolve().parent.name
+        stem = f"{folder}-{path.stem}" if folder else path.stem
+        number = sum(other == stem or other.startswith(f"{stem}~") for other in stems)
+        stems.append(f"{stem}~{number + 1}" if number else stem)
+    return stems
+
+
 def find_images(folder):
     """(sorted paths of the images in `folder` and its subfolders, Counter of the other files by suffix).
 

@@ -5,6 +5,7 @@ each image once; and `examples`, a few images.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -15,13 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from utils.data.augmentation import (
-    normalise,
-    rand_augment_bits,
-    rand_augmented,
-    random_crops,
-    resized_crops,
-)
+from utils.data.augmentation import augment_pixels, finish, normalise, random_crops, resized_crops
 from utils.data.images import ImageFile, read_image, transforms
 from utils.data.stream import samples_at
 from utils.errors import UserError
@@ -77,18 +72,17 @@ class TensorImages:
 
     def train_batches(self, batches, augmentation):
         """For each array of stream positions: images float32 (B, 3, *img_size), normalised, and labels int64 (B,)."""
-        seed, img_size, min_crop_scale, flip, rand_augment = augmentation
+        seed, img_size, min_crop_scale, flip = augmentation[:4]
         for positions in batches:
-            epochs, indices = samples_at(seed, positions, len(self))
+            epochs, indices = samples_at(seed, positions, len(self), augmentation.repeats)
             height, width = self.images.shape[2:]
             boxes, flips = random_crops(seed, epochs, indices, len(self), height, width, min_crop_scale)
             rows = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
             images = resized_crops(self.images[rows], boxes, img_size, flips if flip else None)
-            if rand_augment:
-                bits = rand_augment_bits(seed, epochs, indices, len(self))
-                pairs = zip(images.round().to(torch.uint8), bits, strict=True)
-                images = torch.stack([rand_augmented(image, own_bits, *rand_augment) for image, own_bits in pairs])
-            yield normalise(images, self.mean_std), self.labels[rows]
+            if augmentation.changes_pixels:
+                samples = epochs * len(self) + indices
+                images = augment_pixels(images.round().to(torch.uint8), augmentation, samples)
+            yield finish(images, self.mean_std, augmentation, positions, len(self)), self.labels[rows]
 
     def eval_batches(self, img_size, batch_size, processes):
         """This process's share of the images, resized: images float32 (B, 3, *img_size), labels int64 (B,)."""
@@ -131,13 +125,17 @@ class FolderImages:
 
     def train_batches(self, batches, augmentation):
         """As TensorImages.train_batches; the next readable image takes the place of one that is skipped."""
-        return self.load(TrainCrops(self.paths, self.labels, augmentation, self.skip_broken), batches)
+        batches, own_batches = itertools.tee(batches)
+        loaded = self.load(TrainCrops(self.paths, self.labels, augmentation, self.skip_broken), own_batches)
+        for positions, (images, labels) in zip(batches, loaded, strict=True):  # images that are skipped are replaced
+            yield finish(images, self.mean_std, augmentation, positions, len(self)), labels
 
     def eval_batches(self, img_size, batch_size, processes):
         """As TensorImages.eval_batches, without the images that are skipped."""
         share = range(processes.rank, len(self), processes.size)
         batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
-        return self.load(PreparedImages(self.paths, self.labels, self.prepare, img_size), batches)
+        for images, labels in self.load(PreparedImages(self.paths, self.labels, self.prepare, img_size), batches):
+            yield normalise(images, self.mean_std), labels
 
     def examples(self, count, img_size):
         """As TensorImages.examples."""
@@ -147,7 +145,7 @@ class FolderImages:
         return normalise(images.to(self.device), self.mean_std), labels.to(self.device)
 
     def load(self, dataset, batches):
-        """The batches of a Dataset with the `__getitems__` of TrainCrops, by workers that start now.
+        """The batches of a Dataset with the `__getitems__` of TrainCrops, uint8, by workers that start now.
 
         Training calls it once, for its endless stream. Each worker holds PyTorch's default of two batches ready.
         """
@@ -161,8 +159,7 @@ class FolderImages:
         )
         with stop_signals_blocked():
             decoded = iter(loader)  # starts the workers
-        for images, labels in on_device(self.readable(decoded), self.device):
-            yield normalise(images, self.mean_std), labels
+        yield from on_device(self.readable(decoded), self.device)
 
     def readable(self, batches):
         """The readable images of each batch; a batch without any is omitted."""
@@ -261,7 +258,8 @@ class TrainCrops(Dataset):
         self.attempts = min(len(paths), MAX_UNREADABLE) if skip_broken else 1
 
     def __getitems__(self, positions):
-        epochs, indices = samples_at(self.augmentation.seed, positions, len(self.paths))
+        seed, repeats = self.augmentation.seed, self.augmentation.repeats
+        epochs, indices = samples_at(seed, positions, len(self.paths), repeats)
         samples, errors = [], []
         for i, index in enumerate(indices):
             for attempt in range(self.attempts):
@@ -280,15 +278,14 @@ class TrainCrops(Dataset):
 
     def crop(self, path, epoch, index):
         """The image, augmented as the sample of this index (1,) in this epoch (1,)."""
-        seed, img_size, min_crop_scale, flip, rand_augment = self.augmentation
-        sample = (seed, epoch, index)
+        seed, img_size, min_crop_scale, flip = self.augmentation[:4]
         file = ImageFile(path)
-        boxes, flips = random_crops(*sample, len(self.paths), *file.size, min_scale=min_crop_scale)
+        boxes, flips = random_crops(seed, epoch, index, len(self.paths), *file.size, min_scale=min_crop_scale)
         image = file.resized_crop(boxes[0].tolist(), img_size)
         if flip and flips[0]:
             image = image.flip(2)
-        if rand_augment:
-            image = rand_augmented(image, rand_augment_bits(*sample, len(self.paths))[0], *rand_augment)
+        if self.augmentation.changes_pixels:
+            image = augment_pixels(image[None], self.augmentation, epoch * len(self.paths) + index)[0]
         return image
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-ORDER, AUGMENTATION, DROPOUT, MIXING, RAND_AUGMENT = range(5)  # the purposes, each with a stream of its own
+# The purposes, each with a stream of its own. New ones are added at the end, so that the others keep their bits.
+ORDER, AUGMENTATION, DROPOUT, MIXING, POLICY, COLOR_JITTER, ERASING = range(7)
 
 
 class MicroBatch(NamedTuple):
@@ -48,14 +49,21 @@ def epoch_order(seed, epoch, num_samples):
     return np.argsort(random_bits(seed, ORDER, np.arange(first, first + num_samples), 1)[:, 0])
 
 
-def samples_at(seed, positions, num_samples):
-    """Positions in the endless stream of shuffled epochs -> (epochs, sample indices)."""
+def samples_at(seed, positions, num_samples, repeats=1):
+    """Positions in the endless stream of shuffled epochs -> (epochs, sample indices).
+
+    With `repeats` an epoch of `num_samples` positions has that many repetitions of the first samples of its order.
+    They count as epochs, so that each has its own augmentation. The repetitions of two samples alternate (a, b, a, b),
+    because mixup needs neighbours that differ.
+    """
     epochs, slots = np.divmod(np.asarray(positions), num_samples)
-    indices = np.empty_like(slots)
+    pairs, slots = np.divmod(slots, 2 * repeats)
+    places = 2 * pairs + slots % 2  # in the order of the epoch
+    indices = np.empty_like(places)
     for epoch in np.unique(epochs):
         of_epoch = epochs == epoch
-        indices[of_epoch] = epoch_order(seed, int(epoch), num_samples)[slots[of_epoch]]
-    return epochs, indices
+        indices[of_epoch] = epoch_order(seed, int(epoch), num_samples)[places[of_epoch]]
+    return epochs * repeats + slots // 2, indices
 
 
 def stream_positions(batch_size, accumulation_steps, processes, first_step, num_steps):

@@ -18,7 +18,7 @@ class WeightAverage:
     """
 
     def __init__(self, model, masters, decay):
-        """`masters` are {name: parameter} of all of the model's parameters, in float32, whole or sharded."""
+        """`masters` are {name: parameter} of the model's trained parameters, in float32, whole or sharded."""
         self.decay = decay
         self.sources = {**masters, **floating_buffers(model)}
         self.weights = {name: source.detach().float().clone() for name, source in self.sources.items()}

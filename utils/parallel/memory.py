@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import sys
 
 import torch
@@ -14,14 +15,19 @@ def recompute_activations(model, compiled=False):
     """Make each block of the model (a module with `is_block`) keep only its inputs for the backward pass.
 
     The backward pass computes the rest again (Chen et al., 2016), to the same bits. `compiled` compiles the blocks,
-    because model.compile() no longer reaches them.
+    because model.compile() no longer reaches them. Frozen blocks before the first trained one keep nothing anyway.
     """
-    for block in model.modules():
-        if getattr(block, "is_block", False):
-            norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm1d)]
-            contexts = {"context_fn": functools.partial(checkpoint_contexts, norms)} if norms else {}
-            forward = torch.compile(block.forward) if compiled else block.forward
-            block.forward = functools.partial(checkpoint, forward, use_reentrant=False, **contexts)
+    blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
+    for block in itertools.dropwhile(is_frozen, blocks):
+        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm1d)]
+        contexts = {"context_fn": functools.partial(checkpoint_contexts, norms)} if norms else {}
+        forward = torch.compile(block.forward) if compiled else block.forward
+        block.forward = functools.partial(checkpoint, forward, use_reentrant=False, **contexts)
+
+
+def is_frozen(module):
+    """Whether none of the module's weights requires a gradient."""
+    return not any(weight.requires_grad for weight in module.parameters())
 
 
 def checkpoint_contexts(batch_norms):

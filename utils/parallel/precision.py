@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from utils.errors import UserError
 
 OPT_LEVELS = ("O0", "O1", "O2", "O3")
-FLOAT32_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)  # unless a module has its own `stays_float32`
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d)  # in float32 at O2, unless a module has its own `stays_float32`
 AMP_BACKENDS = ("torch", "apex")
 
 
@@ -56,19 +56,23 @@ class Precision:
                     p.data = p.data.to(self.dtype)
 
     def prepare(self, model, make_optimizer):
-        """Cast `model` for training; return `make_optimizer([(name, parameter), ...])` over its master weights.
+        """Cast `model` for training; return `make_optimizer([(name, parameter), ...])` over its trained master weights.
 
-        `self.named` then holds the master weights by name.
+        `self.named` then holds the master weights by name. Weights that do not require gradients are not trained.
         """
         float32 = {name: p.detach() for name, p in model.named_parameters()}
         self.cast(model)
         self.model = model
+        trained = trained_parameters(model)
         self.masters = {}  # {name: float32 master} of the 16-bit parameters
+        self.frozen = {}  # {name: float32 original} of the others that have 16 bits; only for files, so on the host
         if self.level == "O2" and not self.sharded:
-            self.masters = {name: float32[name] for name, p in model.named_parameters() if p.dtype == self.dtype}
+            in_16_bits = {name for name, p in model.named_parameters() if p.dtype == self.dtype}
+            self.masters = {name: float32[name] for name in trained if name in in_16_bits}
+            self.frozen = {name: weight.cpu() for name, weight in float32.items() if name in in_16_bits - set(trained)}
             for master in self.masters.values():
                 master.grad = torch.zeros_like(master)
-        self.named = {name: self.masters.get(name, p) for name, p in model.named_parameters()}
+        self.named = {name: self.masters.get(name, p) for name, p in trained.items()}
         self.parameters = list(self.named.values())
         return make_optimizer(self.named.items())
 
@@ -106,8 +110,8 @@ class Precision:
         return norm.where(norm.isfinite(), torch.nan) if self.scaler.is_enabled() else norm
 
     def weights(self):
-        """The model's state dict with the float32 masters in place of the 16-bit weights."""
-        return {**self.model.state_dict(), **self.masters}
+        """The model's state dict with float32 weights, on the host if frozen, in place of the 16-bit ones of O2."""
+        return {**self.model.state_dict(), **self.masters, **self.frozen}
 
     def state_dict(self):
         return {"scaler": self.scaler.state_dict()}
@@ -128,7 +132,7 @@ class ApexPrecision:
 
     def prepare(self, model, make_optimizer):
         self.model = model
-        self.named = dict(model.named_parameters())
+        self.named = trained_parameters(model)
         self.optimizer = make_optimizer(self.named.items())
         self.amp.initialize(model, self.optimizer, opt_level=self.level, loss_scale=self.loss_scale)
         return self.optimizer
@@ -160,9 +164,14 @@ class ApexPrecision:
             self.amp.load_state_dict(state["apex"])
 
 
+def trained_parameters(model):
+    """{name: parameter} of those that require gradients."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def stays_float32(module):
     """Whether the module's own parameters stay float32 at level O2."""
-    return getattr(module, "stays_float32", isinstance(module, FLOAT32_NORMS))
+    return getattr(module, "stays_float32", isinstance(module, NORMS))
 
 
 def clip_gradients(parameters, max_norm):

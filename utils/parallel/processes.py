@@ -97,9 +97,9 @@ def join_processes(local_rank=None):
         return
     if device.type == "cuda":
         # Gloo carries the few numbers that the hosts exchange without waiting for the GPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **own_store())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **own_store())
     complete = False
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
@@ -131,6 +131,20 @@ def union_over_processes(items):
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, set(items))
     return set().union(*gathered)
+
+
+def own_store():
+    """Arguments of `init_process_group` by which processes that torchrun has restarted find each other.
+
+    torchrun keeps its store, in which they would find the addresses of the processes before the restart. The number of
+    restarts is known to the processes of one machine only; for several see docs/distributed.md.
+    """
+    size = int(os.environ["WORLD_SIZE"])
+    if not restarted() or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != size:
+        return {}
+    store, rank, size = next(dist.rendezvous("env://"))
+    prefix = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": size}
 
 
 def from_first_process(value):

@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
 }
 # What earlier versions did, whose runs have no such flags.
-EARLIER_FLAGS = {"best_metric": "accuracy", "class_weights": "none"}
+EARLIER_FLAGS = {"best_metric": "accuracy", "class_weights": "none", "train": "all", "layer_decay": 1.0}
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 
 
@@ -244,3 +244,13 @@ def read_run(run_dir):
     if not metrics:
         raise UserError(f"{run_dir} has no evaluation in its {METRICS} yet")
     return config["flags"], metrics
+
+
+def read_runs(folders):
+    """{label: [metrics]} of the runs in these folders, as `utils.curves.plot_runs` takes them."""
+    runs = {}
+    for folder in folders:
+        flags, metrics = read_run(folder)
+        label = f"{flags['name']}: {flags['model_type']} on {flags['dataset']}"
+        runs[f"{label} ({folder})" if label in runs else label] = [metrics]
+    return runs
