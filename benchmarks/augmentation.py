@@ -6,8 +6,6 @@ interleaved.
     OMP_NUM_THREADS=1 python benchmarks/augmentation.py --processor_time
 """
 
-import statistics
-
 import numpy as np
 import torch
 from steps import add_clock_flag, clock_of, machine
@@ -18,7 +16,7 @@ from utils.data.loading import TensorImages
 from utils.errors import run_script
 from utils.flag_types import Parser, positive
 from utils.parallel.processes import choose_device
-from utils.profiling import markdown_table, synchronise
+from utils.profiling import markdown_table, rate_cells, synchronise
 
 NUM_IMAGES = 10000
 KINDS = {  # fields of Augmentation
@@ -79,14 +77,13 @@ def images_per_second(data, name, image_by_image, args, clock):
 
 
 def report(speeds, args):
-    """A Markdown table; ratios are medians over the rounds of a speed divided by that of crops in the same round."""
+    """A Markdown table of the speeds, {(kind, image by image): images/s of each round}."""
     base = speeds["crops and flips", False]
+    applied_by = {False: "this project", True: "torchvision, image by image"}
     rows = []
-    for (name, image_by_image), own in speeds.items():
-        ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
-        how = "torchvision, image by image" if image_by_image else "this project"
-        spread = f"{min(own):.0f} to {max(own):.0f}"
-        rows.append([name, how, f"{statistics.median(own):.0f}", spread, f"{ratio:.2f}"])
+    for (name, single), own in speeds.items():
+        ratio, *rates = rate_cells(own, base)
+        rows.append([name, applied_by[single], *rates, ratio])
     titles = ["augmentation", "applied by", "images/s", "slowest to fastest round", "relative to crops and flips"]
     return (
         f"Training batches of images in memory, {args.img_size}x{args.img_size}, batch {args.batch_size}\n"

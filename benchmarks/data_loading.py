@@ -7,7 +7,6 @@ timm runs without its prefetcher, which needs a GPU.
     python benchmarks/data_loading.py --num_workers 1 2
 """
 
-import statistics
 import tempfile
 import time
 import warnings
@@ -24,7 +23,7 @@ from utils.data.datasets import DataOptions, load_dataset
 from utils.errors import UserError, run_script
 from utils.flag_types import Parser, natural, positive
 from utils.parallel.processes import choose_device, one_process
-from utils.profiling import markdown_table, synchronise
+from utils.profiling import markdown_table, rate_cells, synchronise
 
 SIZES = ((375, 500), (500, 375), (333, 500), (500, 333), (500, 500), (400, 300))  # (height, width)
 QUALITY = 95
@@ -130,12 +129,11 @@ def images_per_second(batches, device):
 
 
 def report(args, speeds, kilobytes):
-    """A Markdown table; ratios are medians over the rounds of a speed divided by timm's in the same round."""
-    rows = []
-    for (num_workers, name), own in speeds.items():
-        ratio = statistics.median(a / b for a, b in zip(own, speeds[num_workers, "timm"], strict=True))
-        spread = f"{min(own):.0f} to {max(own):.0f}"
-        rows.append([str(num_workers), name, f"{ratio:.2f}", f"{statistics.median(own):.0f}", spread])
+    """A Markdown table of the speeds, {(worker processes, loader): images/s of each round}."""
+    rows = [
+        [str(num_workers), name, *rate_cells(own, speeds[num_workers, "timm"])]
+        for (num_workers, name), own in speeds.items()
+    ]
     titles = ["worker processes", "loader", "relative to timm", "images/s", "slowest to fastest round"]
     return (
         f"Input pipeline: JPEGs of {SIZES[0][1]}x{SIZES[0][0]} and similar sizes, {kilobytes:.0f} KB each, to random "

@@ -200,40 +200,55 @@ def formatted(accuracy, best, seconds, images_per_second):
 
 
 def draw_figures(finished, args):
-    """For each architecture and start: the curves of all norms, and their attention on the same test images."""
+    """For each architecture and start: the curves of all norms, and their attention on the same test images.
+
+    The attention of a run whose last weights were deleted to save space is omitted.
+    """
     device = choose_device()
     flags = next(iter(finished.values())).flags
     options = DataOptions.from_flags(flags)
     test_set = load_dataset(flags.dataset, find_splits(flags.dataset, options)[-1], options, one_process(device))
     images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
     originals = denormalise(images, flags.mean_std).cpu()
+    captions = [f"a test image of {test_set.classes[label]}" for label in labels]
+    shown = list(zip(originals, captions, strict=True))
     for model_type, start in dict.fromkeys(key[:2] for key in finished):
         runs = {norm: run for (*others, norm), run in finished.items() if others == [model_type, start]}
         name = args.figures / f"{model_type}-{start}"
         title = f"{model_type}, {STARTS[start]}, on {data_name(flags)}"
         write(plot_runs({norm: [read_metrics(run.folder)] for norm, run in runs.items()}, title), f"{name}-curves.png")
-        rows, matrices = [{} for _ in images], [{} for _ in images]  # per image: {norm and prediction: its attention}
+        models = {}
         for norm, run in runs.items():
-            for i, (best, masks, whole) in enumerate(attention_maps(run, images, test_set.classes, device)):
-                rows[i][f"{norm}\npredicted:\n{best}"] = {f"block {block}": mask for block, mask in masks.items()}
-                matrices[i][f"{norm}\npredicted:\n{best}"] = whole
-        for i, (image, label) in enumerate(zip(originals, labels, strict=True)):
-            shown = f"a test image of {test_set.classes[label]}"
-            figure = plot_attention_rows(image, rows[i], f"{title}: attention of the class token, {shown}")
-            write(figure, f"{name}-attention-{i + 1}.png")
-            full_title = f"{title}: attention weights of the first head, {shown}"
-            figure = plot_attention_matrices(matrices[i], list(masks), next(iter(masks.values())).shape, full_title)
-            write(figure, f"{name}-matrix-{i + 1}.png")
+            if (run.folder / LAST).exists():
+                models[norm] = SavedModel.load(run.folder / LAST).to(device).model
+            else:
+                print(f"{run.folder / LAST} does not exist any more, so its attention is not drawn")
+        if models:
+            draw_attention(models, images, shown, test_set.classes, title, name)
+
+
+def draw_attention(models, images, shown, classes, title, name):
+    """For each test image the attention maps and matrices of {norm: model}; `shown` are pairs (image, caption)."""
+    model = next(iter(models.values()))
+    blocks, grid_size = blocks_to_draw(len(model.blocks)), model.patch_embed.grid_size
+    attention = {norm: attention_maps(each, images, classes, blocks) for norm, each in models.items()}
+    for i, (image, caption) in enumerate(shown):
+        of_image = {f"{norm}\npredicted:\n{maps[i][0]}": maps[i][1:] for norm, maps in attention.items()}
+        rows = {label: masks for label, (masks, _) in of_image.items()}
+        figure = plot_attention_rows(image, rows, f"{title}: attention of the class token, {caption}")
+        write(figure, f"{name}-attention-{i + 1}.png")
+        matrices = {label: whole for label, (_, whole) in of_image.items()}
+        full_title = f"{title}: attention weights of the first head, {caption}"
+        write(plot_attention_matrices(matrices, blocks, grid_size, full_title), f"{name}-matrix-{i + 1}.png")
 
 
 @torch.no_grad()
-def attention_maps(run, images, classes, device):
-    """[(prediction, {block: mask, the mean of the heads}, first head (blocks, N, N))] per image, last weights."""
-    model = SavedModel.load(run.folder / LAST).to(device).model
+def attention_maps(model, images, classes, blocks):
+    """[(prediction, {block: mask, the mean of the heads}, first head (blocks, N, N))] for each image."""
     logits, attention, _ = attention_of(model, images)
-    blocks = blocks_to_draw(len(model.blocks))
     masks = {
-        block: class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu() for block in blocks
+        f"block {block}": class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu()
+        for block in blocks
     }
     whole = first_head(attention, blocks)
     return [

@@ -258,6 +258,13 @@ def test_a_norm_study_uses_runs_that_are_finished(tmp_path, run_main, main_fails
     assert f"| from scratch | Rescale | {100 * float(row['test_accuracy']):.2f} % |" in printed
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1", "matrix-1")}
+    (tmp_path / "figures" / "ViT-Mini_4-scratch-matrix-1.png").unlink()
+    [last] = tmp_path.glob("*/last.safetensors")
+    last.unlink()  # to save space
+    printed = run_main(norm_study, *flags)
+    assert printed.startswith("1 runs, 1 of them already finished\n")
+    assert f"{last} does not exist any more, so its attention is not drawn" in printed
+    assert not (tmp_path / "figures" / "ViT-Mini_4-scratch-matrix-1.png").exists()
     error = main_fails(norm_study, *flags, "--learning_rate", 0.1)
     assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
 

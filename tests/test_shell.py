@@ -213,6 +213,7 @@ def test_a_run_with_workers_saves_when_its_group_is_stopped(how, image_folder, t
         pid, terminal = pty.fork()
         if pid == 0:
             os.chdir(ROOT)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which may run the tests, ignores it
             os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             os.execv(sys.executable, [sys.executable, "train.py", *flags])
         wait_for_file(run_dir(flags) / "last.safetensors", terminal)

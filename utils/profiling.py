@@ -87,6 +87,12 @@ def speed_cells(images, seconds):
     return [f"{median:.1f}", f"{slowest:.1f} to {fastest:.1f}"]
 
 
+def rate_cells(rates, reference):
+    """Images/s of interleaved rounds for a Markdown table: relative to the reference, median, slowest to fastest."""
+    ratio = statistics.median(own / other for own, other in zip(rates, reference, strict=True))
+    return [f"{ratio:.2f}", f"{statistics.median(rates):.0f}", f"{min(rates):.0f} to {max(rates):.0f}"]
+
+
 def markdown_table(titles, rows):
     """A Markdown table of cells that are strings."""
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
