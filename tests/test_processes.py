@@ -364,9 +364,9 @@ def children(process):
 
 
 def saved_step(run_dir):
-    """The step of the last whole checkpoint, 0 before the first."""
-    names = [path.parent.name for path in run_dir.glob("state-*/state.json")]
-    return max((int(name.removeprefix("state-")) for name in names), default=0)
+    """The step of the last whole checkpoint, 0 before the first. The weights are written after the state."""
+    path = run_dir / LAST
+    return checkpoint.saved_step(path) if path.exists() else 0
 
 
 @pytest.mark.slow
