@@ -1,8 +1,8 @@
 """Few-shot accuracy of a saved model: its features of a few images per class, classified by simple classifiers.
 
 The images are drawn at random from the training set, once per seed. The classifiers are ridge regression, a linear
-probe and nearest neighbours. They are evaluated on the whole test set. The results are a table (table.md,
-table.csv) and a figure of the accuracy over the shots (accuracy.png).
+probe and nearest neighbours. They are evaluated on all test images, or on all validation images if there is no test
+set. The results are a table (table.md, table.csv) and a figure of the accuracy over the shots (accuracy.png).
 
     python scripts/few_shot.py --checkpoint checkpoint/ViT-Nano_4-digits.npz --dataset digits --seeds 0 1 2
 """
@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from inference import SavedModel
 from models import canonical_model_type
 from utils.checks import make_output_folder
-from utils.data.datasets import DataOptions, load_dataset, make_data_set, read_split
+from utils.data.datasets import DataOptions, load_dataset, make_data_set, read_split, training_splits
+from utils.data.splits import NAMES, draw_per_class
 from utils.errors import UserError, run_script
 from utils.features import extract_features
-from utils.few_shot import CLASSIFIERS, check_shots, draw_shots
+from utils.few_shot import CLASSIFIERS, check_shots
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
-from utils.flag_groups import add_checkpoint_flags, add_data_flags, add_precision_flags
+from utils.flag_groups import add_checkpoint_flags, add_data_flags, add_division_flags, add_precision_flags
 from utils.flag_types import Parser, positive, seed
 from utils.parallel.processes import device_name, join_processes
 from utils.profiling import markdown_table
@@ -36,9 +37,10 @@ def main():
     with join_processes() as processes:
         saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download)
         options = DataOptions.from_flags(args)._replace(mean_std=saved.mean_std)
+        evaluated_on = training_splits(args.dataset, options)[-1]
         split = read_split(args.dataset, "train", options, processes)
         check_shots(split.labels, split.classes, max(args.shots))
-        drawn = {(shots, n): draw_shots(split.labels, shots, n) for shots in args.shots for n in args.seeds}
+        drawn = {(shots, n): draw_per_class(split.labels, shots, n) for shots in args.shots for n in args.seeds}
         rows = np.unique(np.concatenate(list(drawn.values())))
         images = make_data_set(args.dataset, split.subset(rows), options, processes)
         train = extract_features(saved, images, args, processes)
@@ -47,10 +49,12 @@ def main():
             raise UserError(
                 f"{count} of the training images that were drawn can't be read; remove them from the folder"
             )
-        test = extract_features(saved, load_dataset(args.dataset, "test", options, processes), args, processes)
+        test_set = load_dataset(args.dataset, evaluated_on, options, processes)
+        test = extract_features(saved, test_set, args, processes)
         if processes.is_first:
             drawn = {key: np.searchsorted(rows, chosen) for key, chosen in drawn.items()}
-            report(few_shot_accuracies(train, test, drawn), f"{saved.title} on {data_name(args)}", len(test[1]), args)
+            title, conditions = f"{saved.title} on {data_name(args)}", f"{len(test[1])} {NAMES[evaluated_on]} images"
+            report(few_shot_accuracies(train, test, drawn), title, conditions, args)
 
 
 def parse_flags():
@@ -58,6 +62,7 @@ def parse_flags():
     add_checkpoint_flags(parser.add_argument_group("model"), canonical_model_type, required=True)
     data = parser.add_argument_group("data")
     add_data_flags(data, default="cifar10")
+    add_division_flags(data)
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="Images per batch.")
     add_precision_flags(parser.add_argument_group("precision"))
     group = parser.add_argument_group("experiment")
@@ -94,8 +99,8 @@ def few_shot_accuracies(train, test, drawn):
     return {name: of_shots for name, of_shots in accuracies.items() if of_shots}
 
 
-def report(accuracies, title, num_images, args):
-    """Write table.csv, table.md and accuracy.png, and print the table."""
+def report(accuracies, title, evaluated, args):
+    """Write table.csv, table.md and accuracy.png, and print the table; `evaluated` tells on which images."""
     with open(args.output_dir / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["classifier", "shots", "seed", "test_accuracy"])
@@ -106,7 +111,7 @@ def report(accuracies, title, num_images, args):
         [name, *(mean_and_range(of_shots[shots].values()) if shots in of_shots else "" for shots in args.shots)]
         for name, of_shots in accuracies.items()
     ]
-    conditions = f"{num_images} test images, {seeds_text(args.seeds)}; {device_name()}, torch {torch.__version__}"
+    conditions = f"{evaluated}, {seeds_text(args.seeds)}; {device_name()}, torch {torch.__version__}"
     text = f"{title}: {conditions}\n\n{markdown_table(titles, rows)}\n"
     (args.output_dir / "table.md").write_text(text)
     save(draw(accuracies, f"few-shot accuracy of {title}, {seeds_text(args.seeds)}"), args.output_dir / "accuracy.png")

@@ -66,7 +66,6 @@ def table(metrics, img_size):
             model = build_model(model_type, img_size)
         speed = statistics.median(value for one in seeds for value in one["images_per_second"])
         minutes = statistics.median(one["seconds"][-1] for one in seeds) / 60
-        parts = (evaluated_split(seeds[0]), "train")
         rows.append(
             [
                 f"{model_type}, {MODELS[model_type]}",

@@ -16,6 +16,7 @@ from helpers import CPU, DIGITS_RUN, ROOT, load_data, make_shallow, random_model
 from inference import SavedModel
 from synthetic import make_checkpoint
 from utils.data.loading import TensorImages
+from utils.data.splits import draw_per_class
 from utils.errors import UserError
 from utils.features import extract_features, without_classifier
 from utils.few_shot import (
@@ -24,7 +25,6 @@ from utils.few_shot import (
     L2_GRID,
     check_shots,
     choose_l2,
-    draw_shots,
     linear_probe,
     nearest_neighbours,
     ridge,
@@ -151,9 +151,9 @@ def test_features_that_are_not_finite_are_an_error():
 
 def test_fewer_shots_are_a_part_of_more_shots():
     labels = np.random.default_rng(0).integers(0, 5, 200)
-    many = draw_shots(labels, 20, seed=3)
+    many = draw_per_class(labels, 20, seed=3)
     for shots in (1, 5, 20):
-        drawn = draw_shots(labels, shots, seed=3)
+        drawn = draw_per_class(labels, shots, seed=3)
         assert len(set(drawn)) == 5 * shots
         assert np.bincount(labels[drawn]).tolist() == [shots] * 5
         assert set(drawn) <= set(many)
@@ -162,12 +162,12 @@ def test_fewer_shots_are_a_part_of_more_shots():
 def test_the_shots_of_a_class_depend_on_seed_and_class_alone():
     """Not on the images of other classes; and they are drawn at random."""
     first, second = np.repeat([0, 1, 2], 30), np.repeat([0, 1, 2], [30, 50, 30])
-    drawn, others = draw_shots(first, 8, seed=1), draw_shots(second, 8, seed=1)
+    drawn, others = draw_per_class(first, 8, seed=1), draw_per_class(second, 8, seed=1)
     assert (drawn[:8] == others[:8]).all()
     assert (drawn[16:] - 60 == others[16:] - 80).all()
     assert drawn[:8].tolist() != (drawn[16:] - 60).tolist()
-    assert drawn.tolist() != draw_shots(first, 8, seed=2).tolist()
-    frequencies = np.bincount(np.concatenate([draw_shots(first, 8, number)[:8] for number in range(600)]))
+    assert drawn.tolist() != draw_per_class(first, 8, seed=2).tolist()
+    frequencies = np.bincount(np.concatenate([draw_per_class(first, 8, number)[:8] for number in range(600)]))
     assert len(frequencies) == 30
     assert 100 < frequencies.min() <= frequencies.max() < 220  # 160 on average
 
@@ -285,7 +285,7 @@ def test_the_script_reports_the_accuracy_on_the_whole_test_set(tmp_path, run_mai
     assert found.keys() == expected | {("ridge regression, L2 by cross-validation", 5, number) for number in (0, 4)}
 
     train, test = (load_data("digits", split, mean_std="imagenet") for split in ("train", "test"))
-    rows = draw_shots(train.labels.numpy(), 5, seed=4)
+    rows = draw_per_class(train.labels.numpy(), 5, seed=4)
     with torch.no_grad():
         model.head = torch.nn.Identity()
         features, test_features = (model(data.resized(data.images, (8, 8))).double().numpy() for data in (train, test))
@@ -312,7 +312,7 @@ def test_only_images_that_are_drawn_are_decoded(image_folder, tmp_path, run_main
     """An unreadable one is an error if it is drawn, also with --skip_broken: a class would have fewer shots."""
     make_shallow(monkeypatch)
     flags = [*folder_run(tmp_path, image_folder), "--seeds", 0]
-    cats = draw_shots(np.repeat([0, 1], 8), 8, seed=0)[:8]
+    cats = draw_per_class(np.repeat([0, 1], 8), 8, seed=0)[:8]
     for cat in cats[2:]:
         truncate(image_folder / "train" / "cat" / f"{cat:03d}.png", 0.1)
     assert "| classifier | 2 shots |" in run_main(few_shot, *flags, "--shots", 2)

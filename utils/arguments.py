@@ -3,7 +3,7 @@
 import os
 
 from utils.data.augmentation import MEAN_STD
-from utils.flag_groups import add_augmentation_flags, add_data_flags, add_precision_flags
+from utils.flag_groups import add_augmentation_flags, add_data_flags, add_division_flags, add_precision_flags
 from utils.flag_types import (
     Parser,
     beta_alpha,
@@ -11,7 +11,6 @@ from utils.flag_types import (
     natural,
     natural_float,
     one_of,
-    open_share,
     positive,
     positive_float,
     seed,
@@ -92,33 +91,12 @@ def add_weights_flags(group):
 def add_training_data_flags(group):
     """The data set and its augmentation."""
     add_data_flags(group, default="cifar10")
+    add_division_flags(group)
     group.add_argument(
         "--examples_per_class",
         type=positive,
         metavar="N",
-        help="Train on the first N images of each class only; default: all.",
-    )
-    group.add_argument(
-        "--val_split",
-        type=open_share,
-        metavar="SHARE",
-        help="The share of the training images that validates: it alone chooses the best weights, and the test images "
-        "are evaluated once, at the end. Default: the folder val/, if there is one.",
-    )
-    group.add_argument(
-        "--test_split",
-        type=open_share,
-        metavar="SHARE",
-        help="The share of the images that tests, for a folder of images without test/; taken before --val_split.",
-    )
-    group.add_argument(
-        "--split_seed", type=seed, default=0, metavar="N", help="The seed that divides the images, apart from --seed."
-    )
-    group.add_argument(
-        "--group_by",
-        metavar="REGEX",
-        help="Keep the image files of one subject in one split. The regular expression's group gives the subject in a "
-        "file's name, for example '^(patient[0-9]+)_'.",
+        help="Train on N images of each class only, drawn by --split_seed after the validation images; default: all.",
     )
     group.add_argument(
         "--test_at_end",

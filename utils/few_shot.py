@@ -37,19 +37,6 @@ def check_shots(labels, classes, shots):
         )
 
 
-def draw_shots(labels, shots, seed):
-    """Indices int64 (classes * shots,) of images drawn at random from each class, class by class.
-
-    Those of a class depend on the seed, the class and its number of images alone. The first of them are the same for
-    any number of shots.
-    """
-    drawn = []
-    for label in np.unique(labels):
-        order = np.random.default_rng([seed, label]).permutation(np.count_nonzero(labels == label))
-        drawn.append(np.flatnonzero(labels == label)[order[:shots]])
-    return np.concatenate(drawn)
-
-
 def standardise(train, test):
     """Both in float64, shifted and scaled by the mean and the standard deviation of the training features."""
     train, test = train.astype(np.float64), test.astype(np.float64)

@@ -1,9 +1,19 @@
-"""Groups of flags that several scripts share: data, checkpoint, precision, model and token reduction; augmentation."""
+"""Groups of flags that several scripts share, such as those of the data, a checkpoint, precision and the model."""
 
 from utils.data.datasets import DATASETS
 from utils.data.loading import MAX_WORKERS
 from utils.data.policies import AUTO_AUGMENT, MAX_MAGNITUDE
-from utils.flag_types import argument, count_or_share, fraction, natural, one_of, positive, probability
+from utils.flag_types import (
+    argument,
+    count_or_share,
+    fraction,
+    natural,
+    one_of,
+    open_share,
+    positive,
+    probability,
+    seed,
+)
 from utils.parallel.precision import OPT_LEVELS
 
 TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
@@ -36,6 +46,32 @@ def add_data_flags(group, default):
         "--skip_broken",
         action="store_true",
         help="Print the paths of unreadable images and skip them: training takes the next image, tests omit them.",
+    )
+
+
+def add_division_flags(group):
+    """How the images are divided into training, validation and test images."""
+    group.add_argument(
+        "--val_split",
+        type=open_share,
+        metavar="SHARE",
+        help="The share of the training images that validates: it alone chooses the best weights, and the test images "
+        "are evaluated once, at the end. Default: the folder val/, if there is one.",
+    )
+    group.add_argument(
+        "--test_split",
+        type=open_share,
+        metavar="SHARE",
+        help="The share of the images that tests, for a folder of images without test/; taken before --val_split.",
+    )
+    group.add_argument(
+        "--split_seed", type=seed, default=0, metavar="N", help="The seed that divides the images, apart from --seed."
+    )
+    group.add_argument(
+        "--group_by",
+        metavar="REGEX",
+        help="Keep the image files of one subject in one split. The regular expression's group gives the subject in a "
+        "file's name, for example '^(patient[0-9]+)_'.",
     )
 
 

@@ -12,7 +12,7 @@ from utils.checks import check_best_metric, check_length
 from utils.data.augmentation import Augmentation
 from utils.data.datasets import DATASETS, DataOptions, load_splits
 from utils.data.duplicates import count_copies
-from utils.data.splits import NAMES
+from utils.data.splits import DIVISION, NAMES
 from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
@@ -191,11 +191,16 @@ def report_finished(run_dir):
 def check_resumption(saved, args, num_steps, run_dir, classes):
     """Raise UserError if the saved state can't be continued with these flags and classes."""
     before = {**EARLIER_FLAGS, **(saved["flags"] or {}), "optimizer": saved["optimizer"]}
-    for flag in ("optimizer", "train", "best_metric"):
+    for flag in ("optimizer", "train", "best_metric", "test_at_end", *DIVISION):
         if before[flag] != getattr(args, flag):
             raise UserError(
                 f"the run was started with --{flag} {before[flag]}, so it can't be resumed with {getattr(args, flag)}"
             )
+    if args.examples_per_class and "split_seed" not in (saved["flags"] or vars(args)):
+        raise UserError(
+            f"{run_dir} was started by an earlier version, in which --examples_per_class took the first images of each "
+            "class; start it again with another --name"
+        )
     step = saved["progress"]["step"]
     if step > num_steps:
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")

@@ -11,7 +11,7 @@ import numpy as np
 from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
-from utils.data.splits import available_splits, check_shares, rows_of_split
+from utils.data.splits import NAMES, available_splits, check_shares, draw_per_class, rows_of_split
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
 
@@ -124,12 +124,14 @@ def make_data_set(name, split, options, processes):
 
 
 def read_split(name, split, options, processes):
-    """The Split of a data set, of training images perhaps the first `examples_per_class` of each class only.
+    """The Split of a data set, of training images perhaps `examples_per_class` of each class only.
 
     The first process prints the note about ignored files to stderr. Raises UserError.
     """
     source = DATASETS[name]
     own = source.splits(options.data_dir)
+    if split not in find_splits(name, options):
+        raise UserError(f"{name} has no {NAMES[split]} images in {options.data_dir}")
     with contextlib.nullcontext() if source.in_folders else first_on_each_machine(processes):
         images, labels, classes, note = source.read(options.data_dir, split if split in own else "train")
     if note and processes.is_first and split in own:
@@ -140,14 +142,8 @@ def read_split(name, split, options, processes):
     if split == "train" or split not in own:
         rows = rows_of_split(split, own, labels, images, found.classes, options)
     if split == "train" and options.examples_per_class:
-        rows = rows[first_of_each_class(labels[rows], options.examples_per_class)]
+        rows = rows[np.sort(draw_per_class(labels[rows], options.examples_per_class, options.split_seed))]
     return found.subset(rows) if len(rows) < len(labels) else found
-
-
-def first_of_each_class(labels, count):
-    """Indices of the first `count` samples of each class, in the order of the data set."""
-    rows = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
-    return np.sort(np.concatenate(rows))
 
 
 def read_digits(data_dir, split):

@@ -82,6 +82,19 @@ def divide(labels, groups, share, seed, flag):
         ) from error
 
 
+def draw_per_class(labels, count, seed):
+    """Indices of `count` images drawn at random from each class, or of all where a class has fewer, class by class.
+
+    Those of a class depend on the seed, the class and its number of images alone. The first of them are the same for
+    any count.
+    """
+    drawn = []
+    for label in np.unique(labels):
+        order = np.random.default_rng([seed, label]).permutation(np.count_nonzero(labels == label))
+        drawn.append(np.flatnonzero(labels == label)[order[:count]])
+    return np.concatenate(drawn)
+
+
 def subjects(images, regex):
     """The subject of each image file, which the regex's group in its name gives. Raises UserError."""
     if not isinstance(images, list):

@@ -33,7 +33,17 @@ WITHOUT_EFFECT = {
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
 }
 # What earlier versions did, whose runs have no such flags.
-EARLIER_FLAGS = {"best_metric": "accuracy", "class_weights": "none", "train": "all", "layer_decay": 1.0}
+EARLIER_FLAGS = {
+    "best_metric": "accuracy",
+    "class_weights": "none",
+    "train": "all",
+    "layer_decay": 1.0,
+    "val_split": None,
+    "test_split": None,
+    "split_seed": 0,
+    "group_by": None,
+    "test_at_end": False,
+}
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 
 
