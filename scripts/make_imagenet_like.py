@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.data.datasets import DataOptions, read_split
+from utils.data.datasets import DataOptions, read_split, training_splits
 from utils.data.images import read_image
+from utils.data.splits import draw_per_class
 from utils.errors import UserError, run_script
 from utils.flag_types import Parser, positive, seed
 from utils.parallel.processes import one_process
@@ -72,7 +73,9 @@ def parse_flags():
     )
     group.add_argument("--per_class", type=positive, default=500, metavar="N", help="Training images per class.")
     group.add_argument("--val_per_class", type=positive, default=50, metavar="N", help="Validation images per class.")
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="The seed of the sizes.")
+    group.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="The seed of the choice of images and of their sizes."
+    )
     args = parser.parse_args()
     if any((Path(args.output_dir) / split).exists() for split in ("train", "val")):
         raise UserError(f"{args.output_dir} already has train/ or val/; delete them or give another --output_dir")
@@ -86,9 +89,12 @@ def parse_flags():
 
 
 def load_images(args, split, count):
-    """(images uint8 (3, h, w), their labels, names of the classes): the first `count` images of each class."""
+    """(images uint8 (3, h, w), their labels, names of the classes): `count` images of each class."""
     name, data_dir = ("imagefolder", args.source) if args.source else ("cifar10", "data")
-    found = read_split(name, split, DataOptions(data_dir, examples_per_class=count), one_process())
+    options = DataOptions(data_dir)
+    split = split if split == "train" else training_splits(name, options)[-1]
+    found = read_split(name, split, options, one_process())
+    found = found.subset(np.sort(draw_per_class(found.labels, count, args.seed)))
     return map(read_image if args.source else torch.from_numpy, found.images), found.labels.tolist(), found.classes
 
 

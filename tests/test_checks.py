@@ -72,6 +72,7 @@ def test_what_is_probably_a_mistake_is_a_warning(tiny_flags, image_folder, monke
         "warning: the run ends within the warm-up of 3 steps; see --warmup_steps",
         "warning: a batch of 16 images contains some of the 8 training images repeatedly",
         "warning: there is a single class, 'cat', so every prediction is correct",
+        "warning: 4 of the validation images are exact copies of training images",
     ]
     call_main(train, tiny_flags("--num_steps", 4, "--overwrite"), monkeypatch)
     assert "warning" not in capsys.readouterr().out
@@ -81,7 +82,7 @@ def test_a_metric_of_several_classes_needs_two(tiny_flags, image_folder, monkeyp
     data = ["--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 0, "--best_metric", "macro_f1"]
     shutil.rmtree(image_folder / "val" / "dog")
     message = fails(train, tiny_flags(*data), monkeypatch, capsys)
-    assert "--best_metric macro_f1 needs two classes, the test set has 1; give accuracy" in message
+    assert "--best_metric macro_f1 needs two classes, the validation set has 1; give accuracy" in message
     assert [path.name for path in run_dir(tiny_flags()).iterdir()] == [".lock"]
     shutil.rmtree(image_folder / "train" / "dog")
     message = fails(train, tiny_flags(*data), monkeypatch, capsys)

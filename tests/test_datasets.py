@@ -35,16 +35,23 @@ def test_digits_are_always_split_in_the_same_way():
     assert np.array_equal(together.numpy(), pixels)
 
 
-def test_examples_per_class_takes_the_first_of_each_class(image_folder):
+def test_examples_per_class_are_drawn_by_the_split_seed(image_folder):
     whole = load_data("digits", "train")
-    few = load_data("digits", "train", examples_per_class=3)
-    assert len(few) == 30
-    for label in range(10):
-        assert torch.equal(few.images[few.labels == label], whole.images[whole.labels == label][:3])
+    few, more, other = (
+        load_data("digits", "train", examples_per_class=count, split_seed=seed)
+        for count, seed in ((3, 0), (4, 0), (3, 1))
+    )
+    assert torch.bincount(few.labels).tolist() == torch.bincount(other.labels).tolist() == [3] * 10
     assert few.classes == whole.classes
+    drawn, nested, others, known = (
+        {image.tobytes() for image in data.images.numpy()} for data in (few, more, other, whole)
+    )
+    assert drawn < nested < known
+    assert others != drawn
     folder = load_data("imagefolder", "train", image_folder, examples_per_class=5)
     names = [os.fsdecode(path)[-11:] for path in folder.paths]
-    assert names == [f"{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(5)]
+    assert names == sorted(set(names))
+    assert [name[:3] for name in names] == ["cat"] * 5 + ["dog"] * 5
     assert len(load_data("imagefolder", "train", image_folder, examples_per_class=99)) == 16
 
 

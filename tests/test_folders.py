@@ -9,10 +9,16 @@ import pytest
 import evaluate
 import train
 from helpers import CPU, call_main, load_data, write_images, write_jpegs
+from utils.data.datasets import DataOptions, load_splits
 from utils.data.folders import list_folder
 from utils.data.loading import FolderImages, TensorImages
 from utils.errors import UserError
-from utils.parallel.processes import Processes
+from utils.parallel.processes import Processes, one_process
+
+
+def load_for_training(name, root):
+    """All splits of a data set in a folder, as a single process loads them."""
+    return load_splits(name, DataOptions(root, num_workers=0), one_process())
 
 
 def test_a_folder_is_listed_by_class_without_reading_the_files(image_folder):
@@ -28,7 +34,7 @@ def test_a_folder_is_listed_by_class_without_reading_the_files(image_folder):
 
 def test_a_test_set_may_lack_a_class(image_folder):
     shutil.rmtree(image_folder / "val" / "cat")
-    _, labels, classes, _ = list_folder(image_folder, "test")
+    _, labels, classes, _ = list_folder(image_folder, "val")
     assert (classes, labels) == (["cat", "dog"], [1] * 4)
 
 
@@ -37,7 +43,7 @@ def test_hidden_files_are_ignored_and_large_images_stay_files(tmp_path):
     write_images(tmp_path / "val" / "one", [(8, 8)] * 2)
     (tmp_path / "train" / "one" / "._000.png").write_bytes(b"written by macOS")
     (tmp_path / "train" / "__MACOSX").mkdir()
-    train, test = (load_data("imagefolder", split, tmp_path) for split in ("train", "test"))
+    train, test = (load_data("imagefolder", split, tmp_path) for split in ("train", "val"))
     assert isinstance(train, FolderImages)
     assert isinstance(test, TensorImages)
     assert (len(train), train.classes) == (2, ["one"])
@@ -56,7 +62,7 @@ def test_files_that_are_ignored_are_counted_in_one_line_per_split(image_folder, 
     add_ignored_files(image_folder)
     lines = {
         "train": "train: 16 images; files ignored: 4 (2 .heic, 1 outside the class folders, 1 .txt)",
-        "test": "val: 8 images; files ignored: 1 (1 without suffix)",
+        "val": "val: 8 images; files ignored: 1 (1 without suffix)",
     }
     for split, line in lines.items():
         load_data("imagefolder", split, image_folder)
@@ -136,7 +142,7 @@ FAULTS = [
 def test_each_fault_of_a_folder_is_named_in_the_error(fault, image_folder):
     root, message = with_fault(image_folder, fault)
     with pytest.raises(UserError, match=message):
-        load_data("imagefolder", "train", root)
+        load_for_training("imagefolder", root)
 
 
 def test_imagenets_archives_and_loose_files_get_instructions(image_folder):
@@ -145,7 +151,7 @@ def test_imagenets_archives_and_loose_files_get_instructions(image_folder):
     write_jpegs(image_folder / "val", 2)
     message = "val has no folders; it needs one folder per class, but its 2 files are not in folders; valprep.sh"
     with pytest.raises(UserError, match=message):
-        load_data("imagenet", "train", image_folder)
+        load_for_training("imagenet", image_folder)
     shutil.rmtree(image_folder / "train")
     (image_folder / "train").mkdir()
     (image_folder / "train" / "n01440764.tar").write_bytes(b"")

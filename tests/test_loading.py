@@ -51,7 +51,7 @@ def test_each_test_image_is_evaluated_exactly_once_over_all_processes():
 
 
 def test_images_of_one_size_are_kept_in_memory_others_are_not(image_folder, tmp_path):
-    train, test = (load_data("imagefolder", split, image_folder) for split in ("train", "test"))
+    train, test = (load_data("imagefolder", split, image_folder) for split in ("train", "val"))
     assert isinstance(train, FolderImages)
     assert (len(train), len(test), train.classes) == (16, 8, ["cat", "dog"])
     for split in ("train", "test"):
@@ -96,7 +96,7 @@ def test_images_that_are_stored_lying_give_the_batches_of_upright_ones(workers, 
     for source in ("imagefolder", "imagenet"):
         batches = []
         for name in ("upright", "turned"):
-            data, test = (load_data(source, split, tmp_path / name, num_workers=workers) for split in ("train", "test"))
+            data, test = (load_data(source, split, tmp_path / name, num_workers=workers) for split in ("train", "val"))
             assert isinstance(data, TensorImages if source == "imagefolder" else FolderImages)
             found = [*data.train_batches([np.arange(8)], CROPS), *test.eval_batches((16, 16), 3, one_process())]
             batches.append([images for images, _ in found])
@@ -224,7 +224,7 @@ def test_a_run_on_jpegs_skips_unreadable_images_by_its_flag(tmp_path, tiny_flags
     run_main(train, *tiny_flags(*data, "--skip_broken", "--overwrite"))
     folder = tmp_path / "output" / "run"
     report = json.loads(run_main(evaluate, "--checkpoint", folder / "last.safetensors", "--skip_broken", "--json"))
-    assert report["loss"] == pytest.approx(read_metrics(folder)["test_loss"][-1], rel=1e-5)
+    assert report["loss"] == pytest.approx(read_metrics(folder)["val_loss"][-1], rel=1e-5)
     assert (report["images"], report["skipped"]) == (5, 1)
     with pytest.raises(SystemExit):
         call_main(evaluate, ["--checkpoint", folder / "last.safetensors"], monkeypatch)

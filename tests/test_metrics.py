@@ -18,6 +18,7 @@ from utils.metrics import (
     best_of,
     calibration_sums,
     class_metrics,
+    criterion_text,
     expected_calibration_error,
     frequent_confusions,
     mean_metrics,
@@ -151,15 +152,14 @@ def test_what_is_better(metric):
     rows = [
         {"step": str(step), f"test_{metric}": str(x)} for step, x in enumerate([worse, better, better, worse, "nan"])
     ]
-    assert best_of(rows, metric) == Best(metric, better, 1)
+    assert best_of(rows, metric, "test") == Best(metric, better, 1)
 
 
-def test_the_best_result_as_text():
-    assert Best("accuracy", 0.975, 7).text(360) == "best 97.50 % [95.32, 98.68] at step 7"
-    assert Best("accuracy", 0.975, 7).text() == "best 97.50 % at step 7"
-    assert Best("balanced_accuracy", 0.975, 7).text(360) == "best balanced accuracy 97.50 % at step 7"
-    assert Best("macro_f1", 0.975, 7).text(360) == "best macro F1 97.50 % at step 7"
-    assert Best("loss", 0.0448, 7).text(360) == "best loss 0.0448 at step 7"
+def test_what_the_best_weights_have_as_text():
+    assert criterion_text("accuracy", 0.975) == "highest accuracy"
+    assert criterion_text("balanced_accuracy", 0.975) == "highest balanced accuracy 97.50 %"
+    assert criterion_text("macro_f1", 0.975) == "highest macro F1 97.50 %"
+    assert criterion_text("loss", 0.0448) == "lowest loss 0.0448"
 
 
 def test_metrics_suit_json():

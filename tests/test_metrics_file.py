@@ -3,11 +3,12 @@
 import pytest
 
 from utils.errors import UserError
-from utils.records.metrics_file import REQUIRED_COLUMNS, MetricsFile
+from utils.records.metrics_file import MetricsFile, required_columns
 from utils.records.run_folder import read_metrics
 
-HEADER = ",".join(REQUIRED_COLUMNS)
-ROWS = [f"{step},0.5,0.25,0.5,0.25,100,{10 * step}" for step in (2, 4, 6, 8)]
+COLUMNS = required_columns(())
+HEADER = ",".join(COLUMNS)
+ROWS = [f"{step},0.5,0.25,100,{10 * step},0.5,0.25" for step in (2, 4, 6, 8)]
 WHOLE = "\r\n".join([HEADER, *ROWS, ""]).encode()
 # Content of a file, the steps of the rows up to step 6 that are kept, and what the message says.
 DAMAGES = {
@@ -40,7 +41,7 @@ def test_a_damaged_file_is_kept_and_its_readable_rows_continue(content, kept, da
         f"warning: {path} is damaged ({damage}); kept as {copy}, {len(kept)} of its rows remain\n"
     )
     assert read_metrics(tmp_path).get("step", []) == kept
-    file.add(dict.fromkeys(REQUIRED_COLUMNS, 1) | {"step": 8})
+    file.add(dict.fromkeys(COLUMNS, 1) | {"step": 8})
     file.write()
     assert read_metrics(tmp_path)["step"] == [*kept, 8]
     assert capsys.readouterr().out == ""
@@ -69,7 +70,7 @@ def test_a_damaged_file_that_can_not_be_renamed_is_not_replaced(tmp_path, monkey
     path = tmp_path / "metrics.csv"
     path.write_bytes(b"damaged")
     file = MetricsFile(path, first_step=6)
-    file.add(dict.fromkeys(REQUIRED_COLUMNS, 1))
+    file.add(dict.fromkeys(COLUMNS, 1))
 
     def rename(*_):
         raise PermissionError

@@ -117,7 +117,12 @@ def test_a_resumed_run_continues_the_same_run_there(calls, tiny_flags, monkeypat
     assert list(scalars(made)["train/loss"]) == [15, 16, 17, 18]
 
     monkeypatch.delenv("WANDB_STEP")
-    for pattern in ("*.safetensors", "metrics.csv", "curves.png"):  # as if killed before its first checkpoint
+    for pattern in (
+        "*.safetensors",
+        "metrics.csv",
+        "curves.png",
+        "result.json",
+    ):  # as if killed before its first checkpoint
         for path in run_dir(flags).glob(pattern):
             path.unlink()
     call_main(train, [*flags, "--resume"], monkeypatch)

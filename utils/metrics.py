@@ -112,13 +112,12 @@ class Best(NamedTuple):
             return True
         return value > self.value if BEST_METRICS[self.metric].higher_is_better else value < self.value
 
-    def text(self, count=None):
-        """What the summary of a run says; an accuracy on `count` images has its interval."""
-        if self.metric == "accuracy":
-            return f"best {percent(self.value, count)} at step {self.step}"
-        title = BEST_METRICS[self.metric].title
-        value = percent(self.value) if self.metric != "loss" else f"{self.value:.4f}"
-        return f"best {title} {value} at step {self.step}"
+
+def criterion_text(metric, value):
+    """What the best weights have, in words: "highest accuracy", or with the value "lowest loss 0.0448"."""
+    title, _, higher_is_better = BEST_METRICS[metric]
+    text = f"{'highest' if higher_is_better else 'lowest'} {title}"
+    return text if metric == "accuracy" else f"{text} {value:.4f}" if metric == "loss" else f"{text} {percent(value)}"
 
 
 def best_of(rows, metric, evaluated_on):

@@ -11,7 +11,6 @@ import torch
 from utils.checks import check_best_metric, check_length
 from utils.data.augmentation import Augmentation
 from utils.data.datasets import DATASETS, DataOptions, load_splits
-from utils.data.duplicates import count_copies
 from utils.data.splits import DIVISION, NAMES
 from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
@@ -94,7 +93,7 @@ def train(model, splits, args, processes, run_dir, saved=None):
     Leaves the run's records in `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not
     finite.
     """
-    train_set, eval_set, _, evaluated_on = splits
+    train_set, eval_set, evaluated_on = splits.train, splits.evaluation, splits.evaluated_on
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
     check_length(args, num_steps, len(train_set))
     if saved:
@@ -221,15 +220,14 @@ def open_tracker(run):
 def description(run, splits):
     """What is trained, on what and how, in two lines, and warnings of what is probably a mistake."""
     args, num_steps, train_set = run.args, run.schedule.num_steps, splits.train
-    tests = f", {len(splits.test)} test" if splits.test else ""
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     trained = sum(p.numel() for p in run.precision.named.values()) / 1e6
     part = "" if args.train == "all" else f" ({trained:.2f} M trained)"
     steps = f"resuming at step {run.step} of {num_steps}, steps" if run.step else f"{num_steps} steps"
     shards = ", each with its shard of the weights" if is_sharded(args, run.processes) else ""
     lines = [
-        f"{args.model_type}, {millions:.2f} M parameters{part}, on {args.dataset}: {len(train_set)} training and "
-        f"{len(splits.evaluation)} {NAMES[splits.evaluated_on]}{tests} images, {len(train_set.classes)} classes",
+        f"{args.model_type}, {millions:.2f} M parameters{part}, on {args.dataset}: {sizes(splits)}, "
+        f"{len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
     warnings = {
@@ -250,16 +248,24 @@ def description(run, splits):
     return "\n".join([*lines, *copies_between(splits)])
 
 
+def sizes(splits):
+    """The number of images in each split as text."""
+    numbers = [f"{len(splits.train)} training", f"{len(splits.evaluation)} {NAMES[splits.evaluated_on]}"]
+    if splits.test:
+        numbers.append(f"{len(splits.test)} test")
+    return f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
+
+
 def copies_between(splits):
-    """A line for each evaluated split that contains exact copies of training images."""
-    for name, images in ((splits.evaluated_on, splits.evaluation), ("test", splits.test)):
-        if images and (copies := count_copies(splits.train, images)):
-            yield f"warning: {copies} of the {len(images)} {NAMES[name]} images are exact copies of training images"
+    """A line for each two splits with the same images."""
+    for (split, other), count in splits.copies.items():
+        if count:
+            yield f"warning: {count} of the {NAMES[other]} images are exact copies of {NAMES[split]} images"
 
 
 def report_unreadable(splits, tracker):
     """Print how many images were skipped in all processes, if any."""
-    sets = [images for images in splits[:3] if images]
+    sets = [images for images in (splits.train, splits.evaluation, splits.test) if images]
     skipped = len(union_over_processes(frozenset().union(*(images.unreadable for images in sets))))
     if skipped:
         tracker.say(f"skipped {skipped} unreadable image{'s' if skipped > 1 else ''}, named above")

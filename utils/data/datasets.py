@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from utils.data.duplicates import count_copies
 from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
@@ -90,16 +92,19 @@ class LoadedSplits(NamedTuple):
     evaluation: object  # the validation images, or the test images if there are none
     test: object  # the test images, or None without any apart from `evaluation`
     evaluated_on: str  # "val" or "test"
+    copies: dict  # {(split, other): number of images of `other` that are exact copies of images of `split`}
 
 
 def load_splits(name, options, processes):
     """The LoadedSplits of a data set. Raises UserError."""
-    found = training_splits(name, options)
-    evaluated_on = "val" if "val" in found else "test"
-    train, evaluation = (load_dataset(name, split, options, processes) for split in ("train", evaluated_on))
-    has_test = evaluated_on == "val" and "test" in found
-    test = load_dataset(name, "test", options, processes) if has_test else None
-    return LoadedSplits(train, evaluation, test, evaluated_on)
+    splits = {split: read_split(name, split, options, processes) for split in training_splits(name, options)}
+    copies = {}
+    if processes.is_first:  # which reports them
+        pairs = itertools.combinations(splits, 2)
+        copies = {(one, other): count_copies(splits[one].images, splits[other].images) for one, other in pairs}
+    loaded = {split: make_data_set(name, found, options, processes) for split, found in splits.items()}
+    evaluated_on = "val" if "val" in loaded else "test"
+    return LoadedSplits(loaded.pop("train"), loaded.pop(evaluated_on), loaded.get("test"), evaluated_on, copies)
 
 
 def load_dataset(name, split, options, processes):

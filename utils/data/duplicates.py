@@ -5,37 +5,42 @@ import os
 import numpy as np
 import xxhash
 
-from utils.data.loading import TensorImages
 from utils.records.files import file_checksum
 
 MAX_FILES = 100_000  # of larger folders, such as ImageNet, even the sizes would take long to read
 
 
 def count_copies(images, others):
-    """How many of `others` are also in `images`; both TensorImages, whose pixels count, or FolderImages.
+    """How many of `others` are also in `images`: arrays uint8 (n, 3, h, w), whose pixels count, or lists of paths.
 
-    Files count as copies if their bytes are equal. 0 for sets of different kinds and for more than MAX_FILES files.
+    Files count as copies if their bytes are equal. 0 for more than MAX_FILES files.
     """
-    if isinstance(images, TensorImages) != isinstance(others, TensorImages):
-        return 0
-    if isinstance(images, TensorImages):
-        known = set(pixel_checksums(images))
-        return sum(checksum in known for checksum in pixel_checksums(others))
+    if not isinstance(images, list):
+        known = set(map(pixel_checksum, images))
+        return sum(pixel_checksum(image) in known for image in others)
     if len(images) + len(others) > MAX_FILES:
         return 0
-    sizes = [np.array([file_size(path) for path in each.paths]) for each in (images, others)]
-    known = {file_checksum(path) for path in images.paths[np.isin(sizes[0], sizes[1])]}
-    return sum(file_checksum(path) in known for path in others.paths[np.isin(sizes[1], sizes[0])])
+    sizes, other_sizes = ({path: file_size(path) for path in paths} for paths in (images, others))
+    common = set(sizes.values()) & set(other_sizes.values()) - {None}
+    known = {checksum(path) for path, size in sizes.items() if size in common} - {None}
+    return sum(checksum(path) in known for path, size in other_sizes.items() if size in common)
 
 
-def pixel_checksums(images):
-    """The XXH3 of each of the TensorImages."""
-    return [xxhash.xxh3_128_intdigest(image) for image in images.images.cpu().numpy()]
+def pixel_checksum(image):
+    return xxhash.xxh3_128_intdigest(np.ascontiguousarray(image))
 
 
 def file_size(path):
-    """In bytes; -1 for a missing file, which training will report."""
+    """In bytes; None for a file that can't be read, which training reports."""
     try:
         return os.path.getsize(path)
     except OSError:
-        return -1
+        return None
+
+
+def checksum(path):
+    """The XXH3 of a file, or None."""
+    try:
+        return file_checksum(path)
+    except OSError:
+        return None

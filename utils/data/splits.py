@@ -1,7 +1,10 @@
 """Which splits a data set has, and dividing its training images by a seed into those that it lacks."""
 
+import math
 import os
 import re
+import warnings
+from fractions import Fraction
 
 import numpy as np
 
@@ -9,6 +12,7 @@ from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
 DIVISION = ("val_split", "test_split", "split_seed", "group_by")  # the flags, and fields of DataOptions
+MAX_FOLDS = 20  # of --group_by, for shares in steps of 5 %
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -21,6 +25,8 @@ def check_shares(own, options, where):
         if split in own and getattr(options, f"{split}_split"):
             raise UserError(f"{where} has {NAMES[split]} images of its own; omit --{split}_split")
     if options.group_by:
+        if not (options.val_split or options.test_split):
+            raise UserError("--group_by needs --val_split or --test_split, which it divides by")
         check_regex(options.group_by)
 
 
@@ -48,38 +54,59 @@ def rows_of_split(split, own, labels, images, classes, options):
     rows = np.arange(len(labels))
     groups = subjects(images, options.group_by) if options.group_by else None
     for taken in ("test", "val"):
-        share = getattr(options, f"{taken}_split")
+        share, flag = getattr(options, f"{taken}_split"), f"--{taken}_split"
         if taken in own or not share:
             continue
-        subset = labels[rows], None if groups is None else groups[rows]
-        kept, found = (rows[part] for part in divide(*subset, share, options.split_seed, f"--{taken}_split {share:g}"))
+        if groups is None:
+            parts = divide(labels[rows], share, options.split_seed, flag, classes)
+        else:
+            parts = divide_subjects(labels[rows], groups[rows], share, options.split_seed, flag)
+        kept, found = (rows[part] for part in parts)
         for part, name in ((kept, "training"), (found, NAMES[taken])):
             empty = np.setdiff1d(labels, labels[part])
             if len(empty):
-                raise UserError(f"--{taken}_split {share:g} leaves no {name} image of class {classes[empty[0]]!r}")
+                raise UserError(f"{flag} {share:g} leaves no {name} image of class {classes[empty[0]]!r}")
         if split == taken:
             return np.sort(found)
         rows = kept
     return np.sort(rows)
 
 
-def divide(labels, groups, share, seed, flag):
-    """(indices of the images that stay, of the `share` that is taken), with about the same share of each class.
+def divide(labels, share, seed, flag, classes):
+    """(indices of the images that stay, of the `share` that is taken), with the same share of each class.
 
-    All images of a group stay or are taken together. Raises UserError, which names the `flag`.
+    Raises UserError, which names the `flag`.
     """
-    from sklearn.model_selection import StratifiedGroupKFold, train_test_split  # a slow import
+    from sklearn.model_selection import train_test_split  # a slow import
 
-    rows = np.arange(len(labels))
-    try:
-        if groups is None:
-            return train_test_split(rows, test_size=share, stratify=labels, random_state=seed)
-        folds = StratifiedGroupKFold(max(2, round(1 / share)), shuffle=True, random_state=seed)
-        return next(folds.split(rows, labels, groups))
-    except ValueError as error:  # too few images of a class, or too few subjects
+    counts = np.bincount(labels, minlength=len(classes))
+    if 1 in counts:
+        raise UserError(f"{flag} can't divide class {classes[counts.tolist().index(1)]!r}, which has one image only")
+    taken = math.ceil(share * len(labels))
+    if min(taken, len(labels) - taken) < np.count_nonzero(counts):
         raise UserError(
-            f"{flag} can't divide {len(rows)} images of {len(np.unique(labels))} classes: {error}"
-        ) from error
+            f"{flag} {share:g} divides {len(labels)} images into {len(labels) - taken} and {taken}, fewer than the "
+            f"{np.count_nonzero(counts)} classes"
+        )
+    return train_test_split(np.arange(len(labels)), test_size=taken, stratify=labels, random_state=seed)
+
+
+def divide_subjects(labels, groups, share, seed, flag):
+    """The same with about the share of each class, where all images of a group stay or are taken together."""
+    from sklearn.model_selection import StratifiedGroupKFold  # a slow import
+
+    count = len(np.unique(groups))
+    taken, folds = Fraction(share).limit_denominator(min(MAX_FOLDS, count)).as_integer_ratio()
+    if not 0 < taken < folds:
+        raise UserError(f"{flag} {share:g} can't divide {count} subjects; give a share nearer to one half")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds, which may be divided all the same
+        try:
+            parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
+        except ValueError as error:  # every class has fewer images than folds
+            raise UserError(f"{flag} {share:g} can't divide the images of {count} subjects: {error}") from error
+    found = np.concatenate([part for _, part in parts[:taken]])
+    return np.setdiff1d(np.arange(len(labels)), found), found
 
 
 def draw_per_class(labels, count, seed):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.data.splits import NAMES
 from utils.errors import UserError
-from utils.metrics import best_of, percent
+from utils.metrics import best_of, criterion_text, percent
 from utils.records.files import replace_file
 from utils.records.run_folder import CURVES, EVENTS, METRICS, RESULT
 from utils.records.weights import BEST, LAST
@@ -45,16 +45,10 @@ def result_of_rows(rows, metric):
 def summary(run_dir, result, num_classes, incomplete=()):
     """The results of a run and the paths of its files as text; `incomplete` names records that could not be written."""
     lines = ["", *accuracy_lines(result, num_classes)]
-    for title, name in (
-        ("weights", BEST),
-        ("", LAST),
-        ("result", RESULT),
-        ("metrics", METRICS),
-        ("curves", CURVES),
-        ("TensorBoard", EVENTS),
-    ):
-        if name == BEST and "best" not in result:
-            continue
+    weights = [name for name in (BEST, LAST) if name == LAST or "best" in result]
+    titles = [("weights", weights[0]), *(("", name) for name in weights[1:])]
+    titles += [("result", RESULT), ("metrics", METRICS), ("curves", CURVES), ("TensorBoard", EVENTS)]
+    for title, name in titles:
         path = f"tensorboard --logdir {run_dir}" if name == EVENTS else run_dir / name
         exists = any(run_dir.glob(name))
         note = "" if exists and name not in incomplete else "  (incomplete)" if exists else "  (missing)"
@@ -63,31 +57,27 @@ def summary(run_dir, result, num_classes, incomplete=()):
 
 
 def accuracy_lines(result, num_classes):
-    """A line for each evaluated split, with what its numbers are worth."""
-    last, best, chosen_on = result["last"], result.get("best"), result["chosen_on"]
-    has_intervals = False
-    for split in ("val", "test"):
-        measured = last.get(split)
-        if not measured:
-            continue
-        images, top5 = measured.get("images"), measured["top5_accuracy"]
-        has_intervals |= bool(images)
-        shows_top5 = num_classes > FEW_CLASSES and not math.isnan(top5)
-        line = f"{NAMES[split]} accuracy {percent(measured['accuracy'], images)}"
-        line += f", top-5 {percent(top5, images)}" if shows_top5 else ""
-        if best and best.get(split):
-            line += f", best {best_text(best[split], result['chosen_by'])} at step {best['step']}"
-        if split == chosen_on and "test" not in set(last) - {chosen_on}:
-            line += f"; the best step is chosen on the {NAMES[split]} set: optimistic"
-        yield line
-    if has_intervals:
-        yield "[low, high]: the 95 % interval of an accuracy"
+    """A line for the last and one for the best weights, and one on how the best ones were chosen."""
+    entries = {name: result[name] for name in ("last", "best") if name in result}
+    width = max(len(str(entry["step"])) for entry in entries.values())
+    for name, entry in entries.items():
+        measured = [split_text(split, entry[split], num_classes) for split in ("val", "test") if entry.get(split)]
+        yield f"{name}, step {entry['step']:>{width}}   {'   '.join(measured)}"
+    notes = []
+    if "best" in result and result["best"].get(result["chosen_on"]):
+        chosen_on = result["chosen_on"]
+        optimistic = "" if chosen_on == "val" and "test" in result["best"] else ": optimistic"
+        criterion = criterion_text(result["chosen_by"], result["best"][chosen_on][result["chosen_by"]])
+        notes.append(f"best: {criterion}, chosen on the {NAMES[chosen_on]} set{optimistic}")
+    if any("images" in measured for measured in result["last"].values() if isinstance(measured, dict)):
+        notes.append("[low, high]: 95 % interval")
+    if notes:
+        yield "; ".join(notes)
 
 
-def best_text(measured, metric):
-    """The accuracy of the best weights, and the metric by which they are chosen if it is another one."""
-    text = percent(measured["accuracy"], measured.get("images"))
-    if metric == "accuracy":
-        return text
-    value = f"{measured[metric]:.4f}" if metric == "loss" else percent(measured[metric])
-    return f"{text} ({metric.replace('_', ' ')} {value})"
+def split_text(split, measured, num_classes):
+    """The accuracies on a split, {metric: number}, of many classes the top-5 accuracy too."""
+    images, top5 = measured.get("images"), measured["top5_accuracy"]
+    shows_top5 = num_classes > FEW_CLASSES and not math.isnan(top5)
+    text = f"{NAMES[split]} accuracy {percent(measured['accuracy'], images)}"
+    return f"{text}, top-5 {percent(top5, images)}" if shows_top5 else text

@@ -144,6 +144,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluate
         for path in files_of_run(run_dir):
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()  # an early version's state was a file
+    (run_dir / RESULT).unlink(missing_ok=True)  # of fewer steps, after which the run goes on
     config = {
         "flags": vars(args),
         "classes": classes,
