@@ -25,9 +25,10 @@ from scipy.io import savemat
 
 import evaluate
 import train
-from helpers import call_main, load_data, run_dir
+from helpers import ROOT, call_main, load_data, run_dir
 from utils.data.datasets import DATASETS, DataOptions, downloaded, read_split, training_splits
 from utils.data.loading import FolderImages, TensorImages
+from utils.data.splits import SPLITS
 from utils.data.torchvision_datasets import PUBLISHED
 from utils.errors import UserError
 from utils.parallel.processes import one_process
@@ -134,7 +135,7 @@ def food101():
 def sun397():
     """Some classes are in a folder of two, such as /a/abbey/indoor."""
     names = [f"/{'abc'[label % 3]}/scene{label:03d}{'/indoor' * (label % 2)}" for label in range(397)]
-    files = {f"SUN397{name}/sun_{i}.jpg": PHOTOS[i % 2] for name in names for i in range(4)}
+    files = {f"SUN397{name}/sun_{i}.jpg": PHOTOS[i % 2] for name in names for i in range(2)}
     return {
         "SUN397.tar.gz": archive({**files, "SUN397/ClassName.txt": "".join(f"{name}\n" for name in names).encode()})
     }
@@ -185,7 +186,7 @@ EXPECTED = {
     "food101": ({"train": 202, "test": 101}, "food_000", "food_100"),
     "pets": ({"train": 74, "test": 37}, "Big Breed 01", "Big Breed 37"),
     "stl10": ({"train": 20, "test": 30}, "thing 0", "thing 9"),
-    "sun397": ({"train": 4 * 397}, "scene000", "scene396"),
+    "sun397": ({"train": 2 * 397}, "scene000", "scene396"),
     "svhn": ({"train": 20, "test": 30}, "0", "9"),
 }
 ARRAYS = ("fashion_mnist", "stl10", "svhn")
@@ -245,6 +246,20 @@ def publish(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def test_every_data_set_of_torchvision_is_tested_and_documented():
+    """The small files of each entry below, and its row in the table of the documents."""
+    assert PUBLISHED.keys() == MAKERS.keys() | {"cifar10", "cifar100"}  # those are in test_datasets.py
+    text = (ROOT / "docs" / "fine-tuning.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]*) ?\| ([\d,]*) ?\| (\d+) \|", text, re.MULTILINE)
+    assert [row[0] for row in rows] == sorted(PUBLISHED)
+    for name, *counts, classes in rows:
+        source = PUBLISHED[name]
+        sizes = {split: int(count.replace(",", "")) for split, count in zip(SPLITS, counts, strict=True) if count}
+        assert sizes.keys() == source.splits.keys()
+        assert int(classes) == source.num_classes
+        assert source.num_images in (None, sizes["train"])
 
 
 def number_in(path, name):
@@ -396,6 +411,16 @@ def test_a_folder_that_was_unpacked_in_part_is_an_error(name, lost, publish, tmp
     assert {split: len(found.labels) for split, found in read_all(name, tmp_path).items()} == sizes
 
 
+def test_sun397_without_any_image_is_incomplete(publish, tmp_path):
+    publish("sun397")
+    (tmp_path / "SUN397").mkdir()
+    (tmp_path / "SUN397" / "ClassName.txt").write_text("/a/abbey\n")
+    with pytest.raises(
+        UserError, match="SUN397 is incomplete, as after an interruption: it has 0 images of 794; delete"
+    ):
+        read_split("sun397", "train", DataOptions(tmp_path), one_process())
+
+
 def test_sun397_is_divided_alike_in_any_order_of_the_file_system(publish, tmp_path, monkeypatch):
     publish("sun397")
     options = DataOptions(tmp_path, test_split=0.5)
@@ -409,7 +434,7 @@ def test_sun397_is_divided_alike_in_any_order_of_the_file_system(publish, tmp_pa
         assert found.images == before[split].images
         assert np.array_equal(found.labels, before[split].labels)
         assert set(found.labels.tolist()) == set(range(397))
-    assert sum(len(found.labels) for found in before.values()) == 4 * 397
+    assert sum(len(found.labels) for found in before.values()) == 2 * 397
     assert read_split("sun397", "test", options._replace(split_seed=1), one_process()).images != before["test"].images
 
 

@@ -82,8 +82,8 @@ def read_pets(make):
 
 def in_order_of_paths(samples, data):
     """(paths, labels, class names), sorted, because torchvision lists SUN397 in the order of the file system."""
-    paths, labels = zip(*sorted(samples), strict=True)
-    return list(paths), np.array(labels), getattr(data, "classes", None)
+    samples = sorted(samples)
+    return [path for path, _ in samples], np.array([label for _, label in samples]), getattr(data, "classes", None)
 
 
 BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
