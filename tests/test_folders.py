@@ -61,7 +61,8 @@ def add_ignored_files(root):
 def test_files_that_are_ignored_are_counted_in_one_line_per_split(image_folder, capsys):
     add_ignored_files(image_folder)
     lines = {
-        "train": "train: 16 images; files ignored: 4 (2 .heic, 1 outside the class folders, 1 .txt)",
+        "train": "train: 16 images; files ignored: 4 (2 .heic, 1 outside the class folders, 1 .txt); convert HEIC to "
+        "JPEG, e.g. with `magick mogrify -format jpg *.heic`",
         "val": "val: 8 images; files ignored: 1 (1 without suffix)",
     }
     for split, line in lines.items():

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import evaluate
+import visualize
 from helpers import damage_jpeg, folder_images, photograph, script, truncate, write_images, write_jpegs, write_run
 from utils.data.augmentation import Augmentation
 from utils.data.decoder_messages import decoder_messages_discarded
@@ -57,7 +58,9 @@ def test_images_are_found_in_subfolders_sorted_and_without_hidden_files(tmp_path
     with pytest.raises(UserError, match="empty has no images .supported: .apng, .bmp, .dib, .gif, .*, .webp.$"):
         images_below(tmp_path / "empty")
     (tmp_path / "empty" / "1.HEIC").touch()
-    with pytest.raises(UserError, match="empty has no images .*; it has 1 .heic$"):
+    with pytest.raises(
+        UserError, match="empty has no images .*; it has 1 .heic; convert HEIC to JPEG, e.g. with .magick"
+    ):
         images_below(tmp_path / "empty")
 
 
@@ -71,10 +74,49 @@ def test_ignored_files_are_counted_but_not_those_of_the_system(tmp_path, capsys)
     assert printed.out == ""
     assert printed.err.startswith(f"{tmp_path}: 1 images; files ignored: 10 (3 .heic, 2 .txt, 1 ")
     assert printed.err.count(", 1 ") == 3
-    assert printed.err.endswith(", 2 others)\n")
+    assert ", 2 others); convert HEIC to JPEG, e.g. with `magick mogrify -format jpg *.heic`\n" in printed.err
     write_images(tmp_path / "clean", [(8, 8)])
     images_below(tmp_path / "clean")
     assert capsys.readouterr().err == ""
+
+
+def test_heic_photographs_are_named_even_if_other_kinds_are_more_common(tmp_path, capsys):
+    write_images(tmp_path, [(8, 8)])
+    for suffix in "abcdef":
+        for number in range(2):
+            (tmp_path / f"{number}.{suffix}").touch()
+    images_below(tmp_path)
+    assert "HEIC" not in capsys.readouterr().err
+    (tmp_path / "1.HEIF").touch()
+    images_below(tmp_path)
+    assert "files ignored: 13 (1 .heif, 2 ." in (printed := capsys.readouterr().err)
+    assert printed.endswith(", 4 others); convert HEIC to JPEG, e.g. with `magick mogrify -format jpg *.heic`\n")
+
+
+HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # the first bytes of an iPhone's photographs
+
+
+@pytest.mark.parametrize("name, content", [("1.HEIC", b""), ("1.jpg", HEIC_START), ("1.heif", HEIC_START)])
+def test_a_heic_photograph_is_named_as_such_by_its_suffix_or_its_content(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content + bytes(40 if content else 0))
+    message = f"{name} is not a readable image: it is HEIC; convert HEIC to JPEG, e.g. with .magick mogrify"
+    for read in (read_image, check_image):
+        with pytest.raises(UserError, match=message):
+            read(path)
+
+
+def test_a_jpeg_with_the_suffix_of_heic_is_read(tmp_path):
+    photograph(20, 30).save(tmp_path / "1.heic", format="JPEG")
+    assert read_image(tmp_path / "1.heic").shape == (3, 20, 30)
+
+
+def test_scripts_that_are_given_a_heic_photograph_end_with_one_line(tmp_path, main_fails):
+    _, weights = write_run(tmp_path / "run")
+    path = tmp_path / "cat.heic"
+    path.write_bytes(HEIC_START)
+    assert "it is HEIC; convert HEIC" in main_fails(evaluate, "--checkpoint", weights, path)
+    assert "it is HEIC; convert HEIC" in main_fails(visualize, "--checkpoint", weights, "--image", path)
 
 
 def test_linked_folders_are_followed_once(tmp_path):

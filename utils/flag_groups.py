@@ -32,7 +32,7 @@ def add_data_flags(group, default):
         "--data_dir",
         default=default and "data",
         metavar="DIR",
-        help="The folder that CIFAR is downloaded to; for imagefolder and imagenet the folder with train/, val/ "
+        help="The folder that a data set is downloaded to; for imagefolder and imagenet the folder with train/, val/ "
         "and test/, which have one folder per class. val/ or test/ may be missing.",
     )
     group.add_argument(

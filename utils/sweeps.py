@@ -111,7 +111,7 @@ def download_shared_files(runs):
             download(path)
     for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
         if not DATASETS[dataset].in_folders:
-            for split in DATASETS[dataset].splits(data_dir):
+            for split in DATASETS[dataset].splits(data_dir):  # some data sets have a file for each
                 read_split(dataset, split, DataOptions(data_dir), one_process())
 
 

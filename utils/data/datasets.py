@@ -1,7 +1,6 @@
 """The data sets, one entry of DATASETS each, and `load_dataset`, which loads any of them by its name."""
 
 import contextlib
-import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
 from utils.data.splits import NAMES, available_splits, check_shares, draw_per_class, rows_of_split
+from utils.data.torchvision_datasets import PUBLISHED, read_published
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
 
@@ -78,10 +78,11 @@ def training_splits(name, options):
     """`find_splits`. Raises UserError too if there is nothing but training images."""
     found = find_splits(name, options)
     if found == ["train"]:
-        raise UserError(
-            f"{options.data_dir} needs the folders train/ and val/ or test/, with one folder per class in each; or "
-            "divide its images by --val_split 0.1 or --test_split 0.2"
-        )
+        divide = "divide its images by --val_split 0.1 or --test_split 0.2"
+        if not DATASETS[name].in_folders:
+            raise UserError(f"{name} has no validation or test images of its own; {divide}")
+        needed = "the folders train/ and val/ or test/, with one folder per class in each"
+        raise UserError(f"{options.data_dir} needs {needed}; or {divide}")
     return found
 
 
@@ -163,19 +164,13 @@ def read_digits(data_dir, split):
     return Split(pixels[rows], labels[rows], [str(digit) for digit in range(10)])
 
 
-def read_cifar(name, data_dir, split):
-    """torchvision's CIFAR, downloaded into `data_dir` once."""
-    from torchvision import datasets  # a slow import that other data sets do not need
+def downloaded(source):
+    """The DataSource of a Published data set of torchvision. Its photographs are stretched, as for BiT and the ViT."""
 
-    dataset = getattr(datasets, name)
-    try:
-        data = dataset(data_dir, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"could not get {name} into {data_dir}: {error}; "
-            f"download {dataset.url} to that folder, or give the folder that holds it by --data_dir"
-        ) from error
-    return Split(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)), data.targets, data.classes)
+    def read(data_dir, split):
+        return Split(*read_published(source, data_dir, split))
+
+    return DataSource(lambda data_dir: source.num_classes, read, lambda data_dir: tuple(source.splits))
 
 
 def count_class_folders(data_dir):
@@ -191,8 +186,7 @@ def read_folder(data_dir, split):
 IMAGE_FOLDER = DataSource(count_class_folders, read_folder, image_folders, in_folders=True)
 
 DATASETS = {
-    "cifar10": DataSource(lambda data_dir: 10, functools.partial(read_cifar, "CIFAR10")),
-    "cifar100": DataSource(lambda data_dir: 100, functools.partial(read_cifar, "CIFAR100")),
+    **{name: downloaded(source) for name, source in PUBLISHED.items()},
     "digits": DataSource(lambda data_dir: 10, read_digits),
     "imagefolder": IMAGE_FOLDER,
     "imagenet": IMAGE_FOLDER._replace(prepare=centre_crop, in_memory=False),

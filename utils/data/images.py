@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = {
     *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 }
+# HEIC photographs, as most phones store them, which neither Pillow nor torchvision decodes.
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+HEIC_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"}  # bytes 8 to 11 of the file
+CONVERT_HEIC = "convert HEIC to JPEG, e.g. with `magick mogrify -format jpg *.heic`"
 SYSTEM_FILES = {"desktop.ini", "thumbs.db"}  # of Windows; those of other systems are hidden files
 MAX_KINDS = 5  # kinds of ignored files that are reported one by one
 REDUCTIONS = (8, 4, 2)  # factors by which a JPEG can be decoded at a smaller size
@@ -73,7 +77,7 @@ def find_images(folder):
             elif not is_system_file(file):
                 ignored[os.path.splitext(file)[1].lower() or "without suffix"] += 1
     if not paths:
-        found = f"; it has {kinds_text(ignored)}" if ignored else ""
+        found = f"; it has {kinds_text(ignored)}{heic_hint(ignored)}" if ignored else ""
         raise UserError(f"{folder} has no images (supported: {', '.join(sorted(IMAGE_SUFFIXES))}){found}")
     return sorted(paths), ignored
 
@@ -111,14 +115,27 @@ def is_system_file(file):
 
 def count_text(folder, num_images, ignored):
     """A line about the files of a folder, of which a Counter of the `ignored` ones is given."""
-    return f"{folder}: {num_images} images; files ignored: {ignored.total()} ({kinds_text(ignored)})"
+    kinds = f"{ignored.total()} ({kinds_text(ignored)}){heic_hint(ignored)}"
+    return f"{folder}: {num_images} images; files ignored: {kinds}"
 
 
 def kinds_text(counter):
-    """'3 .heic, 2 .txt', the most common first."""
-    shown = counter.most_common(MAX_KINDS)
+    """'3 .heic, 2 .txt': HEIC photographs, which somebody misses, then the most common kinds."""
+    shown = sorted(counter.most_common(), key=lambda item: item[0] not in HEIC_SUFFIXES)[:MAX_KINDS]
     others = counter.total() - sum(count for _, count in shown)
     return ", ".join([f"{count} {kind}" for kind, count in shown] + [f"{others} others"] * bool(others))
+
+
+def heic_hint(counter):
+    """What to do about the HEIC photographs among the ignored files, if there are any."""
+    return f"; {CONVERT_HEIC}" if HEIC_SUFFIXES & counter.keys() else ""
+
+
+def is_heic(path):
+    """Whether a file that can't be decoded is a HEIC photograph, by its name or by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    return os.path.splitext(path)[1].lower() in HEIC_SUFFIXES or (start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS)
 
 
 @contextlib.contextmanager
@@ -130,7 +147,9 @@ def errors_name(path):
     except Exception as error:  # Pillow raises nearly every type for one damaged file or another
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} does not exist") from error
-        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        why = " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            why = f"it is HEIC; {CONVERT_HEIC}" if is_heic(path) else "its format is unknown"
         raise UserError(f"{path} is not a readable image: {why}") from error
 
 
