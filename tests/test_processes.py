@@ -35,6 +35,7 @@ from utils import train_state
 from utils.errors import UserError
 from utils.parallel.processes import StopSignal, choose_device, first_on_each_machine, join_processes, one_process
 from utils.records import checkpoint
+from utils.records.result import read_result
 from utils.records.weights import LAST
 from utils.train_state import TrainState
 
@@ -50,9 +51,9 @@ FORKS = pytest.mark.skipif(sys.platform != "linux", reason="forks processes that
 @FORKS
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_results_of_one_and_resume_in_it(parallel, tiny_flags, monkeypatch):
-    """With dropout, accumulation, class weights and a moving average; two processes share the 360 test images."""
+    """With dropout, accumulation, class weights and a moving average; two processes share the evaluated images."""
     make_shallow(monkeypatch)
-    flags = [*EVERYTHING, "--class_weights", "balanced", "--best_metric", "macro_f1"]
+    flags = [*EVERYTHING, "--class_weights", "balanced", "--best_metric", "macro_f1", "--val_split", 0.2]
     flags += ["--gradient_accumulation_steps", 2, "--num_steps", 8, "--eval_every", 4]
     one, two = (tiny_flags(*flags, "--name", name, "--parallel", parallel) for name in ("one", "two"))
     train_run(one, monkeypatch, "one")
@@ -70,9 +71,13 @@ def test_two_processes_have_the_results_of_one_and_resume_in_it(parallel, tiny_f
 def assert_same_results(flags, others):
     """The metrics, the weights and their average are those of the other run but for rounding."""
     for row, other in zip(metrics(flags), metrics(others), strict=True):
-        for name in ("step", "train_loss", "train_accuracy", "grad_norm", "test_loss", "test_accuracy"):
+        for name in ("step", "train_loss", "train_accuracy", "grad_norm", "val_loss", "val_accuracy", "val_macro_f1"):
             assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
-        assert float(row["test_macro_f1"]) == pytest.approx(float(other["test_macro_f1"]), rel=1e-4)
+    result, expected = (read_result(run_dir(each)) for each in (flags, others))
+    for name in ("last", "best"):
+        assert result[name]["step"] == expected[name]["step"]
+        for split in ("val", "test"):
+            assert result[name][split] == pytest.approx(expected[name][split], rel=1e-4)
     for name in ("last", "best"):
         weights, expected = (load_file(run_dir(each) / f"{name}.safetensors") for each in (flags, others))
         assert max(differences(weights, expected).values()) < 1e-4

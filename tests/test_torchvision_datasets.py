@@ -251,7 +251,7 @@ def publish(monkeypatch):
 def test_every_data_set_of_torchvision_is_tested_and_documented():
     """The small files of each entry below, and its row in the table of the documents."""
     assert PUBLISHED.keys() == MAKERS.keys() | {"cifar10", "cifar100"}  # those are in test_datasets.py
-    text = (ROOT / "docs" / "fine-tuning.md").read_text()
+    text = (ROOT / "docs" / "data.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]*) ?\| ([\d,]*) ?\| (\d+) \|", text, re.MULTILINE)
     assert [row[0] for row in rows] == sorted(PUBLISHED)
     for name, *counts, classes in rows:
