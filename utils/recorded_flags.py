@@ -90,5 +90,5 @@ def as_arguments(action, value):
     if value is None:
         return []
     if action.nargs:
-        return [flag, *map(str, value if isinstance(value, list) else [value])]
+        return [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
     return [f"{flag}={value}"]  # also for a value that begins with a dash
