@@ -3,16 +3,26 @@
 Importing this module puts the repository on the path.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import model_maker, train_parser
+from utils.errors import UserError
 from utils.flag_types import positive, seed
+from utils.records.run_folder import is_finished
 from utils.sweeps import TrainingScript, check_plan, plan_run, raise_failures, run_unfinished
 
 TRAIN = TrainingScript(Path(__file__).resolve().parent.parent / "train.py", train_parser(), model_maker)
 SHARED_FLAGS = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
+OWN_FLAGS = {  # flags of train.py that a study of any runs sets itself: what to use instead
+    "--name": "the runs are named by what differs",
+    "--resume": "the runs always resume",
+    "--overwrite": "give another --output_dir",
+    "--local_rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
+    "--local-rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
+}
 RECIPE = {
     "min_crop_scale": 0.5,
     "horizontal_flip": True,
@@ -56,6 +66,25 @@ def finish_runs(runs):
     """Check the runs of train.py, then run those that are not finished. Raises UserError or RunStoppedError."""
     check_plan(TRAIN, runs)
     raise_failures(run_unfinished(runs), len(runs))
+
+
+def flags_in(arguments):
+    """The flags among arguments of the shell, with their dashes."""
+    return {text.partition("=")[0] for text in arguments if text.startswith("--")}
+
+
+def refuse_flags(further, own_flags):
+    """Raise UserError for one of `own_flags`, as OWN_FLAGS, among the arguments that are passed to train.py."""
+    for flag in flags_in(further):
+        if flag in own_flags:
+            raise UserError(f"{flag} is not for all runs: {own_flags[flag]}")
+
+
+def print_unfinished(runs):
+    """Print the commands of the runs that are not finished."""
+    for run in runs:
+        if not is_finished(run.folder, run.flags):
+            print(shlex.join(run.command))
 
 
 def seeds_text(seeds):

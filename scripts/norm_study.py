@@ -9,12 +9,11 @@ another. The same command resumes an interrupted study and tries failed runs aga
 
 import csv
 import itertools
-import shlex
 import statistics
 from pathlib import Path
 
 import torch
-from experiment import TRAIN
+from experiment import OWN_FLAGS, TRAIN, flags_in, print_unfinished, refuse_flags
 
 from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
@@ -53,14 +52,11 @@ COLUMNS = (
     "images_per_second",
 )
 STARTS = {"scratch": "from scratch", "pretrained": "pretrained"}
-STUDY_FLAGS = {  # flags of train.py that the study sets itself: what to use instead
-    "--name": "the study names the runs",
+STUDY_FLAGS = {
+    **OWN_FLAGS,
     "--model_type": "give --model_types",
     "--norm_type": "give --norm_types",
-    "--resume": "the study always resumes",
-    "--overwrite": "give another --output_dir",
-    "--local_rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
-    "--local-rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
+    "--config": "give its flags, as the study has a recipe of its own",
 }
 
 
@@ -69,9 +65,7 @@ def main():
     runs = plan(args, further)
     check_plan(TRAIN, runs.values(), files=not args.dry_run)
     if args.dry_run:
-        for run in runs.values():
-            if not is_finished(run.folder, run.flags):
-                print(shlex.join(run.command))
+        print_unfinished(runs.values())
         return
     for folder, flag in ((args.output_dir, "--output_dir"), (args.figures, "--figures")):
         make_output_folder(folder, flag)
@@ -134,19 +128,13 @@ def parse_flags():
         "--dry_run", action="store_true", help="Print the commands of the unfinished runs and start nothing."
     )
     args, further = parser.parse_known_args()
-    for flag in flags_in(further):
-        if flag in STUDY_FLAGS:
-            raise UserError(f"{flag} is not for all runs: {STUDY_FLAGS[flag]}")
+    refuse_flags(further, STUDY_FLAGS)
     for model_type in args.model_types:
         if model_type not in VITS:
             names = ", ".join(VITS)
             raise UserError(f"{model_type} is not in this study of ViTs and hybrids; --model_types can be {names}")
     args.figures = args.figures or args.output_dir / "figures"
     return args, further
-
-
-def flags_in(arguments):
-    return {text.partition("=")[0] for text in arguments if text.startswith("--")}
 
 
 def plan(args, further):

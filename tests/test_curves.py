@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.curves import plot_confusion_matrix, plot_curves, plot_reliability, plot_runs
+from utils.curves import MAX_POINTS, plot_confusion_matrix, plot_curves, plot_grid, plot_reliability, plot_runs
+from utils.grids import best_point, grid_points
 from utils.metrics import calibration_sums, wilson_interval
 
 
@@ -48,6 +49,58 @@ def test_runs_show_the_mean_and_the_test_range_of_their_seeds():
         assert (heights.min(), heights.max()) == (pytest.approx(test.min()), pytest.approx(test.max() + 5 * factor))
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["one \\$", "three", "training"]
+
+
+def grid_figure(grid, metric="accuracy", seeds=(0, 0.1, 0.5)):
+    """The figure of a grid whose points have the values 0.1, 0.11, ... plus the `seeds`."""
+    points = grid_points(grid)
+    values = {point: [0.1 + 0.01 * number + seed for seed in seeds] for number, point in enumerate(points)}
+    figure = plot_grid(grid, values, best_point(values, metric), metric, "validation $", "title $")
+    figure.canvas.draw()
+    [axes], [legend] = figure.axes, figure.legends
+    return axes, [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_grid_of_one_flag_has_its_values_on_the_x_axis():
+    axes, legend = grid_figure({"lr": [0.03, 0.003, 0.01], "wd": [0.0]})
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "lr", "validation $ (%)")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.03", "0.003", "0.01"]
+    [container] = axes.containers
+    line, _, (bars,) = container.lines
+    np.testing.assert_allclose(line.get_xydata(), [[0.003, 31], [0.01, 32], [0.03, 30]])  # the means
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[11, 61], [12, 62], [10, 60]])
+    assert legend == ["mean and range of the seeds", "chosen"]
+    assert axes.lines[-1].get_xydata().tolist() == [[0.01, pytest.approx(32)]]
+    low, high = axes.get_ylim()
+    assert low < 10 and high > 62
+
+
+def test_the_axis_of_a_grid_is_logarithmic_only_where_numbers_span_a_decade():
+    for values, scale in (([1, 2, 9], "linear"), ([1, 10], "log"), ([0.0, 0.001, 0.1], "symlog"), ([0, 5], "linear")):
+        axes, _ = grid_figure({"flag": values}, "loss")
+        assert (axes.get_xscale(), axes.get_ylabel()) == (scale, "validation $ (nats)")
+
+
+def test_the_second_flag_of_a_grid_has_one_line_per_value():
+    axes, legend = grid_figure({"optimizer": ["sgd", "a/b $"], "flip": [True, False], "lr": [0.1]}, seeds=(0,))
+    assert legend == ["true", "false", "chosen"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["sgd", "a/\nb \\$"]
+    lines = [container.lines[0] for container in axes.containers]
+    assert [line.get_linestyle() for line in lines] == ["None", "None"]  # values without an order
+    np.testing.assert_allclose([line.get_xydata()[:, 1] for line in lines], [[10, 12], [11, 13]])
+    assert all(container.lines[2] == () for container in axes.containers)  # a single seed has no range
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_a_grid_of_more_flags_ranks_its_points(metric):
+    axes, legend = grid_figure({"a": [1, 2], "b": [(2, 9), (2, 15)], "c": [0.5], "d": list(range(20))}, metric)
+    assert legend == ["mean and range of the seeds", "chosen"]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) == MAX_POINTS
+    assert labels[0] == ("a 2, b 2 15, d 19" if metric == "accuracy" else "a 1, b 2 9, d 0")
+    assert axes.yaxis_inverted()
+    assert axes.lines[-1].get_ydata().tolist() == [0]
+    assert axes.get_xlabel().endswith(", the best 50 of 80")
 
 
 def test_the_confusion_matrix_shows_shares_and_counts():

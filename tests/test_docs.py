@@ -24,6 +24,7 @@ CODE_FOLDERS = ("models", "utils", "scripts", "benchmarks", "tests")
 FOREIGN_FLAGS = {"--max-restarts", "--nproc_per_node", "--batch", "--signal", "--logdir", "--help"}
 TRAINING = {"train.py": None, "train_resnet.py": "ResNet50x3_Params", "train_flops.py": "ResNet50x3_Flops"}
 FORWARDING = {"scripts/norm_study.py"}  # passes flags that it does not define to train.py
+SEPARATING = {"scripts/sweep.py"}  # passes the flags after -- to train.py
 # Phrases that plain technical English has a better word for; the second of each pair is what to write.
 REPLACED_EVERYWHERE = {  # also in code, its comments and names
     r"leaves? (\S+ )+away": "omit",
@@ -248,6 +249,8 @@ def parse(script, arguments, monkeypatch):
         module.parse_flags()
     monkeypatch.undo()
     unknown = parsed.value.args[0]
+    if script in SEPARATING and "--" in arguments:
+        unknown += parse("train.py", ["--name", "run", *arguments[arguments.index("--") + 1 :]], monkeypatch)
     return parse("train.py", ["--name", "run", *unknown], monkeypatch) if script in FORWARDING else unknown
 
 

@@ -167,6 +167,12 @@ time.sleep(60)
     assert not (tmp_path / "second").exists()
 
 
+def test_mean_and_range_of_a_loss_are_in_nats():
+    assert mean_and_range([0.5], "loss") == "0.5000"
+    assert mean_and_range({"a": 0.5, "b": 1.0, "c": 0.75}.values(), "loss") == "0.7500 (0.5000 to 1.0000)"
+    assert mean_and_range([0.5, 0.6], "macro_f1") == "55.0 % (50.0 to 60.0)"
+
+
 def test_mean_and_range_in_percent():
     assert mean_and_range([0.5]) == "50.0 %"
     assert mean_and_range([0.5, 0.6, 0.4]) == "50.0 % (40.0 to 60.0)"

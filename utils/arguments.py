@@ -5,7 +5,6 @@ import os
 from utils.data.augmentation import MEAN_STD
 from utils.flag_groups import add_augmentation_flags, add_data_flags, add_division_flags, add_precision_flags
 from utils.flag_types import (
-    Parser,
     beta_alpha,
     fraction,
     natural,
@@ -22,6 +21,7 @@ from utils.metrics import BEST_METRICS
 from utils.optimizers import OPTIMIZERS
 from utils.parallel.precision import AMP_BACKENDS
 from utils.parallel.processes import PARALLEL
+from utils.recorded_flags import RepeatingParser
 from utils.scheduler import DECAY_TYPES
 
 MODES = ("train", "eval")
@@ -29,7 +29,7 @@ MODES = ("train", "eval")
 
 def training_parser(description):
     """The parser of all training scripts, without the flags of the model."""
-    parser = Parser(description)
+    parser = RepeatingParser(description)
     add_run_flags(parser.add_argument_group("run"))
     add_weights_flags(parser.add_argument_group("pretrained weights"))
     add_training_data_flags(parser.add_argument_group("data"))
@@ -44,6 +44,12 @@ def training_parser(description):
 def add_run_flags(group):
     """The run's name, folder, seed and records."""
     group.add_argument("--name", required=True, help="The name of the run and of its folder in --output_dir.")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="The config.json of a run to repeat: its flags replace the defaults, except those that only say where the "
+        "run is and how it is started. Flags that are given win.",
+    )
     group.add_argument(
         "--mode",
         type=one_of("mode", MODES),

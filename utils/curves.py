@@ -1,21 +1,32 @@
-"""Figures of runs: curves over the steps, confusion matrix, calibration. Each `plot_...` function returns a Figure."""
+"""Figures of runs: curves over the steps, grids of flags, confusion matrix, calibration.
+
+Each `plot_...` function returns a Figure.
+"""
 
 import math
+import statistics
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from utils.data.splits import NAMES, evaluated_split
-from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes
-from utils.metrics import expected_calibration_error, wilson_interval
+from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes, wrap_text
+from utils.grids import value_text
+from utils.metrics import BEST_METRICS, expected_calibration_error, wilson_interval
 
 FEW_POINTS = 30  # below this many evaluations each one has a marker
 FEW_CLASSES = 20  # up to this many classes the confusion matrix shows counts
 MAX_CELLS = 250  # rows of a confusion matrix that can be told apart
 MAX_LABELS = 100  # class names at an axis
+MAX_POINTS = 50  # of a grid, one below the other
+MARKERS = ("o", "s", "^", "D")
+BARS = "mean and range of the seeds"
+SHIFT = 0.06  # inches between the lines of a grid
+RING = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black", "linestyle": "none"}
 
 
 def plot_curves(metrics, title):
@@ -80,6 +91,115 @@ def label_curves(loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))  # labels of five digits must not touch
         axes.yaxis.get_major_formatter().set_useOffset(False)
         style_axes(axes)
+
+
+def plot_grid(grid, values, chosen, metric, what, title):
+    """A metric, called `what`, of runs with several values of some flags: its mean and range over the seeds.
+
+    `grid` is {flag: values}, `values` is {point: [metric of each seed]}, where a point has a value of each flag, and
+    `chosen` is the best point. One flag with several values is the x axis, the values of a second one are lines. With
+    more of them the points are sorted by their mean.
+    """
+    factor, unit = (1, " (nats)") if metric == "loss" else (100, " (%)")
+    varied = [number for number, name in enumerate(grid) if len(grid[name]) > 1] or [0]
+    label = f"{what}{unit}"
+    summaries = {
+        point: tuple(factor * summary(of_point) for summary in (statistics.mean, min, max))
+        for point, of_point in values.items()
+    }
+    if len(varied) > 2:
+        figure = ranked_points(grid, varied, summaries, chosen, BEST_METRICS[metric].higher_is_better, label)
+    else:
+        figure = lines_of_points(grid, varied, summaries, chosen, label)
+    figure.suptitle(wrap_text(title, 80), fontsize="medium")
+    return figure
+
+
+def lines_of_points(grid, varied, summaries, chosen, label):
+    """The means over the values of the flag `varied[0]`, one line per value of the flag `varied[1]` if there is one.
+
+    Values that are not numbers are not connected. Lines are shifted a little, so that no bar covers another.
+    """
+    names = list(grid)
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.subplots()
+    place, is_numeric = label_values(axes, grid[names[varied[0]]])
+    axes.set(xlabel=names[varied[0]], ylabel=label)
+    lines = grid[names[varied[1]]] if len(varied) > 1 else [None]
+    has_bars = any(low < high for _, low, high in summaries.values())
+    for number, value in enumerate(lines):
+        points = [point for point in summaries if value is None or repr(point[varied[1]]) == repr(value)]
+        points.sort(key=lambda point: place[value_text(point[varied[0]])])
+        if not points:
+            continue
+        x = [place[value_text(point[varied[0]])] for point in points]
+        mean, low, high = np.array([summaries[point] for point in points]).T
+        shift = ScaledTranslation(SHIFT * (number - (len(lines) - 1) / 2), 0, figure.dpi_scale_trans)
+        style = {
+            "color": OKABE_ITO[number % len(OKABE_ITO)],
+            "marker": MARKERS[number // len(OKABE_ITO) % len(MARKERS)],
+        }
+        style |= {"linestyle": "-" if is_numeric else "none", "capsize": 3, "transform": axes.transData + shift}
+        text = wrap_text(value_text(value), 30) if len(varied) > 1 else BARS if has_bars else None
+        axes.errorbar(x, mean, (mean - low, high - mean) if has_bars else None, label=text, **style)
+        axes.update_datalim([*zip(x, low, strict=True), *zip(x, high, strict=True)])  # shifted artists are not counted
+        if chosen in points:
+            spot = [x[points.index(chosen)]], [summaries[chosen][0]]
+            axes.plot(*spot, label="chosen", transform=axes.transData + shift, **RING)
+    axes.margins(0.08)
+    if not is_numeric:
+        axes.set_xlim(-0.5, len(place) - 0.5)
+    style_axes(axes)
+    legend_below(figure, axes, names[varied[1]] if len(varied) > 1 else "")
+    return figure
+
+
+def label_values(axes, values):
+    """Label the x axis with the values of a flag; returns ({value as text: its place}, whether they are numbers).
+
+    Numbers that span a decade or more are on a logarithmic axis, on which 0 is left of the smallest.
+    """
+    texts = [value_text(value) for value in values]
+    is_numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    places = values if is_numeric else range(len(values))
+    positive = [value for value in places if value > 0]
+    if is_numeric and positive and max(positive) / min(positive) > 9.99:
+        if 0 in values:
+            axes.set_xscale("symlog", linthresh=min(positive))
+        else:
+            axes.set_xscale("log")
+    lines = [wrap_text(text.replace("/", "/\n"), 18) for text in texts]
+    crowded = sum(max(map(len, text.splitlines())) for text in lines) > 60
+    axes.set_xticks(places, lines, **({"rotation": 30, "ha": "right"} if crowded else {}))
+    axes.minorticks_off()
+    return dict(zip(texts, places, strict=True)), is_numeric
+
+
+def ranked_points(grid, varied, summaries, chosen, higher_is_better, label):
+    """The means of all points, or of the MAX_POINTS best, one below the other, the best first."""
+    order = sorted(summaries, key=lambda point: summaries[point][0], reverse=higher_is_better)
+    shown, names = order[:MAX_POINTS], list(grid)
+    texts = [", ".join(f"{names[i]} {shorten(value_text(point[i]), 40)}" for i in varied) for point in shown]
+    figure = Figure(figsize=(4.5 + 0.07 * max(map(len, texts)), 1.5 + 0.26 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    mean, low, high = np.array([summaries[point] for point in shown]).T
+    bars = {"xerr": (mean - low, high - mean), "label": BARS} if (low < high).any() else {}
+    axes.errorbar(mean, np.arange(len(shown)), fmt="o", color=TRAIN, capsize=3, **bars)
+    axes.plot(summaries[chosen][0], shown.index(chosen), label="chosen", **RING)
+    axes.set_yticks(range(len(shown)), map(escape_math, texts), fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel(label if len(shown) == len(order) else f"{label}, the best {len(shown)} of {len(order)}")
+    style_axes(axes)
+    legend_below(figure, axes)
+    return figure
+
+
+def legend_below(figure, axes, title=""):
+    """A legend below the panel, in which the chosen point is the last entry."""
+    entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == "chosen")
+    columns = max(1, min(len(entries), 60 // max(len(text) for _, text in entries)))
+    style = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(*zip(*entries, strict=True), title=escape_math(title), **style)
 
 
 def plot_confusion_matrix(confusion, classes, title):

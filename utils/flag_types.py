@@ -10,8 +10,8 @@ from utils.errors import UserError
 class Parser(argparse.ArgumentParser):
     """Reports errors in one line; help shows the defaults."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, description, **keywords):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
 
     def error(self, message):
         raise UserError(message)

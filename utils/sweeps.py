@@ -129,11 +129,14 @@ def data_name(flags):
     return Path(flags.data_dir).resolve().name if DATASETS[flags.dataset].in_folders else flags.dataset
 
 
-def mean_and_range(accuracies):
-    """The mean of the accuracies of several runs and their range: `61.5 % (60.9 to 62.0)`."""
-    mean = f"{100 * statistics.mean(accuracies):.1f} %"
-    low, high = 100 * min(accuracies), 100 * max(accuracies)
-    return mean if len(accuracies) == 1 else f"{mean} ({low:.1f} to {high:.1f})"
+def mean_and_range(values, metric="accuracy"):
+    """The mean of the accuracies, or another metric, of several runs and their range: `61.5 % (60.9 to 62.0)`."""
+    if metric == "loss":
+        mean, low, high = (f"{value:.4f}" for value in (statistics.mean(values), min(values), max(values)))
+    else:
+        mean, low, high = (f"{100 * value:.1f}" for value in (statistics.mean(values), min(values), max(values)))
+        mean += " %"
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def visible_devices():

@@ -29,7 +29,7 @@ EVENTS = "events.out.tfevents.*"
 RESULTS = (BEST, METRICS, CURVES, RESULT)
 # Flags that do not change the results of a run: its folder may be moved, its weights downloaded before a resumption.
 WITHOUT_EFFECT = {
-    *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
+    *("config", "output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
 }
 # What earlier versions did, whose runs have no such flags.
@@ -214,10 +214,15 @@ def changed_flags(before, args):
 def read_config(run_dir):
     """The config.json of a run, or None. Raises UserError for a damaged one."""
     path = Path(run_dir) / CONFIG
-    if not path.exists():
-        return None
+    return load_config(path) if path.exists() else None
+
+
+def load_config(path):
+    """The content of a config.json. Raises UserError for any other file."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}; give the config.json of a run") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
