@@ -31,6 +31,7 @@ RESULTS = (BEST, METRICS, CURVES, RESULT)
 WITHOUT_EFFECT = {
     *("output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
+    "recipe",  # its flags have an effect
 }
 # What earlier versions did, whose runs have no such flags.
 EARLIER_FLAGS = {
