@@ -12,7 +12,6 @@ from models.vision_transformer import VisionTransformer
 
 MODEL_TYPES = (*VITS, *CONFORMERS, *RESNETS)
 NORM_TYPES = tuple(TOKEN_NORMS)
-CONFIGS = {**VITS, **CONFORMERS, **RESNETS}
 
 __all__ = [
     "CONFORMERS",
@@ -63,7 +62,7 @@ def build_model(
     a multiple of the patch size.
     """
     model_type = canonical_model_type(model_type)
-    config = CONFIGS[model_type].copy_and_resolve_references()
+    config = config_of(model_type).copy_and_resolve_references()
     unknown = sorted(set(overrides) - set(config))
     if unknown:
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
@@ -82,4 +81,9 @@ def build_model(
 
 def pixels_per_patch(model_type):
     """The number of pixels that an image's side should be a multiple of: the patch size, or a ResNet's stride."""
-    return total_stride(CONFIGS[canonical_model_type(model_type)])
+    return total_stride(config_of(canonical_model_type(model_type)))
+
+
+def config_of(model_type):
+    """The config of a name in MODEL_TYPES."""
+    return {**VITS, **CONFORMERS, **RESNETS}[model_type]
