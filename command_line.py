@@ -4,19 +4,24 @@ With inference.py the only module that knows both models and utils.
 """
 
 import functools
+import os
 
-from models import MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type
+from models import MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type, pixels_per_patch
 from utils.arguments import training_parser
 from utils.checks import check_training_flags
 from utils.flag_groups import add_model_flags, token_reduction_of
+from utils.recipes import parse_with_recipe
+from utils.terminal import say
 from utils.training import run_mode
 
 
 def train_main(description, model_type=None):
     """The main function of a training script, for any model or for the CNN `model_type` only."""
-    args = train_parser(description, model_type).parse_args()
+    args, chosen = parse_with_recipe(train_parser(description, model_type), patch_of)
     make_model = model_maker(args)
     check_training_flags(args, make_model)
+    if chosen and int(os.environ.get("RANK", 0)) == 0:
+        say(chosen)
     run_mode(args, make_model)
 
 
@@ -38,3 +43,8 @@ def model_maker(args):
     if "norm_type" in flags:
         overrides["norm_type"] = args.norm_type
     return functools.partial(build_model, args.model_type, args.img_size, **overrides)
+
+
+def patch_of(args):
+    """The number of pixels that the image size must be a multiple of."""
+    return pixels_per_patch(args.model_type)

@@ -3,7 +3,7 @@
 import difflib
 
 from models.bit_resnet import BiTResNet
-from models.configs import CONFORMERS, RESNETS, VITS
+from models.configs import CONFORMERS, RESNETS, VITS, total_stride
 from models.conformer import Conformer
 from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError, num_classes_of
@@ -25,6 +25,7 @@ __all__ = [
     "build_model",
     "canonical_model_type",
     "num_classes_of",
+    "pixels_per_patch",
 ]
 
 
@@ -61,7 +62,7 @@ def build_model(
     a multiple of the patch size.
     """
     model_type = canonical_model_type(model_type)
-    config = {**VITS, **CONFORMERS, **RESNETS}[model_type].copy_and_resolve_references()
+    config = config_of(model_type).copy_and_resolve_references()
     unknown = sorted(set(overrides) - set(config))
     if unknown:
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
@@ -76,3 +77,13 @@ def build_model(
     if reduction not in ({}, {"token_reduction": "none"}):
         raise ValueError(f"{model_type} has no tokens; {next(iter(reduction))} is for ViTs and Conformers")
     return BiTResNet(config, num_classes=num_classes)
+
+
+def pixels_per_patch(model_type):
+    """The number of pixels that an image's side should be a multiple of: the patch size, or a ResNet's stride."""
+    return total_stride(config_of(canonical_model_type(model_type)))
+
+
+def config_of(model_type):
+    """The config of a name in MODEL_TYPES."""
+    return {**VITS, **CONFORMERS, **RESNETS}[model_type]

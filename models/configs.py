@@ -134,3 +134,10 @@ RESNETS = {
     "ResNet-Mini_Params": resnet((2, 2, 3, 1), root_width=24, last_width=208, root_stride=1, num_groups=4),
     "ResNet-Mini_Flops": resnet((2, 2, 1), root_width=24, last_width=288, root_stride=1, num_groups=4),
 }
+
+
+def total_stride(config):
+    """Pixels per cell of the model's coarsest grid and per side: a ViT's patch size, or the stride of a ResNet."""
+    stages = config.resnet_layers if "resnet_layers" in config else None
+    stem_stride = 1 if stages is None else config.root_stride * 2 ** max(0, len(stages) - 1)
+    return stem_stride * config.get("patch_size", 1)

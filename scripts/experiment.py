@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import model_maker, train_parser
+from command_line import model_maker, patch_of, train_parser
 from utils.errors import UserError
 from utils.flag_types import positive, seed
 from utils.records.run_folder import is_finished
 from utils.sweeps import TrainingScript, check_plan, plan_run, raise_failures, run_unfinished
 
-TRAIN = TrainingScript(Path(__file__).resolve().parent.parent / "train.py", train_parser(), model_maker)
+TRAIN = TrainingScript(Path(__file__).resolve().parent.parent / "train.py", train_parser(), model_maker, patch_of)
 SHARED_FLAGS = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
 OWN_FLAGS = {  # flags of train.py that a study of any runs sets itself: what to use instead
     "--name": "the runs are named by what differs",

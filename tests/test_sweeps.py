@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from command_line import model_maker, train_parser
+from command_line import model_maker, patch_of, train_parser
 from helpers import ROOT, call_main
 from utils.errors import RunStoppedError, UserError
 from utils.records.run_folder import LOCK
@@ -28,7 +28,7 @@ from utils.sweeps import (
     visible_devices,
 )
 
-TRAIN = TrainingScript(ROOT / "train.py", train_parser(), model_maker)
+TRAIN = TrainingScript(ROOT / "train.py", train_parser(), model_maker, patch_of)
 
 
 def python_run(folder, name, code, *arguments):

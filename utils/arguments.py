@@ -3,7 +3,14 @@
 import os
 
 from utils.data.augmentation import MEAN_STD
-from utils.flag_groups import add_augmentation_flags, add_data_flags, add_division_flags, add_precision_flags
+from utils.flag_groups import (
+    add_augmentation_flags,
+    add_crop_flags,
+    add_data_flags,
+    add_division_flags,
+    add_precision_flags,
+    add_recipe_flag,
+)
 from utils.flag_types import (
     beta_alpha,
     fraction,
@@ -33,6 +40,7 @@ def training_parser(description):
     add_run_flags(parser.add_argument_group("run"))
     add_weights_flags(parser.add_argument_group("pretrained weights"))
     add_training_data_flags(parser.add_argument_group("data"))
+    add_recipe_flag(parser.add_argument_group("recipe"))
     add_training_flags(parser.add_argument_group("training"))
     add_optimisation_flags(parser.add_argument_group("optimisation"))
     add_regularisation_flags(parser.add_argument_group("regularisation"))
@@ -112,14 +120,7 @@ def add_training_data_flags(group):
     group.add_argument(
         "--img_size", type=positive, default=224, metavar="PIXELS", help="Side of the square input images in pixels."
     )
-    group.add_argument(
-        "--min_crop_scale",
-        type=share,
-        default=0.05,
-        metavar="SHARE",
-        help="The smallest random crop as a fraction of the image's area. With 1 a crop only changes the aspect ratio.",
-    )
-    group.add_argument("--horizontal_flip", action="store_true", help="Mirror half of the training images.")
+    add_crop_flags(group)
     add_augmentation_flags(group)
     group.add_argument(
         "--mean_std",

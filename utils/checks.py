@@ -69,6 +69,10 @@ def check_augmentation(args):
             f"--repeated_augmentation {args.repeated_augmentation} is more than --train_batch_size "
             f"{args.train_batch_size}: a batch would contain a single image"
         )
+    if args.resize_size and args.resize_size < args.img_size:
+        raise UserError(
+            f"--resize_size {args.resize_size} is smaller than --img_size {args.img_size}, the part that is taken of it"
+        )
 
 
 def check_model(args, make_model):

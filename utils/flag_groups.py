@@ -13,8 +13,11 @@ from utils.flag_types import (
     positive,
     probability,
     seed,
+    share,
+    switch,
 )
 from utils.parallel.precision import OPT_LEVELS
+from utils.recipes import RECIPES
 
 TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
 
@@ -75,6 +78,33 @@ def add_division_flags(group):
     )
 
 
+def add_crop_flags(group):
+    """The random crop and flip of training images."""
+    group.add_argument(
+        "--min_crop_scale",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="The smallest random crop as a fraction of the image's area. With 1 a crop only changes the aspect ratio.",
+    )
+    group.add_argument(
+        "--resize_size",
+        type=positive,
+        metavar="PIXELS",
+        help="In place of the crops of --min_crop_scale, resize training images to a square of this side and take a "
+        "random part of --img_size, as BiT does, for example 512 for 480; default: none.",
+    )
+    group.add_argument(
+        "--horizontal_flip",
+        type=switch,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="true|false",
+        help="Mirror half of the training images; false is for a --recipe that would mirror digits or text.",
+    )
+
+
 def add_augmentation_flags(group):
     """What changes training images after crop and flip, and how often an epoch repeats them."""
     group.add_argument(
@@ -113,6 +143,17 @@ def add_augmentation_flags(group):
         metavar="N",
         help="Take each sample of an epoch N times, with different augmentation. The number of images of an epoch "
         "stays the same, so an epoch contains 1/N of the training set.",
+    )
+
+
+def add_recipe_flag(group):
+    """What chooses the flags of the training that are not given."""
+    group.add_argument(
+        "--recipe",
+        type=one_of("recipe", RECIPES),
+        metavar="NAME",
+        help="Choose the flags that are not given by the number and size of the training images and the batch size: "
+        f"{', '.join(RECIPES)}. bit and vit fine-tune, scratch trains small models from scratch; default: none.",
     )
 
 

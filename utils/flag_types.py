@@ -16,6 +16,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def parse_given(self, arguments=None):
+        """(flags, names of those that are given in the arguments, by default those of the command line)."""
+        flags = self.parse_args(arguments)
+        absent = object()
+        probe = self.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(flags), absent)))
+        return flags, {name for name, value in vars(probe).items() if value is not absent}
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Adds "(default: ...)" to the help of a flag that has one."""
@@ -82,6 +89,13 @@ def probability(text):
 def count_or_share(text):
     """An int for a count, a float for a share: `1` is one, `1.0` all."""
     return positive(text) if text.lstrip("+-").isdigit() else share(text)
+
+
+def switch(text):
+    """A flag that may be switched off."""
+    if text in ("true", "false"):
+        return text == "true"
+    raise argparse.ArgumentTypeError(f"{text} is not true or false")
 
 
 def trained_part(text):

@@ -57,7 +57,7 @@ def parse_values(name, text, action, parser):
             raise UserError(f"--grid {name}={text}: a value is empty")
         if action.nargs == 0 and field not in SWITCH:
             raise UserError(f"--grid {name}={field}: the values of this flag are true and false")
-        value = SWITCH[field] if action.nargs == 0 else field.split() if action.nargs else field
+        value = SWITCH[field] if action.nargs == 0 else field if action.nargs in (None, "?") else field.split()
         try:
             value = hashable(getattr(parser.parse_args(["--name=unused", *as_arguments(action, value)]), name))
         except UserError as error:

@@ -17,6 +17,7 @@ EXCLUDED_BY = {
     "decay_type": {"decay_steps"},
     "rand_augment": {"auto_augment"},
     "auto_augment": {"rand_augment"},
+    "min_crop_scale": {"resize_size"},
     "fp16": {"bf16"},
     "bf16": {"fp16"},
     "test_at_end": {"val_split"},
@@ -89,6 +90,8 @@ def as_arguments(action, value):
         return [flag] if value else []
     if value is None:
         return []
-    if action.nargs:
+    if isinstance(value, bool):
+        return [f"{flag}={str(value).lower()}"]
+    if action.nargs not in (None, "?"):
         return [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
     return [f"{flag}={value}"]  # also for a value that begins with a dash

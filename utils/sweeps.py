@@ -22,6 +22,7 @@ from utils.flag_types import Parser
 from utils.locks import holder_of
 from utils.parallel.processes import StopSignal, one_process
 from utils.pretrained import download
+from utils.recipes import parse_with_recipe
 from utils.records.run_folder import LOCK, changed_flags, in_use, is_finished, last_accuracy, read_config
 
 LOG = "train.log"
@@ -34,6 +35,7 @@ class TrainingScript(NamedTuple):
     path: Path
     parser: Parser
     model_maker: Callable  # from the parsed flags to a function from num_classes to the model
+    patch_of: Callable  # from the parsed flags to the number of pixels that the image size must be a multiple of
 
 
 @dataclass
@@ -58,7 +60,8 @@ def plan_run(script, flags, further=()):
     for flag, value in flags.items():
         arguments += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     arguments += [*further, "--resume"]
-    return Run([sys.executable, str(script.path), *arguments], script.parser.parse_args(arguments))
+    parsed, _ = parse_with_recipe(script.parser, script.patch_of, arguments)
+    return Run([sys.executable, str(script.path), *arguments], parsed)
 
 
 def check_plan(script, runs, files=True):

@@ -38,6 +38,7 @@ class Augmentation(NamedTuple):
     color_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation
     random_erasing: float = 0.0  # probability
     repeats: int = 1  # of a sample in an epoch
+    resize_size: int | None = None  # side of the square of which a crop is a part, in place of `min_crop_scale`
 
     @property
     def changes_pixels(self):
@@ -92,8 +93,13 @@ def resized_crops(images, boxes, out_size, flips=None):
     top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
     rows = resize_weights(top, height, images.shape[2], out_size[0])  # (B, H, h)
     columns = resize_weights(left, width, images.shape[3], out_size[1], flips)  # (B, W, w)
+    return resample(images, rows, columns)
+
+
+def resample(images, rows, columns):
+    """uint8 (B, C, h, w), weights (B, H, h) and (B, W, w) of the input pixels -> float32 (B, C, H, W)."""
     x = torch.bmm(images.flatten(1, 2).float(), columns.transpose(1, 2))  # (B, C * h, W)
-    return rows[:, None] @ x.view(*images.shape[:3], out_size[1])
+    return rows[:, None] @ x.view(*images.shape[:3], columns.shape[1])
 
 
 def resize_weights(start, length, in_size, out_size, flips=None):

@@ -164,6 +164,12 @@ def check_image(path):
         image.verify()
 
 
+def header_size(path):
+    """(height, width) that an image file's header states, before its EXIF orientation. Raises UserError."""
+    with errors_name(path), Image.open(path) as image:
+        return image.size[::-1]
+
+
 class ImageFile:
     """The bytes of an image file, read once, and its header. All methods raise UserError.
 

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from utils.data.augmentation import augment_pixels, finish, normalise, random_crops, resized_crops
+from utils.data.augmentation import augment_pixels, finish, normalise, resized_crops
+from utils.data.crops import crop_batch, crop_file
 from utils.data.images import ImageFile, read_image, transforms
 from utils.data.stream import samples_at
 from utils.errors import UserError
@@ -72,13 +73,10 @@ class TensorImages:
 
     def train_batches(self, batches, augmentation):
         """For each array of stream positions: images float32 (B, 3, *img_size), normalised, and labels int64 (B,)."""
-        seed, img_size, min_crop_scale, flip = augmentation[:4]
         for positions in batches:
-            epochs, indices = samples_at(seed, positions, len(self), augmentation.repeats)
-            height, width = self.images.shape[2:]
-            boxes, flips = random_crops(seed, epochs, indices, len(self), height, width, min_crop_scale)
+            epochs, indices = samples_at(augmentation.seed, positions, len(self), augmentation.repeats)
             rows = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
-            images = resized_crops(self.images[rows], boxes, img_size, flips if flip else None)
+            images = crop_batch(self.images[rows], augmentation, epochs, indices, len(self))
             if augmentation.changes_pixels:
                 samples = epochs * len(self) + indices
                 images = augment_pixels(images.round().to(torch.uint8), augmentation, samples)
@@ -278,12 +276,7 @@ class TrainCrops(Dataset):
 
     def crop(self, path, epoch, index):
         """The image, augmented as the sample of this index (1,) in this epoch (1,)."""
-        seed, img_size, min_crop_scale, flip = self.augmentation[:4]
-        file = ImageFile(path)
-        boxes, flips = random_crops(seed, epoch, index, len(self.paths), *file.size, min_scale=min_crop_scale)
-        image = file.resized_crop(boxes[0].tolist(), img_size)
-        if flip and flips[0]:
-            image = image.flip(2)
+        image = crop_file(ImageFile(path), self.augmentation, epoch, index, len(self.paths))
         if self.augmentation.changes_pixels:
             image = augment_pixels(image[None], self.augmentation, epoch * len(self.paths) + index)[0]
         return image

@@ -31,11 +31,13 @@ RESULTS = (BEST, METRICS, CURVES, RESULT)
 WITHOUT_EFFECT = {
     *("config", "output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
     *("local_rank", "parallel", "save_every", "keep_checkpoints", "num_workers", "skip_broken", "eval_batch_size"),
+    "recipe",  # its flags have an effect
 }
 # What earlier versions did, whose runs have no such flags.
 EARLIER_FLAGS = {
     "best_metric": "accuracy",
     "class_weights": "none",
+    "resize_size": None,
     "train": "all",
     "layer_decay": 1.0,
     "val_split": None,
