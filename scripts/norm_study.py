@@ -79,9 +79,9 @@ def main():
 
 def parse_flags():
     """The parsed flags of the study, and the remaining ones, which are for train.py."""
-    parser = Parser(__doc__.split("\n\n    ")[0])
+    parser = Parser(__doc__)
     default = " ".join(f"--{flag} {value}" for flag, value in RECIPE.items())
-    parser.epilog = f"All other flags are passed to train.py unchanged (default: {default})."
+    parser.epilog = f"All other flags are passed to train.py unchanged. Defaults:\n{default}."
     group = parser.add_argument_group("study")
     group.add_argument(
         "--model_types",

@@ -75,7 +75,7 @@ def main():
 
 def parse_flags():
     """The parsed flags of the sweep, and those after `--`, which are for train.py."""
-    parser = Parser(__doc__.split("\n\n    ")[0])
+    parser = Parser(__doc__)
     parser.epilog = "The flags of train.py follow after --; they are the same for all runs."
     group = parser.add_argument_group("sweep")
     group.add_argument(

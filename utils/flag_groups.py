@@ -35,8 +35,8 @@ def add_data_flags(group, default):
         "--data_dir",
         default=default and "data",
         metavar="DIR",
-        help="The folder that a data set is downloaded to; for imagefolder and imagenet the folder with train/, val/ "
-        "and test/, which have one folder per class. val/ or test/ may be missing.",
+        help="The folder that a data set is downloaded to; for imagefolder and imagenet the folder of train/, val/ and "
+        "test/, with one folder per class in each.",
     )
     group.add_argument(
         "--num_workers",
@@ -58,8 +58,8 @@ def add_division_flags(group):
         "--val_split",
         type=open_share,
         metavar="SHARE",
-        help="The share of the training images that validates: it alone chooses the best weights, and the test images "
-        "are evaluated once, at the end. Default: the folder val/, if there is one.",
+        help="The share of the training images that validates and chooses the best weights; the test images are then "
+        "evaluated once, at the end. Default: the data set's own validation images, if it has any.",
     )
     group.add_argument(
         "--test_split",
