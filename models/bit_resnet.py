@@ -36,10 +36,10 @@ class BiTResNet(nn.Module):
             stage.blocks = nn.Sequential()
             for j in range(units):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.blocks.append(PreActBottleneck(channels, width, stride, config.num_groups))
+                stage.blocks.append(PreActBottleneck(config, channels, width, stride))
                 channels = width
             self.stages.append(stage)
-        self.norm = GroupNorm(channels, 1e-5, config.num_groups)
+        self.norm = GroupNorm(channels, config.group_norm_eps, config.num_groups)
         self.head = Head(channels, num_classes)
 
     def forward(self, images):
@@ -79,7 +79,7 @@ class Root(nn.Module):
         super().__init__()
         self.has_max_pool = config.root_stride == 4
         kernel_size, stride = (7, 2) if self.has_max_pool else (3, 1)  # the root of small images keeps their size
-        self.conv = StdConv2d(3, config.root_width, kernel_size, stride)
+        self.conv = StdConv2d(config, 3, config.root_width, kernel_size, stride)
 
     def forward(self, x):
         x = self.conv(x)
@@ -95,19 +95,20 @@ class PreActBottleneck(nn.Module):
 
     is_block = True
 
-    def __init__(self, in_channels, out_channels, stride, num_groups):
+    def __init__(self, config, in_channels, out_channels, stride):
         super().__init__()
+        norm = {"eps": config.group_norm_eps, "num_groups": config.num_groups}
         width = out_channels // 4
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential()
-            self.downsample.add_module("conv", StdConv2d(in_channels, out_channels, 1, stride))
-        self.norm1 = GroupNorm(in_channels, 1e-5, num_groups)
-        self.conv1 = StdConv2d(in_channels, width, 1)
-        self.norm2 = GroupNorm(width, 1e-5, num_groups)
-        self.conv2 = StdConv2d(width, width, 3, stride)
-        self.norm3 = GroupNorm(width, 1e-5, num_groups)
-        self.conv3 = StdConv2d(width, out_channels, 1)
+            self.downsample.add_module("conv", StdConv2d(config, in_channels, out_channels, 1, stride))
+        self.norm1 = GroupNorm(in_channels, **norm)
+        self.conv1 = StdConv2d(config, in_channels, width, 1)
+        self.norm2 = GroupNorm(width, **norm)
+        self.conv2 = StdConv2d(config, width, width, 3, stride)
+        self.norm3 = GroupNorm(width, **norm)
+        self.conv3 = StdConv2d(config, width, out_channels, 1)
 
     def forward(self, x):
         activated = F.relu(self.norm1(x), inplace=True)

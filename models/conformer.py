@@ -65,9 +65,9 @@ class Conformer(VisionTransformer):
         self.cnn = nn.Sequential()
         channels = config.hidden_size
         for _ in range(config.cnn_units):
-            self.cnn.append(PreActBottleneck(channels, config.cnn_width, 1, config.num_groups))
+            self.cnn.append(PreActBottleneck(config, channels, config.cnn_width, 1))
             channels = config.cnn_width
-        self.cnn_norm = GroupNorm(channels, 1e-5, config.num_groups)
+        self.cnn_norm = GroupNorm(channels, config.group_norm_eps, config.num_groups)
         self.head = Head(channels, num_classes)
 
     def classify(self, x, clusters=None):

@@ -11,7 +11,7 @@ from models.attention import attend, attention_weights
 from models.convolution import lecun_normal_
 from models.dropout import Dropout, StochasticDepth
 from models.hybrid_stem import ResNetStem
-from models.linear import Linear, linear, linear_gelu
+from models.linear import GELUS, Linear, linear
 from models.norms import final_norm, residual, token_norm
 from models.token_reduction import cluster_tokens, make_reduction, merge_tokens, size_bias
 
@@ -41,7 +41,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size).normal_(std=0.02))
         self.pos_drop = Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(Block(config, norm_type, index) for index in range(config.num_layers))
-        self.norm = final_norm(norm_type, config.hidden_size)
+        self.norm = final_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.pre_logits = None  # Linear and tanh, only with a pretrained head that was trained with it
         self.head = nn.Linear(config.hidden_size, num_classes)
         nn.init.zeros_(self.head.weight)
@@ -161,11 +161,11 @@ class Block(nn.Module):
     def __init__(self, config, norm_type, index):
         super().__init__()
         drop_path_rate = config.drop_path_rate * index / max(1, config.num_layers - 1)  # 0 in the first block
-        self.norm1 = token_norm(norm_type, config.hidden_size)
+        self.norm1 = token_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.attn = Attention(config)
         self.drop_path1 = StochasticDepth(drop_path_rate)
         self.add1 = residual(norm_type, 2 * index + 1)
-        self.norm2 = token_norm(norm_type, config.hidden_size)
+        self.norm2 = token_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
         self.drop_path2 = StochasticDepth(drop_path_rate)
         self.add2 = residual(norm_type, 2 * index + 2)
@@ -229,10 +229,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the tanh approximation of GELU, Flax's default, between them."""
+    """Two linear layers with the config's GELU between them."""
 
     def __init__(self, config):
         super().__init__()
+        self.linear_gelu = GELUS[config.gelu]
         self.fc1 = Linear(config.hidden_size, config.mlp_dim)
         self.drop1 = Dropout(config.dropout_rate)
         self.fc2 = Linear(config.mlp_dim, config.hidden_size)
@@ -242,5 +243,5 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
-        x = linear_gelu(x, self.fc1)
+        x = self.linear_gelu(x, self.fc1)
         return self.drop2(self.fc2(self.drop1(x)))
