@@ -40,7 +40,9 @@ def main():
     args = parse_flags()
     with join_processes() as processes, torch.no_grad():
         reduction = token_reduction_of({}, vars(args))
-        saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download, reduction)
+        saved = SavedModel.load(
+            args.checkpoint, args.model_type, args.img_size, args.download, reduction, given=vars(args)
+        )
         if args.images:
             report = classify(saved.to(processes.device), args)
             text = classification_text(report)

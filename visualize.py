@@ -64,7 +64,9 @@ def main():
     if args.checkpoint:
         reduction = token_reduction_of({}, vars(args))
         models = [
-            SavedModel.load(path, args.model_type, args.img_size, args.download, reduction).to(choose_device())
+            SavedModel.load(path, args.model_type, args.img_size, args.download, reduction, vars(args)).to(
+                choose_device()
+            )
             for path in args.checkpoint
         ]
         args.class_numbers = [models[0].class_number(name) for name in vars(args)["class"] or ()]

@@ -3,7 +3,7 @@
 import difflib
 
 from models.bit_resnet import BiTResNet
-from models.configs import CHOICES, CONFORMERS, RESNETS, VITS, total_stride
+from models.configs import CHOICES, CONFORMERS, RESNETS, VITS, config_of, total_stride
 from models.conformer import Conformer
 from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError, num_classes_of
@@ -90,11 +90,11 @@ def set_fields(config, overrides):
             raise ValueError(f"{name} has values of the type {kind} like {config[name]!r}, not {value!r}") from error
 
 
-def pixels_per_patch(model_type):
-    """The number of pixels that an image's side should be a multiple of: the patch size, or a ResNet's stride."""
-    return total_stride(config_of(canonical_model_type(model_type)))
+def pixels_per_patch(model_type, **overrides):
+    """The number of pixels that an image's side should be a multiple of: the patch size, or a ResNet's stride.
 
-
-def config_of(model_type):
-    """The config of a name in MODEL_TYPES."""
-    return {**VITS, **CONFORMERS, **RESNETS}[model_type]
+    `overrides` as in `build_model`; unknown fields are ignored.
+    """
+    config = config_of(canonical_model_type(model_type)).copy_and_resolve_references()
+    set_fields(config, {name: value for name, value in overrides.items() if name in config})
+    return total_stride(config)

@@ -18,6 +18,7 @@ from torch import nn
 from models import npz
 from models.configs import resnet
 from models.convolution import StdConv2d, to_fast_layout
+from models.formats import arrays_of
 from models.norms import GroupNorm
 
 
@@ -55,6 +56,11 @@ class BiTResNet(nn.Module):
         loads what it shares with the larger one's checkpoint. Returns npz.Loaded, which reports what it does not share.
         """
         return npz.load(self, npz.resnet_rows(self), arrays, head, source_shapes=self.source_shapes())
+
+    def load_checkpoint(self, checkpoint, head="zero"):
+        """Load a checkpoint of another library or of a run (models/formats); arguments and errors as in `load_from`."""
+        sources = {"resnet": lambda config, img_size, num_classes: BiTResNet(config, num_classes)}
+        return self.load_from(arrays_of(checkpoint, sources), head)
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""

@@ -4,6 +4,8 @@ ViTs and hybrids as in google-research/vision_transformer `configs/models.py`, R
 google-research/big_transfer `bit_pytorch/models.py`.
 """
 
+import ast
+
 from ml_collections import ConfigDict
 
 
@@ -163,6 +165,36 @@ RESNETS = {
     "ResNet-Mini_Params": resnet((2, 2, 3, 1), root_width=24, last_width=208, root_stride=1, num_groups=4),
     "ResNet-Mini_Flops": resnet((2, 2, 1), root_width=24, last_width=288, root_stride=1, num_groups=4),
 }
+
+
+def config_of(model_type):
+    """The config of a published name."""
+    return {**VITS, **CONFORMERS, **RESNETS}[model_type]
+
+
+def parse_fields(texts):
+    """{field: value} of texts such as "num_layers=6". Raises ValueError for another text."""
+    fields = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ValueError(f"{text} is not NAME=VALUE, for example num_layers=6")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value  # as in gelu=exact
+    return fields
+
+
+def format_fields(fields):
+    """The texts of {field: value}, the inverse of `parse_fields`."""
+    return [f"{name}={value}".replace(" ", "") for name, value in fields.items()]
+
+
+def fields_of_flags(flags):
+    """{field: value} that a run's flags, a dictionary, set in the config of its model type. Raises ValueError."""
+    fields = parse_fields(flags.get("model_fields") or ())
+    return fields | ({"gelu": flags["gelu"]} if flags.get("gelu") else {})
 
 
 def total_stride(config):

@@ -102,6 +102,10 @@ class Conformer(VisionTransformer):
         later = dict.fromkeys(key for key in arrays if npz.is_after_block(key, len(self.blocks)))
         return npz.load(self, rows, arrays, head, self.patch_embed.grid_size, source_shapes=later, initialised=own)
 
+    @staticmethod
+    def sources():
+        return {"vit": VisionTransformer, "conformer": Conformer}
+
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""
         return npz.export(self, npz.conformer_rows(self))

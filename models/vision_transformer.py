@@ -10,6 +10,7 @@ from models import npz
 from models.attention import attend, attention_weights
 from models.convolution import lecun_normal_
 from models.dropout import Dropout, StochasticDepth
+from models.formats import arrays_of
 from models.hybrid_stem import ResNetStem
 from models.linear import GELUS, Linear, linear
 from models.norms import final_norm, residual, token_norm
@@ -114,6 +115,15 @@ class VisionTransformer(nn.Module):
         """
         npz.set_pre_logits(self, arrays, head)
         return npz.load(self, npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
+
+    def load_checkpoint(self, checkpoint, head="zero"):
+        """Load a checkpoint of another library or of a run (models/formats); arguments and errors as in `load_from`."""
+        return self.load_from(arrays_of(checkpoint, self.sources(), self.config.num_heads), head)
+
+    @staticmethod
+    def sources():
+        """{family: class} of the models whose weights these ones can be."""
+        return {"vit": VisionTransformer}
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""
