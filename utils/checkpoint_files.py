@@ -91,8 +91,9 @@ def is_pickle(path):
 def read_pickle(path, device):
     """({name: tensor}, no metadata, the entry that holds them) of a file by torch.save. Raises UserError."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location=device, weights_only=True)
+        # as an open file, because by the path torch would take the format from the name
+        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds Python objects other than tensors, which are never loaded; where it was made, write its "

@@ -34,7 +34,7 @@ ENTRIES = {"model": "DeiT", "teacher": "DINO"}  # of a pickle
 
 def is_vit(tensors):
     """Whether the names are those of timm's ViT."""
-    return "patch_embed.proj.weight" in tensors and any(name.startswith("blocks.0.") for name in tensors)
+    return all(any(name.startswith(part) for name in tensors) for part in ("patch_embed.", "blocks.0."))
 
 
 def is_resnet(tensors):
