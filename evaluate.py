@@ -1,4 +1,4 @@
-"""Evaluate a run's checkpoint or an .npz file on a data set, or classify single images."""
+"""Evaluate a checkpoint of a run, of Google or of another library on a data set, or classify single images."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 
 from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
+from utils.checkpoint_files import folder_of
 from utils.checks import check_figure_path
 from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
 from utils.data.images import read_image
@@ -41,7 +42,7 @@ def main():
     with join_processes() as processes, torch.no_grad():
         reduction = token_reduction_of({}, vars(args))
         saved = SavedModel.load(
-            args.checkpoint, args.model_type, args.img_size, args.download, reduction, given=vars(args)
+            *(args.checkpoint, args.model_type, args.img_size, args.download, reduction), vars(args), needs_head=True
         )
         if args.images:
             report = classify(saved.to(processes.device), args)
@@ -88,7 +89,7 @@ def evaluate_on_dataset(saved, args, processes):
     """Evaluate on a split, by default of the run's data set; draw the figures and return the report."""
     paths = {}
     for name in ("confusion_matrix", "reliability_diagram"):
-        paths[name] = Path(getattr(args, name) or Path(args.checkpoint).parent / f"{name}.png")
+        paths[name] = Path(getattr(args, name) or folder_of(args.checkpoint) / f"{name}.png")
         check_figure_path(paths[name], f"--{name}")
     dataset, split, images = load_split(saved, args, processes)
     result = evaluate_model(saved.model, images, saved.img_size, args, processes, per_class=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from models import MODEL_TYPES, RESNETS, build_model, canonical_model_type, num_classes_of
 from models.configs import STANDARDISATION, config_of, fields_of_flags, format_fields, parse_fields
-from models.formats import family_of, identify
+from models.formats import FAMILIES, family_of, identify
 from models.formats.runs import is_run
 from utils.checkpoint_files import holds_npz, read_checkpoint
 from utils.data.augmentation import normalise
@@ -37,7 +37,8 @@ class SavedModel:
 
     `model` is a plain module in evaluation mode: images (B, 3, img_size, img_size) -> logits (B, classes). `classes`
     are readable names, `flags` those of the training run, or {} without one. `title` is for figures. `mean_std` is
-    the name of the mean and standard deviation of the pixels, or a text of their six numbers.
+    the name of the mean and standard deviation of the pixels, or a text of their six numbers. Without `has_head` the
+    model has features and attention, but its logits are 0.
     """
 
     model: nn.Module
@@ -46,14 +47,18 @@ class SavedModel:
     flags: dict
     title: str
     mean_std: str = "half"  # Google's models have it, and runs older than the flag
+    has_head: bool = True
 
     @classmethod
-    def load(cls, path, model_type=None, img_size=None, download=False, token_reduction=None, given=None):
+    def load(
+        cls, path, model_type=None, img_size=None, download=False, token_reduction=None, given=None, needs_head=False
+    ):
         """Load a checkpoint of any format; `download` fetches one of Google or of Hugging Face if it does not exist.
 
         `model_type` and `img_size` are found in the run or in the file unless given. `token_reduction` has keywords of
         `build_model` that replace those of the run: token_reduction, keep_tokens, reduction_layer. `given` may have
-        values of the flags gelu, model_fields and mean_std, which replace the checkpoint's. Raises UserError.
+        values of the flags gelu, model_fields and mean_std, which replace the checkpoint's. Raises UserError, also for
+        a checkpoint of another library without a head if it `needs_head`.
         """
         given = {name: (given or {}).get(name) for name in ("gelu", "model_fields", "mean_std")}
         given = {name: value for name, value in {**given, "model_type": model_type}.items() if value is not None}
@@ -61,7 +66,10 @@ class SavedModel:
             local_folder(path, download=True)
         elif download and Path(path).suffix == ".npz" and not Path(path).exists():
             download_published(path)
-        loaded = loader_of(path)(path, given, img_size, token_reduction or {})
+        load = loader_of(path)
+        if needs_head and load is load_foreign and identified(path, given).num_classes is None:
+            raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
+        loaded = load(path, given, img_size, token_reduction or {})
         title = "/".join(Path(path).resolve().parts[-2:])  # the folder has the name of the run
         if "mean_std" in given:
             loaded["mean_std"] = given["mean_std"]
@@ -154,7 +162,7 @@ def load_npz(path, given, img_size, token_reduction):
 def load_foreign(path, given, img_size, token_reduction):
     """{field of SavedModel: value} of a checkpoint of another library; prints how it was understood.
 
-    Without a head there is a single class, of which nothing is known.
+    Without a head there is a single class, whose logit is 0.
     """
     flags, note = flags_of_checkpoint(path, given)
     say_on_stderr(note)
@@ -162,8 +170,14 @@ def load_foreign(path, given, img_size, token_reduction):
     img_size, num_classes = img_size or found.img_size, found.num_classes or 1
     model = make_model(flags["model_type"], img_size, num_classes, **fields_of_flags(flags), **token_reduction)
     load_pretrained(model, path, flags["model_type"], head="keep" if found.num_classes else "zero")
-    classes = found.classes or (class_names(num_classes) if found.num_classes else ["no head"])
-    return {"model": model, "classes": classes, "img_size": img_size, "flags": {}, "mean_std": flags["mean_std"]}
+    return {
+        "model": model,
+        "classes": (found.classes or class_names(num_classes)) if found.num_classes else ["no head"],
+        "img_size": img_size,
+        "flags": {},
+        "mean_std": flags["mean_std"],
+        "has_head": found.num_classes is not None,
+    }
 
 
 def identified(path, given):
@@ -187,7 +201,10 @@ def flags_of_checkpoint(path, given):
         fields = found.fields
     else:
         config = config_of(model_type)
-        names = NUMERIC if family_of(config) == family_of(found.config) else NUMERIC_OF_TOKENS
+        target, source = family_of(config), family_of(found.config)
+        if source != target and (source, target) != ("vit", "conformer"):
+            raise UserError(f"{path} does not fit {model_type}: it holds {FAMILIES[source]}")
+        names = NUMERIC if target == source else NUMERIC_OF_TOKENS
         fields = {name: found.config[name] for name in names if name in config and name in found.config}
         fields = {name: value for name, value in fields.items() if config[name] != value}
     given_fields = fields_of_flags(given)

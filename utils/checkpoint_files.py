@@ -39,7 +39,7 @@ def holds_npz(path):
     if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             return any(name.endswith(".npy") for name in file.namelist())
-    return path.suffix == ".npz"
+    return path.suffix == ".npz" and not (path.is_file() and (is_pickle(path) or is_safetensors(path)))
 
 
 def read_checkpoint(path, shapes_only=False):
@@ -59,6 +59,13 @@ def read_checkpoint(path, shapes_only=False):
         metadata |= its_metadata
     config, preprocessor = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config"))
     return CheckpointFile(tensors, metadata, config, preprocessor, entry)
+
+
+def folder_of(path):
+    """The folder for what belongs to a checkpoint: that of its file, or the current one for a name at Hugging Face."""
+    if is_hub_name(path):
+        return Path()
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def files_in(folder):
@@ -86,6 +93,13 @@ def is_pickle(path):
     """Whether the file is what torch.save writes: a zip file, or a pickle in its earlier format."""
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\n")
+
+
+def is_safetensors(path):
+    """Whether the file begins as a .safetensors file: with the length of a header, and the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def read_pickle(path, device):
