@@ -1,7 +1,10 @@
 """Reading checkpoint files, training and evaluating from them, and names at Hugging Face."""
 
+import http.server
 import json
 import shutil
+import sys
+import threading
 
 import pytest
 import timm
@@ -12,7 +15,7 @@ import evaluate
 import train
 import train_resnet
 from command_line import model_maker, train_parser
-from helpers import ROOT, call_main, fails, random_model, read_config, train_run
+from helpers import ROOT, call_main, fails, random_model, read_config, script, succeed, train_run, write_images
 from inference import SavedModel
 from utils.checkpoint_files import holds_npz, read_checkpoint
 from utils.errors import UserError
@@ -201,3 +204,92 @@ def test_names_at_hugging_face():
     assert repository("timm:vit_tiny_patch16_224.augreg_in21k") == "timm/vit_tiny_patch16_224.augreg_in21k"
     assert repository("hf:google/vit-base-patch16-224") == "google/vit-base-patch16-224"
     assert not any(map(is_hub_name, ("checkpoint/ViT-B_16.npz", "C:/weights.pth", "hf:", "hf:a/b/c")))
+
+
+def test_a_name_at_hugging_face_is_read_from_the_cache(tmp_path, monkeypatch, capsys):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--timm--vit_tiny.mine"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    timm_vit(folder / "snapshots" / ("0" * 40) / "model.safetensors", num_heads=1)
+    assert SavedModel.load("timm:vit_tiny.mine").model.config.num_layers == 2
+    args, _ = parsed("--pretrained_dir", "timm:vit_tiny.mine", "--img_size", "8")
+    assert (args.model_type, args.model_fields) == ("ViT-Nano_4", ["num_heads=1", "num_layers=2"])
+    capsys.readouterr()
+    flags = ["--checkpoint", "hf:nobody/nothing", "image.png"]
+    assert "hf:nobody/nothing is not downloaded yet; add --download" in fails(evaluate, flags, monkeypatch, capsys)
+
+
+def test_a_missing_huggingface_hub_is_explained(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    flags = ["--checkpoint", "hf:nobody/nowhere", "--download", "image.png"]
+    expected = "hf:nobody/nowhere needs huggingface_hub: pip install huggingface_hub"
+    assert expected in fails(evaluate, flags, monkeypatch, capsys)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as huggingface.co for the repository tiny/vit, whose files are in the attribute `folder`."""
+
+    commit = "1" * 40
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        path = self.path.partition("?")[0]
+        names = sorted(file.name for file in self.folder.iterdir())
+        status, body, etag = 200, b"", None
+        if path.startswith("/api/models/tiny/vit/revision/") or path == "/api/models/tiny/vit":
+            files = [{"rfilename": name} for name in names]
+            body = json.dumps({"id": "tiny/vit", "modelId": "tiny/vit", "sha": self.commit, "siblings": files}).encode()
+        elif path.startswith("/api/models/tiny/vit/tree/"):
+            sizes = {name: (self.folder / name).stat().st_size for name in names}
+            files = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+            body = json.dumps(files).encode()
+        elif path.startswith("/tiny/vit/resolve/") and path.rpartition("/")[2] in names:
+            body, etag = (self.folder / path.rpartition("/")[2]).read_bytes(), f'"{path.rpartition("/")[2]}"'
+        else:
+            status = 404
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", self.commit)
+        if etag:
+            self.send_header("ETag", etag)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.slow
+def test_download_from_hugging_face(tmp_path, monkeypatch):
+    """From a local server, by a process of its own, as the address is read when huggingface_hub is imported."""
+    pytest.importorskip("huggingface_hub")
+    files = tmp_path / "files"
+    files.mkdir()
+    timm_vit(files / "model.safetensors", classes=10, num_heads=1)
+    write_images(tmp_path / "images", [(8, 8)])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": files}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    image = tmp_path / "images" / "000.png"
+    try:
+        found = succeed("evaluate.py", "--checkpoint", "hf:tiny/vit", "--download", "--json", image)
+        assert len(json.loads(found)[0]["classes"]) == 5
+        missing = script("evaluate.py", "--checkpoint", "hf:tiny/none", "--download", image)
+        assert missing.returncode == 2
+        assert missing.stderr.count("\n") == 1
+        assert "hf:tiny/none could not be downloaded" in missing.stderr
+    finally:
+        server.shutdown()
+    assert json.loads(succeed("evaluate.py", "--checkpoint", "hf:tiny/vit", "--json", image)) == json.loads(found)
