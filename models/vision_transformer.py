@@ -1,6 +1,6 @@
 """Vision Transformer and hybrid (Dosovitskiy et al., 2021), exact to google-research/vision_transformer.
 
-The state dict has timm's names, so timm can load a ViT's state dict.
+The state dict has timm's names, so timm can load a ViT's state dict; its GELU is the exact one by default.
 """
 
 import torch
