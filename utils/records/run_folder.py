@@ -139,8 +139,11 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluated_images):
-    """Write config.json, with the evaluated split and its size. Before, delete an earlier run that is not resumed."""
+def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluated_images, compiled=False):
+    """Write config.json, with the evaluated split and its size, and whether --compile had an effect.
+
+    Before, delete an earlier run that is not resumed.
+    """
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
         for path in files_of_run(run_dir):
@@ -153,6 +156,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluate
         "num_steps": num_steps,
         "evaluated_on": evaluated_on,
         "evaluated_images": evaluated_images,
+        "compiled": compiled,
+        "threads": torch.get_num_threads(),
         "command": sys.argv,
         "launcher": launcher(),
         "versions": {
