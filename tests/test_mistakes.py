@@ -175,7 +175,7 @@ def test_each_image_has_a_square_of_one_size_with_its_caption(count):
         assert (*axes.get_xlim(), *axes.get_ylim()) == (-side / 2, side / 2, side / 2, -side / 2)
         text = axes.get_title(loc="left").replace("\n", " ")
         assert text.startswith("true: \\$x^\\$ predicted: a long name a long name")
-        assert text.endswith(", 98.77 %")
+        assert text.endswith("... 98.77 %")
         assert axes.get_xlabel() == f"{i}.jpg"
 
 

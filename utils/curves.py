@@ -310,7 +310,7 @@ def plot_mistakes(images, captions, title, columns=6):
         axes.set(xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2), xticks=[], yticks=[], facecolor="0.95")
         axes.spines[:].set_visible(False)
         true, predicted, confidence, name = caption
-        lines = (f"true: {shorten(true, 60)}", f"predicted: {shorten(predicted, 60)}, {percent(confidence)}")
+        lines = (f"true: {shorten(true, 60)}", f"predicted: {shorten(predicted, 60)}", percent(confidence))
         axes.set_title(wrap_text("\n".join(lines), 27), fontsize="small", loc="left")
         axes.set_xlabel(escape_math(shorten(name, 30)), fontsize="x-small", color="0.4", loc="left")
     figure.suptitle(wrap_text(title, 24 * columns), fontsize="medium")
