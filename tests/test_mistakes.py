@@ -177,6 +177,9 @@ def test_each_image_has_a_square_of_one_size_with_its_caption(count):
         assert text.startswith("true: \\$x^\\$ predicted: a long name a long name")
         assert text.endswith("... 98.77 %")
         assert axes.get_xlabel() == f"{i}.jpg"
+    if count == 7:  # two rows, whose captions of several lines do not overlap
+        upper, lower = (figure.axes[i].get_tightbbox() for i in (0, 6))
+        assert upper.y0 > lower.y1
 
 
 @pytest.mark.slow

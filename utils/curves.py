@@ -302,16 +302,19 @@ def plot_mistakes(images, captions, title, columns=6):
     `images` are uint8 (3, H, W) of any sizes, `captions` (true class, predicted class, confidence, name).
     """
     rows, columns = math.ceil(len(images) / columns), max(3, min(columns, len(images)))
-    figure = Figure(figsize=(0.3 + 2 * columns, 0.6 + 2.9 * rows), layout="constrained")
-    for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1):
+    texts = [
+        (wrap_text(f"true: {shorten(true, 60)}\npredicted: {shorten(predicted, 60)}\n{percent(confidence)}", 27), name)
+        for true, predicted, confidence, name in captions
+    ]
+    lines = max((text.count("\n") + 1 for text, _ in texts), default=0)
+    figure = Figure(figsize=(0.3 + 2 * columns, 0.7 + (2.4 + 0.17 * lines) * rows), layout="constrained")
+    for number, (image, (text, name)) in enumerate(zip(images, texts, strict=True), start=1):
         axes = figure.add_subplot(rows, columns, number)
         (height, width), side = image.shape[1:], max(image.shape[1:])
         axes.imshow(image.permute(1, 2, 0).numpy(), extent=(-width / 2, width / 2, height / 2, -height / 2))
         axes.set(xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2), xticks=[], yticks=[], facecolor="0.95")
         axes.spines[:].set_visible(False)
-        true, predicted, confidence, name = caption
-        lines = (f"true: {shorten(true, 60)}", f"predicted: {shorten(predicted, 60)}", percent(confidence))
-        axes.set_title(wrap_text("\n".join(lines), 27), fontsize="small", loc="left")
+        axes.set_title(text, fontsize="small", loc="left")
         axes.set_xlabel(escape_math(shorten(name, 30)), fontsize="x-small", color="0.4", loc="left")
     figure.suptitle(wrap_text(title, 24 * columns), fontsize="medium")
     return figure
