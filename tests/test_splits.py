@@ -77,7 +77,7 @@ def test_subjects_stay_together_at_about_the_share_of_each_class(share, count):
 @pytest.mark.parametrize(
     "labels, share, message",
     [
-        ([0] * 9 + [1], 0.2, "--val_split can't divide class 'b', which has one image only"),
+        ([0] * 9 + [1], 0.2, "--val_split can't divide class 'b', which has one image only; add images .*"),
         ([0] * 9 + [1] * 9, 0.05, "--val_split 0.05 divides 18 images into 17 and 1, fewer than the 2 classes"),
         ([0] * 9 + [1] * 9, 0.95, "--val_split 0.95 divides 18 images into 0 and 18, fewer than the 2 classes"),
     ],

@@ -1,4 +1,4 @@
-"""Figures of runs: curves over the steps, grids of flags, confusion matrix, calibration.
+"""Figures of runs: curves over the steps, grids of flags, confusion matrix, calibration, wrong predictions.
 
 Each `plot_...` function returns a Figure.
 """
@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 from utils.data.splits import NAMES, evaluated_split
 from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes, wrap_text
 from utils.grids import value_text
-from utils.metrics import BEST_METRICS, expected_calibration_error, wilson_interval
+from utils.metrics import BEST_METRICS, expected_calibration_error, percent, wilson_interval
 
 FEW_POINTS = 30  # below this many evaluations each one has a marker
 FEW_CLASSES = 20  # up to this many classes the confusion matrix shows counts
@@ -293,4 +293,28 @@ def plot_reliability(calibration, title):
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", columnspacing=1, frameon=False)
     for axes in (upper, lower):
         style_axes(axes)
+    return figure
+
+
+def plot_mistakes(images, captions, title, columns=6):
+    """A grid of images in squares of one size, each with its true class, the prediction and the name of its file.
+
+    `images` are uint8 (3, H, W) of any sizes, `captions` (true class, predicted class, confidence, name).
+    """
+    rows, columns = math.ceil(len(images) / columns), max(3, min(columns, len(images)))
+    texts = [
+        (wrap_text(f"true: {shorten(true, 60)}\npredicted: {shorten(predicted, 60)}\n{percent(confidence)}", 27), name)
+        for true, predicted, confidence, name in captions
+    ]
+    lines = max((text.count("\n") + 1 for text, _ in texts), default=0)
+    figure = Figure(figsize=(0.3 + 2 * columns, 0.7 + (2.4 + 0.17 * lines) * rows), layout="constrained")
+    for number, (image, (text, name)) in enumerate(zip(images, texts, strict=True), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        (height, width), side = image.shape[1:], max(image.shape[1:])
+        axes.imshow(image.permute(1, 2, 0).numpy(), extent=(-width / 2, width / 2, height / 2, -height / 2))
+        axes.set(xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2), xticks=[], yticks=[], facecolor="0.95")
+        axes.spines[:].set_visible(False)
+        axes.set_title(text, fontsize="small", loc="left")
+        axes.set_xlabel(escape_math(shorten(name, 30)), fontsize="x-small", color="0.4", loc="left")
+    figure.suptitle(wrap_text(title, 24 * columns), fontsize="medium")
     return figure

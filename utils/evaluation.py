@@ -86,8 +86,9 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     """{"images", "loss", "accuracy", "top5_accuracy"}: a count, a mean and fractions over all processes.
 
     With `per_class` also "confusion", counts int64 (classes, classes): rows are true classes, columns predictions;
-    "calibration", the `calibration_sums`; and the `mean_metrics`. Each process calls `after_batch()` equally often.
-    Raises UserError if no image can be read.
+    "calibration", the `calibration_sums`; the `mean_metrics`; and of this process's images alone, in their order,
+    "predictions" int64 (n,) and "confidences" float32 (n,), the probabilities of the predictions. Each process calls
+    `after_batch()` equally often. Raises UserError if no image can be read.
     """
     was_training = model.training
     model.eval()
@@ -95,6 +96,7 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1 correct, top-5 correct
     confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=processes.device)
     calibration = totals.new_zeros(BINS, 3)
+    predicted, confidences = [confusion[:0]], [totals[:0].float()]
     count = 0
     batches = iter(test_set.eval_batches(img_size, batch_size, processes))
     most = math.ceil(len(range(0, len(test_set), processes.size)) / batch_size)  # batches of the first process
@@ -111,7 +113,9 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
                 if per_class:
                     cells = labels * num_classes + predictions[:, 0]
                     confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
-                    calibration += calibration_sums(logits.softmax(dim=1).amax(dim=1), correct[:, 0])
+                    confidences.append(logits.softmax(dim=1).amax(dim=1))
+                    predicted.append(predictions[:, 0])
+                    calibration += calibration_sums(confidences[-1], correct[:, 0])
                 count += len(labels)  # on the host, so that no batch waits for the device
                 bar.update(len(labels))
             elif isinstance(model, FSDPModule):  # which gathers weights with all processes
@@ -127,6 +131,7 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()
         result["calibration"] = sum_over_processes(calibration).cpu()
         result |= mean_metrics(result["confusion"])
+        result |= {"predictions": torch.cat(predicted).cpu(), "confidences": torch.cat(confidences).cpu()}
     return result
 
 

@@ -126,7 +126,8 @@ def make_data_set(name, split, options, processes):
         pixels = read_images_of_one_size(images, quiet, options.skip_broken) if source.in_memory else None
     if pixels is None:
         return FolderImages(images, labels, classes, processes.device, source.prepare, options)
-    return TensorImages(pixels, labels, classes, processes.device, options.mean_std)
+    paths = images if isinstance(images, list) else None
+    return TensorImages(pixels, labels, classes, processes.device, options.mean_std, paths)
 
 
 def read_split(name, split, options, processes):

@@ -81,7 +81,8 @@ def divide(labels, share, seed, flag, classes):
 
     counts = np.bincount(labels, minlength=len(classes))
     if 1 in counts:
-        raise UserError(f"{flag} can't divide class {classes[counts.tolist().index(1)]!r}, which has one image only")
+        name = classes[counts.tolist().index(1)]
+        raise UserError(f"{flag} can't divide class {name!r}, which has one image only; add images or remove the class")
     taken = math.ceil(share * len(labels))
     if min(taken, len(labels) - taken) < np.count_nonzero(counts):
         raise UserError(
