@@ -9,11 +9,21 @@ from sklearn.model_selection import train_test_split
 import evaluate
 import train
 from helpers import load_data, metrics, run_dir, write_images
-from utils.data.datasets import DATASETS, DataOptions, DataSource, Split, load_splits, read_split, training_splits
+from utils.data.datasets import (
+    DATASETS,
+    DataOptions,
+    DataSource,
+    LoadedSplits,
+    Split,
+    load_splits,
+    read_split,
+    training_splits,
+)
 from utils.data.duplicates import count_copies
 from utils.data.splits import divide, divide_subjects
 from utils.errors import UserError
 from utils.parallel.processes import one_process
+from utils.training import copies_between
 
 
 @pytest.fixture
@@ -170,6 +180,14 @@ def test_copies_are_counted_by_pixels_and_by_bytes(tmp_path):
     copies = [str(path) for path in write_images(tmp_path / "b", [(8, 8), (9, 9), (9, 9)])]
     (tmp_path / "b" / "002.png").write_bytes(bytes((tmp_path / "b" / "002.png").stat().st_size))
     assert count_copies(paths, [*copies, str(tmp_path / "missing.png")]) == 2
+
+
+def test_copies_are_reported_in_the_singular_and_the_plural():
+    copies = {("train", "val"): 1, ("train", "test"): 2, ("val", "test"): 0}
+    assert list(copies_between(LoadedSplits(None, None, None, "val", copies))) == [
+        "warning: 1 of the validation images is an exact copy of a training image",
+        "warning: 2 of the test images are exact copies of training images",
+    ]
 
 
 def test_a_changed_division_is_not_resumed(tiny_flags, run_main, capsys):
