@@ -10,7 +10,7 @@ from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.checks import check_figure_path
 from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
 from utils.data.images import read_image
-from utils.data.splits import DIVISION, NAMES, SPLITS
+from utils.data.splits import DIVISION, NAMES, SPLITS, shares_that_apply
 from utils.errors import UserError, run_script
 from utils.evaluation import check_classes, evaluate_model
 from utils.flag_groups import (
@@ -117,7 +117,7 @@ def evaluate_on_dataset(saved, args, processes):
     paths = figure_paths(args)
     dataset, split, images = load_split(saved, args, processes)
     result = evaluate_model(saved.model, images, saved.img_size, args, processes, per_class=True)
-    names, title = readable_names(images.classes), f"{saved.title} on {dataset}"
+    names, title = readable_names(images.classes), f"{saved.title} on the {NAMES[split]} images of {dataset}"
     if processes.is_first:
         draw_confusion_matrix(result["confusion"], names, title, paths["confusion_matrix"])
         draw_reliability(result["calibration"], title, paths["reliability_diagram"])
@@ -185,7 +185,8 @@ def calibration_bins(calibration):
 def load_split(saved, args, processes):
     """(name of the data set, of the split, its images), normalised as in the model's run.
 
-    The data set of the run is divided as it was there. Raises UserError for other classes.
+    The data set of the run is divided as it was there, another folder only into splits that it lacks. Raises UserError
+    for other classes.
     """
     dataset, data_dir = args.dataset, args.data_dir
     if dataset is None and saved.flags:
@@ -198,6 +199,8 @@ def load_split(saved, args, processes):
         name: saved.flags[name] for name in DIVISION if dataset == saved.flags.get("dataset") and name in saved.flags
     }
     options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken, **divided)
+    if data_dir != saved.flags.get("data_dir"):
+        options = shares_that_apply(DATASETS[dataset].splits(data_dir), options)
     found = find_splits(dataset, options)
     if args.split and args.split not in found:
         raise UserError(f"--split {args.split}: {dataset} has {', '.join(found)} only")
@@ -232,7 +235,7 @@ def evaluation_text(report):
         + f"   loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
         "   ".join(means),
         f"expected calibration error {percent(report['expected_calibration_error'])}",
-        *class_lines(report["per_class"]),
+        *class_lines(report["per_class"], NAMES[report["split"]]),
         *confusion_lines(report["frequent_confusions"], report["per_class"]),
         *mistake_lines(report),
         "[low, high]: the 95 % interval of an accuracy (Wilson)",
@@ -243,8 +246,8 @@ def evaluation_text(report):
     return "\n".join(lines)
 
 
-def class_lines(per_class):
-    """A table of the classes, or of the ten hardest of many; `per_class` is that of the report."""
+def class_lines(per_class, split):
+    """A table of the classes, or of the ten hardest of many; `per_class` is that of the report on a `split`."""
     present = {name: row for name, row in per_class.items() if row["support"]}
     hardest = sorted(present, key=lambda name: present[name]["recall"])
     shown = hardest if len(hardest) <= MANY_CLASSES else hardest[:10]
@@ -257,8 +260,8 @@ def class_lines(per_class):
         lines.append(f"  {name:<{width}}  {recall:<24}  precision {precision}  F1 {f1}")
     if absent := len(per_class) - len(present):
         lines.append(
-            f"no test images of {absent} of the {len(per_class)} classes: their precision, recall and F1 count as 0 in "
-            "the macro means, as in scikit-learn, and not in the balanced accuracy"
+            f"no {split} images of {absent} of the {len(per_class)} classes: their precision, recall and F1 count as 0 "
+            "in the macro means, as in scikit-learn, and not in the balanced accuracy"
         )
     return lines
 

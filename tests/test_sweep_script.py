@@ -12,7 +12,7 @@ import time
 import pytest
 from PIL import Image
 
-from helpers import ROOT, TINY, script, succeed
+from helpers import ROOT, TINY, script, succeed, write_images
 from utils.records.run_folder import last_accuracy
 from utils.sweeps import LOG
 
@@ -54,6 +54,15 @@ def test_wrong_flags_are_one_line_before_any_run(ours, further, message, main_fa
     )
     assert message in main_fails(sweep, *ours, "--output_dir", tmp_path / "runs", "--", *further)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_can_not_be_divided_is_one_line_before_any_run(main_fails, tmp_path):
+    for name, count in (("cat", 8), ("dog", 1)):
+        write_images(tmp_path / "images" / name, [(8, 8)] * count)
+    further = ["--dataset", "imagefolder", "--data_dir", tmp_path / "images", "--val_split", 0.3, "--img_size", 8]
+    error = main_fails(sweep, *GRID, "--output_dir", tmp_path, "--", *further, "--model_type", "ViT-Mini_4")
+    assert "--val_split can't divide class 'dog', which has one image only" in error
+    assert not list(tmp_path.glob("*/train.log"))
 
 
 def test_a_dry_run_prints_the_commands_of_all_runs(run_main, tmp_path):

@@ -150,7 +150,7 @@ def add_training_flags(group):
         help="Images per step, over all processes and accumulation steps.",
     )
     group.add_argument(
-        "--eval_batch_size", type=positive, default=64, metavar="N", help="Test images per batch of each process."
+        "--eval_batch_size", type=positive, default=64, metavar="N", help="Evaluated images per batch of each process."
     )
     group.add_argument("--num_steps", type=positive, default=10000, metavar="N", help="Number of optimizer steps.")
     group.add_argument(
@@ -168,7 +168,7 @@ def add_training_flags(group):
         type=one_of("metric", BEST_METRICS),
         default="accuracy",
         metavar="NAME",
-        help=f"The test metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
+        help=f"The metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
         "balanced_accuracy and macro_f1 count all classes equally.",
     )
     group.add_argument(
@@ -189,7 +189,7 @@ def add_training_flags(group):
         "--log_attention_every",
         type=positive,
         metavar="N",
-        help="Steps between two figures of a ViT's attention in TensorBoard: the rollout on eight test images; "
+        help="Steps between two figures of a ViT's attention in TensorBoard: the rollout on eight evaluated images; "
         "default: none.",
     )
     group.add_argument(

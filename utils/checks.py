@@ -144,7 +144,7 @@ def check_length(args, num_steps, num_images):
 
 
 def check_best_metric(args, num_classes, where):
-    """Whether --best_metric is defined for the number of classes in the data set or in its test set, named `where`."""
+    """Whether --best_metric is defined for the number of classes in the data set or evaluated split, named `where`."""
     if BEST_METRICS[args.best_metric].from_confusion and num_classes < 2:
         raise UserError(f"--best_metric {args.best_metric} needs two classes, {where} has {num_classes}; give accuracy")
 

@@ -33,14 +33,12 @@ def plot_curves(metrics, title):
     """Loss and accuracy of one run over the steps, of training and evaluation; `metrics` is {column: values}."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    marker = "o" if len(metrics["step"]) < FEW_POINTS else ""
     split = evaluated_split(metrics)
     for name, colour, line in (("train", TRAIN, "--"), (split, TEST, "-")):
-        style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3, "label": name}
+        style = {"color": colour, "linestyle": line, "label": name, **markers(metrics[f"{name}_accuracy"])}
         loss.plot(metrics["step"], metrics[f"{name}_loss"], **style)
         accuracy.plot(metrics["step"], [100 * value for value in metrics[f"{name}_accuracy"]], **style)
-    best = np.nanmax(metrics[f"{split}_accuracy"])
-    accuracy.set_title(f"best {NAMES[split]} accuracy {100 * best:.2f} %", fontsize="medium")
+    accuracy.set_title(accuracy_text(split, metrics[f"{split}_accuracy"]), fontsize="medium")
     loss.set_title(escape_math(title), fontsize="medium")
     label_curves(loss, accuracy)
     for axes in (loss, accuracy):
@@ -48,22 +46,41 @@ def plot_curves(metrics, title):
     return figure
 
 
-def plot_runs(runs, title=""):
-    """Test loss and accuracy of several runs in one figure, training dashed; {label: [metrics of each seed, ...]}.
+def markers(values):
+    """The style of a line with these values: a marker at each, unless there are many."""
+    return {"marker": "o", "markersize": 3} if np.isfinite(values).sum() < FEW_POINTS else {}
 
-    Several seeds are drawn as their mean; for the test set the range from lowest to highest is shaded.
+
+def accuracy_text(split, accuracies):
+    """The best accuracy on a split, or the only one of --test_at_end; those that were not measured are NaN."""
+    measured = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
+    if not measured:
+        return f"{NAMES[split]} accuracy not measured yet"
+    best = "best " if len(measured) == len(accuracies) else ""
+    return f"{best}{NAMES[split]} accuracy {100 * max(measured):.2f} %"
+
+
+def plot_runs(runs, title=""):
+    """Loss and accuracy of several runs in one figure, training dashed; {label: [metrics of each seed, ...]}.
+
+    Several seeds are drawn as their mean; for the evaluated split the range from lowest to highest is shaded. If the
+    runs were evaluated on different splits, the labels name them.
     """
     figure = Figure(figsize=(10, 4 + 0.2 * len(runs)), layout="constrained")
     panels = figure.subplots(1, 2)
+    splits = [NAMES[evaluated_split(seeds[0])] for seeds in runs.values()]
+    if len(set(splits)) > 1:
+        runs = {f"{label}, {split}": seeds for split, (label, seeds) in zip(splits, runs.items(), strict=True)}
     for number, (label, seeds) in enumerate(runs.items()):
         colour = OKABE_ITO[number % len(OKABE_ITO)]
         for axes, quantity, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
             plot_seeds(axes, seeds, quantity, factor, colour, label)
     label_curves(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1))
+    lines = {NAMES["train"]: "--"} if len(set(splits)) > 1 else {NAMES["train"]: "--", splits[0]: "-"}
+    handles += [Line2D([], [], color="grey", linestyle=line, linewidth=1) for line in lines.values()]
     columns = min(len(handles), max(1, 100 // max(map(len, labels))))
-    labels = [*map(escape_math, labels), "training"]
+    labels = [*map(escape_math, labels), *lines]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(escape_math(title), fontsize="medium")
     return figure
@@ -72,14 +89,13 @@ def plot_runs(runs, title=""):
 def plot_seeds(axes, seeds, quantity, factor, colour, label):
     """Draw one quantity, "loss" or "accuracy", of the runs of all seeds, multiplied by `factor`."""
     steps = seeds[0]["step"]
-    markers = {"marker": "o", "markersize": 3} if len(steps) < FEW_POINTS else {}
-    train, test = (
-        factor * np.array([run[f"{part}_{quantity}"] for run in seeds]) for part in ("train", evaluated_split(seeds[0]))
-    )
-    axes.plot(steps, train.mean(axis=0), color=colour, linestyle="--", linewidth=1, **markers)
-    axes.plot(steps, test.mean(axis=0), color=colour, linewidth=1.8, label=label, **markers)
+    parts = ("train", evaluated_split(seeds[0]))
+    train, evaluated = (factor * np.array([run[f"{part}_{quantity}"] for run in seeds]) for part in parts)
+    train_mean, mean = train.mean(axis=0), evaluated.mean(axis=0)
+    axes.plot(steps, train_mean, color=colour, linestyle="--", linewidth=1, **markers(train_mean))
+    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, **markers(mean))
     if len(seeds) > 1:
-        axes.fill_between(steps, test.min(axis=0), test.max(axis=0), color=colour, alpha=0.2, lw=0)
+        axes.fill_between(steps, evaluated.min(axis=0), evaluated.max(axis=0), color=colour, alpha=0.2, lw=0)
 
 
 def label_curves(loss, accuracy):

@@ -1,4 +1,4 @@
-"""Loss and accuracy on a test set, each image counted exactly once over all processes."""
+"""Loss and accuracy on a split, each image counted exactly once over all processes."""
 
 import math
 import sys
@@ -125,7 +125,7 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()
     if not count:
-        raise UserError(f"none of the {len(test_set)} test images can be read")
+        raise UserError(f"none of the {len(test_set)} images to evaluate can be read")
     result = {"images": int(count), "loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
     if per_class:
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()
@@ -135,7 +135,7 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     return result
 
 
-def progress_bar(test_set, processes, description="test"):
+def progress_bar(test_set, processes, description="evaluation"):
     """A bar over this process's share of the images, in the first process only."""
     share = len(range(processes.rank, len(test_set), processes.size))
     hidden = not processes.is_first or not sys.stderr.isatty()

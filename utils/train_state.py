@@ -200,9 +200,9 @@ class TrainState:
         # The prefix distinguishes a training metric from the same metric of the evaluation.
         training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
         names = dict.fromkeys((*MEASURED, self.args.best_metric))
-        tests = {f"{self.evaluated_on}_{name}": result[name] for name in names}
+        evaluated = {f"{self.evaluated_on}_{name}": result[name] for name in names}
         speed = {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": seconds}
-        return {"step": self.step, **training, **tests, **speed}
+        return {"step": self.step, **training, **evaluated, **speed}
 
     def check_weights(self):
         """Raise RunStoppedError if a weight is not finite, as may follow a finite loss."""
@@ -212,7 +212,7 @@ class TrainState:
             raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)
 
     def log_attention(self, eval_set, tracker):
-        """Draw the attention rollout of a ViT on a few test images into TensorBoard."""
+        """Draw the attention rollout of a ViT on a few evaluated images into TensorBoard."""
         self.read_metrics(tracker)
         if self.processes.is_first:
             images, labels = eval_set.examples(ATTENTION_IMAGES, (self.args.img_size, self.args.img_size))

@@ -261,7 +261,9 @@ def copies_between(splits):
     """A line for each two splits with the same images."""
     for (split, other), count in splits.copies.items():
         if count:
-            yield f"warning: {count} of the {NAMES[other]} images are exact copies of {NAMES[split]} images"
+            copies = f"are exact copies of {NAMES[split]} images"
+            copies = f"is an exact copy of a {NAMES[split]} image" if count == 1 else copies
+            yield f"warning: {count} of the {NAMES[other]} images {copies}"
 
 
 def report_unreadable(splits, tracker):

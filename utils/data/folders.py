@@ -75,7 +75,7 @@ def list_folder(data_dir, split):
     paths, labels = [], []
     for label, name in enumerate(classes):
         if name not in present:
-            continue  # a test set may lack a class
+            continue  # a validation or test set may lack a class
         files, others = find_images(folder / name)
         paths += files
         labels += [label] * len(files)

@@ -30,6 +30,12 @@ def check_shares(own, options, where):
         check_regex(options.group_by)
 
 
+def shares_that_apply(own, options):
+    """The DataOptions of a run for another data set with the `own` splits, of which no shares are taken."""
+    options = options._replace(**{f"{split}_split": None for split in ("val", "test") if split in own})
+    return options if options.val_split or options.test_split else options._replace(group_by=None)
+
+
 def check_regex(regex):
     """Raise UserError for what is not a regular expression with one group."""
     try:
@@ -65,7 +71,11 @@ def rows_of_split(split, own, labels, images, classes, options):
         for part, name in ((kept, "training"), (found, NAMES[taken])):
             empty = np.setdiff1d(labels, labels[part])
             if len(empty):
-                raise UserError(f"{flag} {share:g} leaves no {name} image of class {classes[empty[0]]!r}")
+                advice = "a smaller" if name == NAMES["train"] else "a larger"
+                raise UserError(
+                    f"{flag} {share:g} leaves no {name} image of class {classes[empty[0]]!r}; give {advice} share, or "
+                    "add images of this class"
+                )
         if split == taken:
             return np.sort(found)
         rows = kept
@@ -87,7 +97,7 @@ def divide(labels, share, seed, flag, classes):
     if min(taken, len(labels) - taken) < np.count_nonzero(counts):
         raise UserError(
             f"{flag} {share:g} divides {len(labels)} images into {len(labels) - taken} and {taken}, fewer than the "
-            f"{np.count_nonzero(counts)} classes"
+            f"{np.count_nonzero(counts)} classes; give a share nearer to 0.5"
         )
     return train_test_split(np.arange(len(labels)), test_size=taken, stratify=labels, random_state=seed)
 
@@ -97,6 +107,8 @@ def divide_subjects(labels, groups, share, seed, flag):
     from sklearn.model_selection import StratifiedGroupKFold  # a slow import
 
     count = len(np.unique(groups))
+    if count == 1:
+        raise UserError(f"{flag} can't divide the images of a single subject; check the group of --group_by")
     taken, folds = Fraction(share).limit_denominator(min(MAX_FOLDS, count)).as_integer_ratio()
     if not 0 < taken < folds:
         raise UserError(f"{flag} {share:g} can't divide {count} subjects; give a share nearer to one half")
