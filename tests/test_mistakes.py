@@ -110,7 +110,7 @@ def test_photographs_are_drawn_upright_and_whole(photographs, tmp_path, monkeypa
         assert caption == (row["true_class"], row["predicted_class"], row["confidence"], path.name)
         assert path.parent == tmp_path / "data" / "val" / row["true_class"]
         assert row["true_class"] != row["predicted_class"]
-    assert title == "run/best.safetensors on imagenet: all 2 wrong predictions for 4 images"
+    assert title == "run/best.safetensors on the validation images of imagenet: all 2 wrong predictions for 4 images"
     assert found["mistakes_figure"] == str(tmp_path / "run" / "mistakes.png")
     with Image.open(found["mistakes_figure"]) as figure:
         assert figure.width > 600

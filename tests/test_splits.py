@@ -200,6 +200,26 @@ def test_a_changed_division_is_not_resumed(tiny_flags, run_main, capsys):
         assert capsys.readouterr().err.endswith(message)
 
 
+def test_a_folder_that_has_grown_is_not_resumed(image_folder, tiny_flags, run_main, capsys):
+    """Another number of images gives another division, so test images would be trained on."""
+    flags = ["--dataset", "imagefolder", "--data_dir", image_folder / "train", "--num_workers", 0]
+    flags += ["--val_split", 0.25, "--test_split", 0.25, "--num_steps", 2, "--eval_every", 1]
+    run_main(train, *tiny_flags(*flags))
+    write_images(image_folder / "train" / "cat" / "new", [(8, 8)] * 4)
+    with pytest.raises(SystemExit):
+        run_main(train, *tiny_flags(*flags, "--resume", "--num_steps", 4))
+    message = "was started with 9 training, 3 validation and 4 test images, now there are 11 training, 4 validation"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.2, 0.3])
+def test_few_subjects_are_divided_near_to_the_share(share):
+    """Twenty subjects of ten images each, of two classes."""
+    groups = np.repeat(np.arange(20), 10)
+    _, taken = divide_subjects(groups % 2, groups, share, 0, "--val_split")
+    assert abs(len(taken) / len(groups) - share) <= 0.05
+
+
 def test_evaluate_divides_the_images_as_the_run_did(tiny_flags, run_main):
     flags = tiny_flags("--num_steps", 4, "--eval_every", 4, "--val_split", 0.2, "--split_seed", 5)
     run_main(train, *flags)

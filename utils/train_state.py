@@ -46,16 +46,15 @@ class Progress:
 class TrainState:
     """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
 
-    def __init__(
-        self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, evaluated_on="test"
-    ):
+    def __init__(self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, images=None):
         """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
 
         `classes` are their names, `run_dir` is the folder to save in, which timing a step does not need.
-        `class_weights` (classes,) multiply the terms of the loss. `evaluated_on` is the split that is evaluated.
+        `class_weights` (classes,) multiply the terms of the loss. `images` is {split: number of images}.
         """
         self.model, self.args, self.processes, self.classes = model, args, processes, list(classes)
-        self.run_dir, self.class_weights, self.evaluated_on = run_dir, class_weights, evaluated_on
+        self.run_dir, self.class_weights, self.images = run_dir, class_weights, images or {}
+        self.evaluated_on = "val" if "val" in self.images else "test"
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
@@ -253,6 +252,7 @@ class TrainState:
         return {
             "flags": vars(self.args),
             "classes": self.classes,
+            "images": self.images,
             "optimizer": self.args.optimizer,
             "precision": self.precision.state_dict(),
             "progress": {"step": self.step, **asdict(self.progress), "metrics": self.meter.state_dict()},

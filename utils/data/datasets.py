@@ -95,6 +95,11 @@ class LoadedSplits(NamedTuple):
     evaluated_on: str  # "val" or "test"
     copies: dict  # {(split, other): number of images of `other` that are exact copies of images of `split`}
 
+    def counts(self):
+        """{split: number of images}"""
+        counts = {"train": len(self.train), self.evaluated_on: len(self.evaluation)}
+        return counts | ({"test": len(self.test)} if self.test else {})
+
 
 def load_splits(name, options, processes):
     """The LoadedSplits of a data set. Raises UserError."""

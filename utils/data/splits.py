@@ -4,7 +4,6 @@ import math
 import os
 import re
 import warnings
-from fractions import Fraction
 
 import numpy as np
 
@@ -109,17 +108,35 @@ def divide_subjects(labels, groups, share, seed, flag):
     count = len(np.unique(groups))
     if count == 1:
         raise UserError(f"{flag} can't divide the images of a single subject; check the group of --group_by")
-    taken, folds = Fraction(share).limit_denominator(min(MAX_FOLDS, count)).as_integer_ratio()
-    if not 0 < taken < folds:
+    options = fold_numbers(share, count)
+    if not options:
         raise UserError(f"{flag} {share:g} can't divide {count} subjects; give a share nearer to one half")
+    divisions, problem = [], None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds, which may be divided all the same
-        try:
-            parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
-        except ValueError as error:  # every class has fewer images than folds
-            raise UserError(f"{flag} {share:g} can't divide the images of {count} subjects: {error}") from error
-    found = np.concatenate([part for _, part in parts[:taken]])
+        for folds, taken in options:
+            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+            try:
+                parts = list(splitter.split(labels, labels, groups))[:taken]
+            except ValueError as error:  # every class has fewer images than folds
+                problem = error
+            else:
+                divisions.append(np.concatenate([part for _, part in parts]))
+    if not divisions:
+        raise UserError(f"{flag} {share:g} can't divide the images of {count} subjects: {problem}")
+    found = min(divisions, key=lambda rows: abs(len(rows) - share * len(labels)))
     return np.setdiff1d(np.arange(len(labels)), found), found
+
+
+def fold_numbers(share, count):
+    """The first pairs (folds of `count` subjects, how many of them to take) that are near to the share, at most four.
+
+    Folds of few subjects differ in size, so one pair alone may be far from it.
+    """
+    pairs = [(folds, round(share * folds)) for folds in range(2, min(MAX_FOLDS, count) + 1)]
+    pairs = [(folds, taken) for folds, taken in pairs if 0 < taken < folds]
+    near = [(folds, taken) for folds, taken in pairs if abs(taken / folds - share) <= 0.1 * share]
+    return near[:4] or sorted(pairs, key=lambda pair: abs(pair[1] / pair[0] - share))[:1]
 
 
 def draw_per_class(labels, count, seed):

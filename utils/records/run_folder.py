@@ -139,8 +139,8 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluated_images):
-    """Write config.json, with the evaluated split and its size. Before, delete an earlier run that is not resumed."""
+def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, images):
+    """Write config.json, `images` are {split: number}. Before, delete an earlier run that is not resumed."""
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
         for path in files_of_run(run_dir):
@@ -152,7 +152,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluate
         "classes": classes,
         "num_steps": num_steps,
         "evaluated_on": evaluated_on,
-        "evaluated_images": evaluated_images,
+        "images": images,
         "command": sys.argv,
         "launcher": launcher(),
         "versions": {
