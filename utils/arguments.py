@@ -2,15 +2,9 @@
 
 import os
 
+from utils.augmentation_flags import add_augmentation_flags, add_crop_flags
 from utils.data.augmentation import MEAN_STD
-from utils.flag_groups import (
-    add_augmentation_flags,
-    add_crop_flags,
-    add_data_flags,
-    add_division_flags,
-    add_precision_flags,
-    add_recipe_flag,
-)
+from utils.flag_groups import add_data_flags, add_division_flags, add_precision_flags
 from utils.flag_types import (
     natural_float,
     one_of,
@@ -22,6 +16,7 @@ from utils.metrics import BEST_METRICS
 from utils.optimisation_flags import add_optimisation_flags, add_regularisation_flags
 from utils.parallel.precision import AMP_BACKENDS
 from utils.parallel.processes import PARALLEL
+from utils.recipes import RECIPES
 from utils.recorded_flags import RepeatingParser
 
 MODES = ("train", "eval")
@@ -137,6 +132,17 @@ def add_training_data_flags(group):
         metavar="NAME",
         help="The mean and standard deviation that normalise the pixels. half: 0.5 and 0.5, as Google's checkpoints "
         "expect; imagenet: those of ImageNet's three channels.",
+    )
+
+
+def add_recipe_flag(group):
+    """What chooses the flags of the training that are not given."""
+    group.add_argument(
+        "--recipe",
+        type=one_of("recipe", RECIPES),
+        metavar="NAME",
+        help="Choose the flags that are not given by the number and size of the training images and the batch size: "
+        f"{', '.join(RECIPES)}. bit and vit fine-tune, scratch trains small models from scratch; default: none.",
     )
 
 
