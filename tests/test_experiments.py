@@ -5,10 +5,7 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 import types
 
 import numpy as np
@@ -17,7 +14,7 @@ from PIL import Image
 
 import train
 from command_line import train_parser
-from helpers import ROOT, TINY, call_main, script, succeed, write_images
+from helpers import ROOT, TINY, call_main, script, stop_sweep, succeed, write_images
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
 from utils.sweeps import LOG
@@ -170,19 +167,8 @@ def test_a_norm_study_is_stopped_resumes_and_is_then_finished(tmp_path):
     """SIGTERM reaches the study alone, as from a queue's manager; the running job saves, no other is started."""
     command = ["scripts/norm_study.py", *study(tmp_path, "--norm_types", "BN", "Rescale", "--starts", "scratch")]
     command += ["--num_steps", "200", "--eval_every", "40"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     first, second = tmp_path / "ViT-Mini_4-BN-scratch", tmp_path / "ViT-Mini_4-Rescale-scratch"
-    deadline = time.monotonic() + 120
-    while not (first / "last.safetensors").exists():
-        assert started.poll() is None, started.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    started.send_signal(signal.SIGTERM)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode == 128 + signal.SIGTERM
+    errors = stop_sweep(command, first)
     assert "norm_study.py: stopped; the same command resumes" in errors
     assert re.search("stopped by SIGTERM (in the evaluation )?after step", (first / LOG).read_text())
     assert not second.exists()

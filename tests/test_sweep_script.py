@@ -4,15 +4,12 @@ import csv
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
-from helpers import ROOT, TINY, script, succeed, write_images
+from helpers import ROOT, TINY, script, stop_sweep, succeed, write_images
 from utils.records.run_folder import last_accuracy
 from utils.sweeps import LOG
 
@@ -226,19 +223,8 @@ def test_a_sweep_ends_in_table_and_figure_and_is_extended(tmp_path):
 def test_a_sweep_is_stopped_and_resumes(tmp_path):
     passed = [*PASSED, "--num_steps", "200", "--eval_every", "40"]
     command = ["scripts/sweep.py", "--output_dir", str(tmp_path), *GRID, "--", *passed]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     first, second = tmp_path / "learning_rate=0.01-seed0", tmp_path / "learning_rate=0.03-seed0"
-    deadline = time.monotonic() + 120
-    while not (first / "last.safetensors").exists():
-        assert started.poll() is None, started.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    started.send_signal(signal.SIGTERM)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode == 128 + signal.SIGTERM
+    errors = stop_sweep(command, first)
     assert "sweep.py: stopped; the same command resumes" in errors
     assert not second.exists()
     assert not (tmp_path / "table.md").exists()
