@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from inference import SavedModel
 from models import canonical_model_type
 from utils.checks import make_output_folder
-from utils.data.datasets import DataOptions, load_dataset, make_data_set, read_split, training_splits
+from utils.data.datasets import DataOptions, make_data_set, read_splits, training_splits
 from utils.data.splits import NAMES, draw_per_class
 from utils.errors import UserError, run_script
 from utils.features import extract_features
@@ -38,7 +38,8 @@ def main():
         saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download)
         options = DataOptions.from_flags(args)._replace(mean_std=saved.mean_std)
         evaluated_on = training_splits(args.dataset, options)[-1]
-        split = read_split(args.dataset, "train", options, processes)
+        splits = read_splits(args.dataset, ["train", evaluated_on], options, processes)
+        split = splits["train"]
         check_shots(split.labels, split.classes, max(args.shots))
         drawn = {(shots, n): draw_per_class(split.labels, shots, n) for shots in args.shots for n in args.seeds}
         rows = np.unique(np.concatenate(list(drawn.values())))
@@ -49,8 +50,8 @@ def main():
             raise UserError(
                 f"{count} of the training images that were drawn can't be read; remove them from the folder"
             )
-        test_set = load_dataset(args.dataset, evaluated_on, options, processes)
-        test = extract_features(saved, test_set, args, processes)
+        eval_set = make_data_set(args.dataset, splits[evaluated_on], options, processes)
+        test = extract_features(saved, eval_set, args, processes)
         if processes.is_first:
             drawn = {key: np.searchsorted(rows, chosen) for key, chosen in drawn.items()}
             title = f"{saved.title} on {data_name(args)}"

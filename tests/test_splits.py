@@ -173,13 +173,14 @@ def test_one_folder_of_classes_is_divided(image_folder):
 def test_copies_are_counted_by_pixels_and_by_bytes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
     others = np.concatenate([images[2:4], images[3:4] ^ 1])
-    assert count_copies(images, others) == 2
-    assert count_copies(others, images) == 2
-    assert count_copies(images[:2], others) == 0
+    assert count_copies({"train": images, "test": others}) == {("train", "test"): 2}
+    assert count_copies({"train": others, "test": images}) == {("train", "test"): 2}
+    assert count_copies({"train": images[:2], "test": others}) == {("train", "test"): 0}
     paths = [str(path) for path in write_images(tmp_path / "a", [(8, 8), (9, 9), (9, 9)])]
     copies = [str(path) for path in write_images(tmp_path / "b", [(8, 8), (9, 9), (9, 9)])]
     (tmp_path / "b" / "002.png").write_bytes(bytes((tmp_path / "b" / "002.png").stat().st_size))
-    assert count_copies(paths, [*copies, str(tmp_path / "missing.png")]) == 2
+    found = count_copies({"train": paths, "val": [*copies, str(tmp_path / "missing.png")], "test": paths[:1]})
+    assert found == {("train", "val"): 2, ("train", "test"): 1, ("val", "test"): 1}
 
 
 def test_copies_are_reported_in_the_singular_and_the_plural():

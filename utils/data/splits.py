@@ -50,13 +50,13 @@ def available_splits(own, options):
     return [split for split in SPLITS if split in own or split == "train" or getattr(options, f"{split}_split")]
 
 
-def rows_of_split(split, own, labels, images, classes, options):
-    """Sorted indices of the training images that belong to `split`, after those of splits that are missing are taken.
+def divided_rows(own, labels, images, classes, options):
+    """{split: sorted indices of the training images that belong to it}, for "train" and the splits that are missing.
 
     `own` are the splits that the data set has. The test images are taken first, then the validation images from the
     rest, each by `split_seed` alone. Raises UserError if the images can't be divided.
     """
-    rows = np.arange(len(labels))
+    rows, divided = np.arange(len(labels)), {}
     groups = subjects(images, options.group_by) if options.group_by else None
     for taken in ("test", "val"):
         share, flag = getattr(options, f"{taken}_split"), f"--{taken}_split"
@@ -75,10 +75,8 @@ def rows_of_split(split, own, labels, images, classes, options):
                     f"{flag} {share:g} leaves no {name} image of class {classes[empty[0]]!r}; give {advice} share, or "
                     "add images of this class"
                 )
-        if split == taken:
-            return np.sort(found)
-        rows = kept
-    return np.sort(rows)
+        rows, divided[taken] = kept, np.sort(found)
+    return {"train": np.sort(rows), **divided}
 
 
 def divide(labels, share, seed, flag, classes):
