@@ -93,19 +93,19 @@ def train(model, splits, args, processes, run_dir, saved=None):
     Leaves the run's records in `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not
     finite.
     """
-    train_set, eval_set, evaluated_on = splits.train, splits.evaluation, splits.evaluated_on
+    train_set, eval_set = splits.train, splits.evaluation
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
     check_length(args, num_steps, len(train_set))
     if saved:
         check_resumption(saved, args, num_steps, run_dir, train_set.classes, splits.counts())
-    check_best_metric(args, len(set(eval_set.labels.tolist())), f"the {NAMES[evaluated_on]} set")
+    check_best_metric(args, len(set(eval_set.labels.tolist())), f"the {NAMES[splits.evaluated_on]} set")
     weights = class_weights(args.class_weights, train_set.labels, train_set.classes, processes.device)
     run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir, weights, splits.counts())
     if saved:
         run.restore(saved)
     barrier()  # every process has seen whether there is a run to resume
     if processes.is_first:
-        prepare_run_folder(run_dir, args, train_set.classes, num_steps, evaluated_on, splits.counts())
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps, splits.counts())
     check_shared(run_dir)
     batches = training_batches(train_set, args, processes, run.step, num_steps)
     with open_tracker(run) as tracker, StopSignal().listening() as stop:

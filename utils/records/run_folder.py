@@ -128,7 +128,7 @@ def is_finished(run_dir, flags):
         saved = saved_step(Path(run_dir) / LAST) if has_last else math.inf
     except UserError:
         return False
-    if not config or not steps or ("evaluated_on" in config and not (Path(run_dir) / RESULT).exists()):
+    if not config or not steps or ("images" in config and not (Path(run_dir) / RESULT).exists()):
         return False
     num_steps = config.get("num_steps") or config["flags"]["num_steps"]
     return min(max(steps), saved) >= num_steps and not changed_flags(config["flags"], flags)
@@ -139,7 +139,7 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, images):
+def prepare_run_folder(run_dir, args, classes, num_steps, images):
     """Write config.json, `images` are {split: number}. Before, delete an earlier run that is not resumed."""
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
@@ -151,7 +151,6 @@ def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, images):
         "flags": vars(args),
         "classes": classes,
         "num_steps": num_steps,
-        "evaluated_on": evaluated_on,
         "images": images,
         "command": sys.argv,
         "launcher": launcher(),
