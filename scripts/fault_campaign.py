@@ -97,7 +97,7 @@ def main():
 
 
 def parse_flags():
-    parser = Parser(__doc__.split("\n\n    ")[0])
+    parser = Parser(__doc__)
     group = parser.add_argument_group("campaign")
     group.add_argument("--kills", type=natural, default=100, metavar="N", help="Number of interruptions.")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="The seed of signals, moments and damage.")

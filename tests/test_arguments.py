@@ -1,6 +1,7 @@
 """The flags of the training scripts: their help, defaults and types; a wrong one is one line on stderr and status 2."""
 
 import argparse
+import re
 
 import pytest
 
@@ -8,8 +9,9 @@ import evaluate
 import train
 import train_flops
 import train_resnet
-from helpers import fails, script
-from utils.arguments import training_parser
+from command_line import train_parser
+from helpers import call_main, fails, script
+from utils.arguments import COMMON, training_parser
 from utils.flag_groups import add_model_flags
 
 WRONG = [
@@ -80,7 +82,7 @@ def test_a_wrong_flag_in_the_shell_is_one_line_and_status_2():
 def test_every_flag_has_help_in_a_group_and_the_usual_defaults_are_unchanged():
     parser = training_parser("")
     add_model_flags(parser, ("a",), ("b",), ("c",), str)
-    flags = [action for action in parser._actions if action.dest != "help"]
+    flags = [action for action in parser._actions if action.dest not in ("help", "help_all")]
     assert all(action.help for action in flags)
     assert {action.container.title for action in flags}.isdisjoint({"options", "positional arguments"})
     defaults = {action.dest: action.default for action in flags}
@@ -112,6 +114,28 @@ def test_every_flag_has_help_in_a_group_and_the_usual_defaults_are_unchanged():
     text = parser.format_help()
     assert "(default: 0.03)" in text
     assert argparse.SUPPRESS not in text
+
+
+@pytest.mark.parametrize("module, model_type", [(train, None), (train_resnet, "ResNet50x3_Params")])
+def test_help_is_a_page_and_help_all_shows_every_flag(module, model_type, monkeypatch, capsys):
+    def shown(flag):
+        with pytest.raises(SystemExit) as stopped:
+            call_main(module, [flag], monkeypatch)
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        return text, {name for name in flags if f"\n  --{name} " in text or f"\n  -h, --{name} " in text}
+
+    flags = {action.dest for action in train_parser("", model_type)._actions}
+    page, common = shown("--help")
+    assert common == (COMMON & flags) | {"help", "help_all"}
+    assert flags | {"model_type"} >= COMMON
+    assert page.count("\n") <= 75
+    assert not re.search(r"ViT-\n|R50-\n", page)  # names are not divided
+    everything, listed = shown("--help_all")
+    assert listed == flags
+    for text in (page, everything):
+        assert "\n  python train.py --name photos " in text
+        assert max(map(len, text.splitlines())) <= 120
 
 
 def test_every_number_shows_its_default_in_the_help():

@@ -21,7 +21,7 @@ DOCUMENTS = sorted(
 )
 CODE_FOLDERS = ("models", "utils", "scripts", "benchmarks", "tests")
 # Flags of torchrun, Slurm, TensorBoard and argparse itself.
-FOREIGN_FLAGS = {"--max-restarts", "--nproc_per_node", "--batch", "--signal", "--logdir", "--help"}
+FOREIGN_FLAGS = {"--max-restarts", "--nproc_per_node", "--batch", "--signal", "--logdir", "--help", "--help_all"}
 TRAINING = {"train.py": None, "train_resnet.py": "ResNet50x3_Params", "train_flops.py": "ResNet50x3_Flops"}
 FORWARDING = {"scripts/norm_study.py"}  # passes flags that it does not define to train.py
 SEPARATING = {"scripts/sweep.py"}  # passes the flags after -- to train.py

@@ -100,7 +100,7 @@ def arguments_of(name, value):
 
 
 def test_every_flag_is_taken_over_or_says_only_where_and_how():
-    flags = {action.dest for action in PARSERS[train]._actions} - {"help"}
+    flags = {action.dest for action in PARSERS[train]._actions} - {"help", "help_all"}
     assert flags == VALUES.keys() | NOT_REPEATED
     assert VALUES.keys().isdisjoint(NOT_REPEATED)
     assert {name for names in EXCLUDED_BY.values() for name in names} | EXCLUDED_BY.keys() <= VALUES.keys()
@@ -186,6 +186,7 @@ WRONG = [
     ('{"flags": {"dataset": "cifar"}}', "config.json: argument --dataset: unknown dataset 'cifar'; did you mean"),
     ('{"flags": {"no_such_flag": 1}}', "config.json: this script has no flag --no_such_flag; remove it from a copy of"),
     ('{"flags": {"help": true}}', "config.json: this script has no flag --help; remove it from a copy of the file"),
+    ('{"flags": {"help_all": true}}', "config.json: this script has no flag --help_all; remove it from a copy of the"),
     ('{"flags": {"data_dir": "nowhere", "dataset": "imagefolder"}}', "nowhere is not a folder"),
 ]
 

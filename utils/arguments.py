@@ -2,41 +2,44 @@
 
 import os
 
+from utils.augmentation_flags import add_augmentation_flags, add_crop_flags
 from utils.data.augmentation import MEAN_STD
-from utils.flag_groups import (
-    add_augmentation_flags,
-    add_crop_flags,
-    add_data_flags,
-    add_division_flags,
-    add_precision_flags,
-    add_recipe_flag,
-)
+from utils.flag_groups import add_data_flags, add_division_flags, add_precision_flags
 from utils.flag_types import (
-    beta_alpha,
-    fraction,
-    natural,
     natural_float,
     one_of,
     positive,
     positive_float,
     seed,
-    share,
-    trained_part,
 )
-from utils.losses import CLASS_WEIGHTS
 from utils.metrics import BEST_METRICS
-from utils.optimizers import OPTIMIZERS
+from utils.optimisation_flags import add_optimisation_flags, add_regularisation_flags
 from utils.parallel.precision import AMP_BACKENDS
 from utils.parallel.processes import PARALLEL
+from utils.recipes import RECIPES
 from utils.recorded_flags import RepeatingParser
-from utils.scheduler import DECAY_TYPES
 
 MODES = ("train", "eval")
+COMMON = {  # what --help shows
+    *("name", "config", "output_dir", "resume", "seed"),
+    *("pretrained_dir", "download"),
+    *("dataset", "data_dir", "val_split", "img_size", "horizontal_flip"),
+    *("recipe", "train_batch_size", "num_steps", "epochs", "eval_every", "gradient_accumulation_steps"),
+    *("optimizer", "learning_rate", "weight_decay", "train", "warmup_steps"),
+    *("bf16", "model_type"),
+}
+EXAMPLES = """\
+example, fine-tuning on a folder with one folder of images per class:
+  python train.py --name photos --dataset imagefolder --data_dir photos --val_split 0.15 --test_split 0.15 \\
+      --recipe vit --pretrained_dir checkpoint/ViT-B_16.npz --download --bf16
+
+--help_all shows all flags."""
 
 
 def training_parser(description):
     """The parser of all training scripts, without the flags of the model."""
-    parser = RepeatingParser(description)
+    usage = "%(prog)s --name NAME [--flag VALUE ...]"
+    parser = RepeatingParser(description, COMMON, usage=usage, epilog=EXAMPLES)
     add_run_flags(parser.add_argument_group("run"))
     add_weights_flags(parser.add_argument_group("pretrained weights"))
     add_training_data_flags(parser.add_argument_group("data"))
@@ -132,6 +135,17 @@ def add_training_data_flags(group):
     )
 
 
+def add_recipe_flag(group):
+    """What chooses the flags of the training that are not given."""
+    group.add_argument(
+        "--recipe",
+        type=one_of("recipe", RECIPES),
+        metavar="NAME",
+        help="Choose the flags that are not given by the number and size of the training images and the batch size: "
+        f"{', '.join(RECIPES)}. bit and vit fine-tune, scratch trains small models from scratch; default: none.",
+    )
+
+
 def add_training_flags(group):
     """The length of the training and what happens how often."""
     group.add_argument(
@@ -142,7 +156,7 @@ def add_training_flags(group):
         help="Images per step, over all processes and accumulation steps.",
     )
     group.add_argument(
-        "--eval_batch_size", type=positive, default=64, metavar="N", help="Test images per batch of each process."
+        "--eval_batch_size", type=positive, default=64, metavar="N", help="Evaluated images per batch of each process."
     )
     group.add_argument("--num_steps", type=positive, default=10000, metavar="N", help="Number of optimizer steps.")
     group.add_argument(
@@ -160,7 +174,7 @@ def add_training_flags(group):
         type=one_of("metric", BEST_METRICS),
         default="accuracy",
         metavar="NAME",
-        help=f"The test metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
+        help=f"The metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
         "balanced_accuracy and macro_f1 count all classes equally.",
     )
     group.add_argument(
@@ -181,7 +195,7 @@ def add_training_flags(group):
         "--log_attention_every",
         type=positive,
         metavar="N",
-        help="Steps between two figures of a ViT's attention in TensorBoard: the rollout on eight test images; "
+        help="Steps between two figures of a ViT's attention in TensorBoard: the rollout on eight evaluated images; "
         "default: none.",
     )
     group.add_argument(
@@ -190,110 +204,6 @@ def add_training_flags(group):
         default=1,
         metavar="N",
         help="Number of micro-batches that a batch is divided into.",
-    )
-
-
-def add_optimisation_flags(group):
-    """The optimizer and its learning rate."""
-    group.add_argument(
-        "--optimizer",
-        type=one_of("optimizer", OPTIMIZERS),
-        default="sgd",
-        metavar="NAME",
-        help=f"The optimizer: {', '.join(OPTIMIZERS)}. sgd has momentum 0.9; muon updates the 2-D weights of a ViT's "
-        "blocks, and AdamW all others.",
-    )
-    group.add_argument(
-        "--learning_rate", type=positive_float, default=3e-2, metavar="LR", help="The learning rate after the warm-up."
-    )
-    group.add_argument(
-        "--weight_decay",
-        type=natural_float,
-        default=0.0,
-        metavar="WD",
-        help="The weight decay; it does not apply to biases, norms, the class token and position embeddings.",
-    )
-    group.add_argument(
-        "--layer_decay",
-        type=share,
-        default=1.0,
-        metavar="FACTOR",
-        help="The learning rate of each layer is that of the layer after it times FACTOR, for example 0.75; the head's "
-        "is --learning_rate. A layer is a block, or the embedding.",
-    )
-    group.add_argument(
-        "--train",
-        type=trained_part,
-        default="all",
-        metavar="PART",
-        help="The weights that are trained; the others are frozen. all; head: the head only; last:N: also the last N "
-        "blocks (of a CNN: stages) and the final norm; norms: also all norms.",
-    )
-    group.add_argument(
-        "--warmup_steps", type=natural, default=500, metavar="N", help="Steps of linear warm-up from learning rate 0."
-    )
-    group.add_argument(
-        "--decay_type",
-        type=one_of("decay type", DECAY_TYPES),
-        default="cosine",
-        metavar="TYPE",
-        help=f"The learning rate after the warm-up: {', '.join(DECAY_TYPES)}. cosine and linear end at 0.",
-    )
-    group.add_argument(
-        "--decay_steps",
-        type=positive,
-        nargs="+",
-        metavar="N",
-        help="The steps at which --decay_type step divides the learning rate by 10; default: 30, 60 and 90 %% of all.",
-    )
-    group.add_argument(
-        "--max_grad_norm",
-        type=natural_float,
-        default=1.0,
-        metavar="NORM",
-        help="The gradients are clipped to this global norm; 0: no clipping.",
-    )
-
-
-def add_regularisation_flags(group):
-    """Class weights, soft labels, mixed images and averaged weights."""
-    group.add_argument(
-        "--class_weights",
-        type=one_of("class weights", CLASS_WEIGHTS),
-        default="none",
-        metavar="NAME",
-        help="The weights of the classes in the training loss. balanced: images / (classes * images of the class); "
-        "none: 1.",
-    )
-    group.add_argument(
-        "--label_smoothing",
-        type=fraction,
-        default=0.0,
-        metavar="SHARE",
-        help="The probability that is spread over all classes.",
-    )
-    group.add_argument(
-        "--ema_decay",
-        type=fraction,
-        default=0.0,
-        metavar="DECAY",
-        help="Evaluate, and save as the best, an exponential moving average of the weights, for example 0.9999; "
-        "0: the weights themselves.",
-    )
-    group.add_argument(
-        "--mixup",
-        type=beta_alpha,
-        default=0.0,
-        metavar="ALPHA",
-        help="Mix pairs of images and labels in a proportion from Beta(ALPHA, ALPHA) (Zhang et al., 2018); 0: never.",
-    )
-    group.add_argument(
-        "--cutmix",
-        type=beta_alpha,
-        default=0.0,
-        metavar="ALPHA",
-        help="Paste a box of another image, whose area is from Beta(ALPHA, ALPHA) (Yun et al., 2019); 0: never. With "
-        "--mixup too, each step applies one of the two at random.",
     )
 
 

@@ -2,7 +2,6 @@
 
 from utils.data.datasets import DATASETS
 from utils.data.loading import MAX_WORKERS
-from utils.data.policies import AUTO_AUGMENT, MAX_MAGNITUDE
 from utils.flag_types import (
     argument,
     count_or_share,
@@ -11,13 +10,9 @@ from utils.flag_types import (
     one_of,
     open_share,
     positive,
-    probability,
     seed,
-    share,
-    switch,
 )
 from utils.parallel.precision import OPT_LEVELS
-from utils.recipes import RECIPES
 
 TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
 
@@ -35,8 +30,8 @@ def add_data_flags(group, default):
         "--data_dir",
         default=default and "data",
         metavar="DIR",
-        help="The folder that a data set is downloaded to; for imagefolder and imagenet the folder with train/, val/ "
-        "and test/, which have one folder per class. val/ or test/ may be missing.",
+        help="The folder that a data set is downloaded to; for imagefolder and imagenet the folder of train/, val/ and "
+        "test/, with one folder per class in each.",
     )
     group.add_argument(
         "--num_workers",
@@ -58,8 +53,8 @@ def add_division_flags(group):
         "--val_split",
         type=open_share,
         metavar="SHARE",
-        help="The share of the training images that validates: it alone chooses the best weights, and the test images "
-        "are evaluated once, at the end. Default: the folder val/, if there is one.",
+        help="The share of the training images that validates and chooses the best weights; the test images are then "
+        "evaluated once, at the end. Default: the data set's own validation images, if it has any.",
     )
     group.add_argument(
         "--test_split",
@@ -75,85 +70,6 @@ def add_division_flags(group):
         metavar="REGEX",
         help="Keep the image files of one subject in one split. The regular expression's group gives the subject in a "
         "file's name, for example '^(patient[0-9]+)_'.",
-    )
-
-
-def add_crop_flags(group):
-    """The random crop and flip of training images."""
-    group.add_argument(
-        "--min_crop_scale",
-        type=share,
-        default=0.05,
-        metavar="SHARE",
-        help="The smallest random crop as a fraction of the image's area. With 1 a crop only changes the aspect ratio.",
-    )
-    group.add_argument(
-        "--resize_size",
-        type=positive,
-        metavar="PIXELS",
-        help="In place of the crops of --min_crop_scale, resize training images to a square of this side and take a "
-        "random part of --img_size, as BiT does, for example 512 for 480; default: none.",
-    )
-    group.add_argument(
-        "--horizontal_flip",
-        type=switch,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="true|false",
-        help="Mirror half of the training images; false is for a --recipe that would mirror digits or text.",
-    )
-
-
-def add_augmentation_flags(group):
-    """What changes training images after crop and flip, and how often an epoch repeats them."""
-    group.add_argument(
-        "--rand_augment",
-        type=natural,
-        nargs=2,
-        metavar=("N", "M"),
-        help=f"torchvision's RandAugment after crop and flip: N operations of magnitude M, at most {MAX_MAGNITUDE}, "
-        "for example 2 9; default: none.",
-    )
-    group.add_argument(
-        "--auto_augment",
-        type=one_of("policy", AUTO_AUGMENT),
-        metavar="NAME",
-        help="In place of --rand_augment: trivial, which is torchvision's TrivialAugmentWide, or AutoAugment's policy "
-        "for imagenet, cifar10 or svhn; default: none.",
-    )
-    group.add_argument(
-        "--color_jitter",
-        type=probability,
-        default=0.0,
-        metavar="X",
-        help="Multiply brightness, contrast and saturation by random factors from 1 - X to 1 + X.",
-    )
-    group.add_argument(
-        "--random_erasing",
-        type=probability,
-        default=0.0,
-        metavar="P",
-        help="The probability that a random box of a normalised training image is replaced by Gaussian noise.",
-    )
-    group.add_argument(
-        "--repeated_augmentation",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="Take each sample of an epoch N times, with different augmentation. The number of images of an epoch "
-        "stays the same, so an epoch contains 1/N of the training set.",
-    )
-
-
-def add_recipe_flag(group):
-    """What chooses the flags of the training that are not given."""
-    group.add_argument(
-        "--recipe",
-        type=one_of("recipe", RECIPES),
-        metavar="NAME",
-        help="Choose the flags that are not given by the number and size of the training images and the batch size: "
-        f"{', '.join(RECIPES)}. bit and vit fine-tune, scratch trains small models from scratch; default: none.",
     )
 
 

@@ -2,16 +2,26 @@
 
 import argparse
 import difflib
+import functools
 import re
+import textwrap
 
 from utils.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports errors in one line; help shows the defaults."""
+    """Reports errors in one line; help shows the defaults.
 
-    def __init__(self, description, **keywords):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **keywords)
+    With the names of `common` flags --help shows these alone, and --help_all shows all flags.
+    """
+
+    def __init__(self, description, common=(), **keywords):
+        formatter = functools.partial(HelpFormatter, common=common)
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **keywords)
+        if common:
+            self.add_argument(
+                "--help_all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help="show all flags and exit"
+            )
 
     def error(self, message):
         raise UserError(message)
@@ -24,11 +34,28 @@ class Parser(argparse.ArgumentParser):
         return flags, {name for name, value in vars(probe).items() if value is not absent}
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Adds "(default: ...)" to the help of a flag that has one."""
+class HelpAll(argparse.Action):
+    """Prints the help of all flags."""
 
-    def __init__(self, prog):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.formatter_class = HelpFormatter
+        parser.print_help()
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds "(default: ...)" to the help of a flag that has one; omits flags that are not `common`, if any are."""
+
+    def __init__(self, prog, common=()):
         super().__init__(prog, max_help_position=38, width=118)
+        self.common = common
+
+    def add_argument(self, action):
+        if not self.common or action.dest in {*self.common, "help", "help_all"}:
+            super().add_argument(action)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # as in ViT-B_16
 
     def _get_help_string(self, action):
         if action.default in (None, argparse.SUPPRESS) or action.default is False or "default" in action.help:

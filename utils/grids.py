@@ -14,7 +14,7 @@ from utils.recorded_flags import as_arguments
 from utils.records.run_folder import WITHOUT_EFFECT
 
 SWITCH = {"true": True, "false": False}
-NOT_IN_GRIDS = (WITHOUT_EFFECT | {"name", "seed", "help"}) - {"config"}
+NOT_IN_GRIDS = (WITHOUT_EFFECT | {"name", "seed", "help", "help_all"}) - {"config"}
 # Runs whose values of these flags differ are evaluated on other images or by another metric.
 SAME_IN_ALL_RUNS = ("dataset", "data_dir", "best_metric", "test_at_end", *DIVISION)
 MAX_NAME = 150  # characters; a folder's name may have 255

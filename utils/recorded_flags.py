@@ -60,7 +60,7 @@ class RepeatingParser(Parser):
     def recorded_flag(self, name, flags):
         """One of the recorded `flags` as on the command line."""
         value, action = flags[name], self._option_string_actions.get(f"--{name}")
-        if action is None or name == "help":
+        if action is None or name in ("help", "help_all"):
             default = self.get_default(name)  # the model of a script that trains a single one
             if default in (None, argparse.SUPPRESS):
                 raise UserError(f"this script has no flag --{name}; remove it from a copy of the file")

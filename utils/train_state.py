@@ -47,16 +47,15 @@ class Progress:
 class TrainState:
     """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
 
-    def __init__(
-        self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, evaluated_on="test"
-    ):
+    def __init__(self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, images=None):
         """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
 
         `classes` are their names, `run_dir` is the folder to save in, which timing a step does not need.
-        `class_weights` (classes,) multiply the terms of the loss. `evaluated_on` is the split that is evaluated.
+        `class_weights` (classes,) multiply the terms of the loss. `images` is {split: number of images}.
         """
         self.model, self.args, self.processes, self.classes = model, args, processes, list(classes)
-        self.run_dir, self.class_weights, self.evaluated_on = run_dir, class_weights, evaluated_on
+        self.run_dir, self.class_weights, self.images = run_dir, class_weights, images or {}
+        self.evaluated_on = "val" if "val" in self.images else "test"
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
@@ -202,9 +201,9 @@ class TrainState:
         # The prefix distinguishes a training metric from the same metric of the evaluation.
         training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
         names = dict.fromkeys((*MEASURED, self.args.best_metric))
-        tests = {f"{self.evaluated_on}_{name}": result[name] for name in names}
+        evaluated = {f"{self.evaluated_on}_{name}": result[name] for name in names}
         speed = {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": seconds}
-        return {"step": self.step, **training, **tests, **speed}
+        return {"step": self.step, **training, **evaluated, **speed}
 
     def check_weights(self):
         """Raise RunStoppedError if a weight is not finite, as may follow a finite loss."""
@@ -214,7 +213,7 @@ class TrainState:
             raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)
 
     def log_attention(self, eval_set, tracker):
-        """Draw the attention rollout of a ViT on a few test images into TensorBoard."""
+        """Draw the attention rollout of a ViT on a few evaluated images into TensorBoard."""
         self.read_metrics(tracker)
         if self.processes.is_first:
             images, labels = eval_set.examples(ATTENTION_IMAGES, (self.args.img_size, self.args.img_size))
@@ -255,6 +254,7 @@ class TrainState:
         return {
             "flags": vars(self.args),
             "classes": self.classes,
+            "images": self.images,
             "optimizer": self.args.optimizer,
             "precision": self.precision.state_dict(),
             "threads": torch.get_num_threads(),

@@ -128,7 +128,7 @@ def is_finished(run_dir, flags):
         saved = saved_step(Path(run_dir) / LAST) if has_last else math.inf
     except UserError:
         return False
-    if not config or not steps or ("evaluated_on" in config and not (Path(run_dir) / RESULT).exists()):
+    if not config or not steps or ("images" in config and not (Path(run_dir) / RESULT).exists()):
         return False
     num_steps = config.get("num_steps") or config["flags"]["num_steps"]
     return min(max(steps), saved) >= num_steps and not changed_flags(config["flags"], flags)
@@ -139,8 +139,8 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluated_images, compiled=False):
-    """Write config.json, with the evaluated split and its size, and whether --compile had an effect.
+def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled=False):
+    """Write config.json; `images` are {split: number}, `compiled` tells whether --compile had an effect.
 
     Before, delete an earlier run that is not resumed.
     """
@@ -154,8 +154,7 @@ def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluate
         "flags": vars(args),
         "classes": classes,
         "num_steps": num_steps,
-        "evaluated_on": evaluated_on,
-        "evaluated_images": evaluated_images,
+        "images": images,
         "compiled": compiled,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
