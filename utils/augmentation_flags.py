@@ -28,6 +28,13 @@ def add_crop_flags(group):
         "random part of --img_size, as BiT does, for example 512 for 480; default: none.",
     )
     group.add_argument(
+        "--crop_padding",
+        type=positive,
+        metavar="PIXELS",
+        help="In place of the crops of --min_crop_scale, resize training images to --img_size, mirror this many pixels "
+        "at each border, and take a random part of --img_size, for example 4 for 32; default: none.",
+    )
+    group.add_argument(
         "--horizontal_flip",
         type=switch,
         nargs="?",

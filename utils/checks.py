@@ -70,6 +70,13 @@ def check_augmentation(args):
             f"--repeated_augmentation {args.repeated_augmentation} is more than --train_batch_size "
             f"{args.train_batch_size}: a batch would contain a single image"
         )
+    if args.resize_size and args.crop_padding:
+        raise UserError("--resize_size and --crop_padding exclude each other")
+    if args.crop_padding and args.crop_padding >= args.img_size:
+        raise UserError(
+            f"--crop_padding {args.crop_padding} is not smaller than --img_size {args.img_size}: more pixels than the "
+            "image has can't be mirrored"
+        )
     if args.resize_size and args.resize_size < args.img_size:
         raise UserError(
             f"--resize_size {args.resize_size} is smaller than --img_size {args.img_size}, the part that is taken of it"

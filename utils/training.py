@@ -176,6 +176,7 @@ def training_batches(train_set, args, processes, first_step, num_steps):
         args.random_erasing,
         args.repeated_augmentation,
         args.resize_size,
+        args.crop_padding,
     )
     images_and_labels = train_set.train_batches(stream_positions(*steps), augmentation)
     for positions, (images, labels) in zip(stream_positions(*steps), images_and_labels, strict=True):

@@ -38,6 +38,7 @@ EARLIER_FLAGS = {
     "best_metric": "accuracy",
     "class_weights": "none",
     "resize_size": None,
+    "crop_padding": None,
     "train": "all",
     "layer_decay": 1.0,
     "val_split": None,
