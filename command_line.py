@@ -6,6 +6,9 @@ With inference.py the only module that knows both models and utils.
 import functools
 import os
 
+import utils.parallel.waiting  # noqa: F401  before PyTorch is loaded
+
+# isort: split
 from models import MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type, pixels_per_patch
 from utils.arguments import training_parser
 from utils.checks import check_training_flags

@@ -17,6 +17,7 @@ from utils.freezing import freeze
 from utils.metrics import BEST_METRICS, Best
 from utils.optimizers import empty_state, make_optimizer, restore_state, state_tensors
 from utils.parallel.averaging import WeightAverage
+from utils.parallel.cpu import compile_in_place, is_compiled
 from utils.parallel.memory import recompute_activations
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import load_whole_weights, local_parts, shard_weights, sum_over_processes
@@ -60,10 +61,11 @@ class TrainState:
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
         freeze(model, args.train)
         model.train()
+        self.compiled = is_compiled(args, model, processes.device)
         if args.grad_checkpointing:
-            recompute_activations(model, args.compile)
-        if args.compile:
-            compile_in_place(model)
+            recompute_activations(model, self.compiled)
+        if self.compiled:
+            compile_in_place(model, processes.device)
         if sharded:  # block by block, so that a model that is too large for one device gets there
             shard_weights(model, processes, dtype=self.precision.dtype if self.precision.level == "O2" else None)
         model.to(processes.device)
@@ -255,6 +257,7 @@ class TrainState:
             "images": self.images,
             "optimizer": self.args.optimizer,
             "precision": self.precision.state_dict(),
+            "threads": torch.get_num_threads(),
             "progress": {"step": self.step, **asdict(self.progress), "metrics": self.meter.state_dict()},
         }
 
@@ -290,13 +293,6 @@ def is_due(step, interval):
 def is_sharded(args, processes):
     """Whether each process holds a shard of the weights."""
     return args.parallel == "fsdp" and processes.size > 1
-
-
-def compile_in_place(model):
-    """Compile by torch.compile; training, evaluation, merged tokens and odd batches each compile a block's code."""
-    torch._dynamo.config.recompile_limit = 64  # per function; beyond it PyTorch would continue without compiling
-    torch._dynamo.config.optimize_ddp = False  # it would split a block's graph at DDP's buckets, to send parts earlier
-    model.compile()
 
 
 def metrics_of_earlier_version(progress, args):

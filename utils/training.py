@@ -16,6 +16,7 @@ from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
 from utils.losses import class_weights, cross_entropy
+from utils.parallel.cpu import restore_threads
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
 from utils.records.checkpoint import load_checkpoint
@@ -80,6 +81,8 @@ def load_run(model, args, processes, run_dir):
             for problem in problems:
                 print(f"warning: {problem}; using {checkpoint.path} of step {checkpoint.step}")
             report_changed_flags(saved["flags"] or {}, args)
+        if processes.device.type == "cpu" and (changed := restore_threads(saved.get("threads"))) and processes.is_first:
+            print(changed)
         return saved
     if args.pretrained_dir:
         load_pretrained_flag(model, args, processes)
@@ -105,7 +108,7 @@ def train(model, splits, args, processes, run_dir, saved=None):
         run.restore(saved)
     barrier()  # every process has seen whether there is a run to resume
     if processes.is_first:
-        prepare_run_folder(run_dir, args, train_set.classes, num_steps, splits.counts())
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps, splits.counts(), run.compiled)
     check_shared(run_dir)
     batches = training_batches(train_set, args, processes, run.step, num_steps)
     with open_tracker(run) as tracker, StopSignal().listening() as stop:
@@ -237,6 +240,8 @@ def description(run, splits):
         f"{len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
+    if args.compile and not run.compiled:
+        lines.append("--compile: on a CPU only transformer blocks in bfloat16 are faster compiled; this run is eager")
     warnings = {
         f"the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps": (
             args.warmup_steps >= num_steps

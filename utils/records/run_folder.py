@@ -140,8 +140,11 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, images):
-    """Write config.json, `images` are {split: number}. Before, delete an earlier run that is not resumed."""
+def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled=False):
+    """Write config.json; `images` are {split: number}, `compiled` tells whether --compile had an effect.
+
+    Before, delete an earlier run that is not resumed.
+    """
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
         for path in files_of_run(run_dir):
@@ -153,6 +156,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps, images):
         "classes": classes,
         "num_steps": num_steps,
         "images": images,
+        "compiled": compiled,
+        "threads": torch.get_num_threads(),
         "command": sys.argv,
         "launcher": launcher(),
         "versions": {
