@@ -1,5 +1,5 @@
 # make demo       train a small ViT on handwritten digits, two minutes on two CPU cores
-# make test       the tests of models, loop, resumption, data and errors, four minutes on two CPU cores
+# make test       the tests of models, loop, resumption, data and errors, five minutes on two CPU cores
 # make test-all   all tests: also whole paths through the shell, many processes, compilation, benchmarks
 # make lint       ruff's checks and format
 # make format     fix what ruff can fix

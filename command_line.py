@@ -7,6 +7,9 @@ import contextlib
 import functools
 import os
 
+import utils.parallel.waiting  # noqa: F401  before PyTorch is loaded
+
+# isort: split
 from inference import flags_of_checkpoint
 from models import MODEL_TYPES, NORM_TYPES, TOKEN_REDUCTIONS, build_model, canonical_model_type, pixels_per_patch
 from models.configs import fields_of_flags, format_fields, parse_fields

@@ -11,7 +11,7 @@ from utils.checkpoint_files import folder_of
 from utils.checks import check_figure_path
 from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
 from utils.data.images import read_image
-from utils.data.splits import DIVISION, NAMES, SPLITS
+from utils.data.splits import DIVISION, NAMES, SPLITS, shares_that_apply
 from utils.errors import UserError, run_script
 from utils.evaluation import check_classes, evaluate_model
 from utils.flag_groups import (
@@ -29,11 +29,18 @@ from utils.metrics import (
     percent,
     wilson_interval,
 )
+from utils.mistakes import count_mistakes, draw_mistakes, find_mistakes
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes
 
 MANY_CLASSES = 20  # of more classes the text has the hardest only
 FREQUENT = 10  # errors that the report names
+MAX_MISTAKES = 120  # images in a figure
+FIGURES = {
+    "confusion_matrix": "confusion_matrix.png",
+    "reliability_diagram": "reliability_diagram.png",
+    "mistakes_figure": "mistakes.png",
+}
 MEAN_METRICS = ("balanced_accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 
@@ -82,21 +89,48 @@ def parse_flags():
         metavar="PNG",
         help="The file for the accuracy at each confidence; default: reliability_diagram.png in the same folder.",
     )
-    return parser.parse_args()
+    output.add_argument(
+        "--mistakes",
+        type=positive,
+        metavar="N",
+        help=f"Report and draw the N most confident wrong predictions, at most {MAX_MISTAKES}; default: none.",
+    )
+    output.add_argument(
+        "--mistakes_figure",
+        metavar="PNG",
+        help="The file for the images of --mistakes; default: mistakes.png in the same folder.",
+    )
+    args = parser.parse_args()
+    check_mistakes(args)
+    return args
+
+
+def check_mistakes(args):
+    """Whether the flags of the wrong predictions suit the others."""
+    if args.mistakes_figure and not args.mistakes:
+        raise UserError("--mistakes_figure needs --mistakes, the number of images; for example --mistakes 24")
+    if args.mistakes and args.images:
+        raise UserError("--mistakes is for a data set, whose classes are known; omit the image files")
+    if args.mistakes and args.mistakes > MAX_MISTAKES:
+        raise UserError(f"--mistakes {args.mistakes} is more than the {MAX_MISTAKES} images that fit in a figure")
 
 
 def evaluate_on_dataset(saved, args, processes):
     """Evaluate on a split, by default of the run's data set; draw the figures and return the report."""
-    paths = {}
-    for name in ("confusion_matrix", "reliability_diagram"):
-        paths[name] = Path(getattr(args, name) or folder_of(args.checkpoint) / f"{name}.png")
-        check_figure_path(paths[name], f"--{name}")
+    paths = figure_paths(args)
     dataset, split, images = load_split(saved, args, processes)
     result = evaluate_model(saved.model, images, saved.img_size, args, processes, per_class=True)
-    names, title = readable_names(images.classes), f"{saved.title} on {dataset}"
+    names, title = readable_names(images.classes), f"{saved.title} on the {NAMES[split]} images of {dataset}"
     if processes.is_first:
         draw_confusion_matrix(result["confusion"], names, title, paths["confusion_matrix"])
         draw_reliability(result["calibration"], title, paths["reliability_diagram"])
+    mistakes = {}
+    if args.mistakes:
+        found = find_mistakes(result, images, names, processes, args.mistakes)
+        mistakes["mistakes"] = [mistake._asdict() for mistake in found]
+        if processes.is_first:
+            heading = f"{title}: {count_mistakes(len(found), result['accuracy'], result['images'])}"
+            draw_mistakes(found, images, heading, paths["mistakes_figure"])
     per_class = metrics_by_name(result["confusion"], names)
     return {
         "checkpoint": str(args.checkpoint),
@@ -119,8 +153,19 @@ def evaluate_on_dataset(saved, args, processes):
         "expected_calibration_error": expected_calibration_error(result["calibration"]),
         "calibration_bins": calibration_bins(result["calibration"]),
         "images_per_second": result["images_per_second"],
+        **mistakes,
         **{name: str(path) for name, path in paths.items()},
     }
+
+
+def figure_paths(args):
+    """{flag: path of its figure}, by default next to the checkpoint. Raises UserError."""
+    paths = {}
+    for flag, file in FIGURES.items():
+        if flag != "mistakes_figure" or args.mistakes:
+            paths[flag] = Path(getattr(args, flag) or folder_of(args.checkpoint) / file)
+            check_figure_path(paths[flag], f"--{flag}")
+    return paths
 
 
 def metrics_by_name(confusion, names):
@@ -143,7 +188,8 @@ def calibration_bins(calibration):
 def load_split(saved, args, processes):
     """(name of the data set, of the split, its images), normalised as in the model's run.
 
-    The data set of the run is divided as it was there. Raises UserError for other classes.
+    The data set of the run is divided as it was there, another folder only into splits that it lacks. Raises UserError
+    for other classes.
     """
     dataset, data_dir = args.dataset, args.data_dir
     if dataset is None and saved.flags:
@@ -156,6 +202,8 @@ def load_split(saved, args, processes):
         name: saved.flags[name] for name in DIVISION if dataset == saved.flags.get("dataset") and name in saved.flags
     }
     options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken, **divided)
+    if data_dir != saved.flags.get("data_dir"):
+        options = shares_that_apply(DATASETS[dataset].splits(data_dir), options)
     found = find_splits(dataset, options)
     if args.split and args.split not in found:
         raise UserError(f"--split {args.split}: {dataset} has {', '.join(found)} only")
@@ -190,17 +238,19 @@ def evaluation_text(report):
         + f"   loss {report['loss']:.4f}   {report['images_per_second']:.1f} images/s",
         "   ".join(means),
         f"expected calibration error {percent(report['expected_calibration_error'])}",
-        *class_lines(report["per_class"]),
+        *class_lines(report["per_class"], NAMES[report["split"]]),
         *confusion_lines(report["frequent_confusions"], report["per_class"]),
+        *mistake_lines(report),
         "[low, high]: the 95 % interval of an accuracy (Wilson)",
         f"confusion matrix: {report['confusion_matrix']}",
         f"reliability diagram: {report['reliability_diagram']}",
+        *([f"mistakes: {report['mistakes_figure']}"] if "mistakes" in report else []),
     ]
     return "\n".join(lines)
 
 
-def class_lines(per_class):
-    """A table of the classes, or of the ten hardest of many; `per_class` is that of the report."""
+def class_lines(per_class, split):
+    """A table of the classes, or of the ten hardest of many; `per_class` is that of the report on a `split`."""
     present = {name: row for name, row in per_class.items() if row["support"]}
     hardest = sorted(present, key=lambda name: present[name]["recall"])
     shown = hardest if len(hardest) <= MANY_CLASSES else hardest[:10]
@@ -213,8 +263,8 @@ def class_lines(per_class):
         lines.append(f"  {name:<{width}}  {recall:<24}  precision {precision}  F1 {f1}")
     if absent := len(per_class) - len(present):
         lines.append(
-            f"no test images of {absent} of the {len(per_class)} classes: their precision, recall and F1 count as 0 in "
-            "the macro means, as in scikit-learn, and not in the balanced accuracy"
+            f"no {split} images of {absent} of the {len(per_class)} classes: their precision, recall and F1 count as 0 "
+            "in the macro means, as in scikit-learn, and not in the balanced accuracy"
         )
     return lines
 
@@ -228,6 +278,22 @@ def confusion_lines(confusions, per_class):
     lines = ["most frequent confusions, true class -> prediction:"]
     for pair, row in zip(pairs, confusions, strict=True):
         lines.append(f"  {pair:<{width}}  {row['images']} of {per_class[row['true_class']]['support']} images")
+    return lines
+
+
+def mistake_lines(report):
+    """A table of the most confident wrong predictions, if they are asked for."""
+    if "mistakes" not in report:
+        return []
+    mistakes = report["mistakes"]
+    pairs = [f"{row['true_class']} -> {row['predicted_class']}" for row in mistakes]
+    width = max(map(len, pairs), default=0)
+    count = count_mistakes(len(mistakes), report["top1_accuracy"], report["images"])
+    lines = [f"{count}, true class -> prediction, confidence:" if mistakes else count]
+    for pair, row in zip(pairs, mistakes, strict=True):
+        lines.append(
+            f"  {pair:<{width}}  {percent(row['confidence']):>8}  {row['path'] or 'image ' + str(row['index'])}"
+        )
     return lines
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from models.bit_resnet import BiTResNet
 from utils.errors import UserError
-from utils.train_state import compile_in_place
+from utils.parallel.cpu import set_up_compiler
 
 TIMM = {
     "ViT-Ti_16": "vit_tiny_patch16_224",
@@ -285,7 +285,8 @@ class PeerStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         if compile:
             compile_for_fixed_shapes()
-            compile_in_place(model)
+            set_up_compiler()
+            model.compile()
 
     def autocast(self, images):
         return torch.autocast(images.device.type, self.dtype) if self.dtype else contextlib.nullcontext()

@@ -8,7 +8,7 @@ rounds is reported with the slowest and the fastest. A training step is forward,
                    size of the model's MLP.
 --compare norms    a ViT with each of the norms.
 --compare models   the models with one another: parameters, FLOPs, activation memory, images/s and, with --runs,
-                   the test accuracy of finished runs; --figure draws the table.
+                   the best accuracy of finished runs; --figure draws the table.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/throughput.py --model_type ViT-B_16 --batch_size 1 16 64 max --fp16_opt_level O1 O2
@@ -23,6 +23,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from peers import PACKAGES, PeerStep, peers, versions
@@ -77,7 +78,7 @@ COSTS = {  # key: (title of the column, format)
     "activations": ("activations of a training step (MiB/image)", "{:.4g}"),
     FORWARD: ("forward (images/s)", "{:.3g}"),
     TRAINING: ("training (images/s)", "{:.3g}"),
-    "accuracy": ("test accuracy (%)", "{:.2f}"),
+    "accuracy": ("best accuracy (%)", "{:.2f}"),
 }
 
 
@@ -138,7 +139,7 @@ def parse_flags():
         nargs="+",
         default=[],
         metavar="DIR",
-        help="With --compare models: add each model's best test accuracy in these finished runs; default: none.",
+        help="With --compare models: add each model's best accuracy in these finished runs; default: none.",
     )
     return parser.parse_args()
 
@@ -306,14 +307,15 @@ def compare_models(args, device):
 
 
 def best_accuracies(runs, model_types):
-    """{model type: best test accuracy over its runs}. Raises UserError for a run of another model."""
+    """{model type: best accuracy over its runs, as fractions}. Raises UserError for a run of another model."""
     best = {}
     for run in runs:
         flags, metrics = read_run(run)
         name = flags["model_type"]
         if name not in model_types:
             raise UserError(f"{run} is a run of {name}, which is not among the models to compare")
-        best[name] = max(*metrics[f"{evaluated_split(metrics)}_accuracy"], best.get(name, 0.0))
+        # With --test_at_end all accuracies but the last are NaN.
+        best[name] = max(np.nanmax(metrics[f"{evaluated_split(metrics)}_accuracy"]), best.get(name, 0.0))
     return best
 
 

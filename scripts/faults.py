@@ -325,7 +325,7 @@ FAULTS = {
     "metrics": Fault("metrics.csv is damaged", f"{WEIGHTS}; lost rows are reported", damaged_metrics, DAMAGES),
     "events": Fault("a TensorBoard file is damaged", f"{WEIGHTS} and metrics", damaged_events, NOTICED),
     "training-image": Fault("a training image is damaged", NAMED, damaged_image("train"), DAMAGES, "pictures"),
-    "test-image": Fault("a test image is damaged", NAMED, damaged_image("val"), DAMAGES, "pictures"),
+    "test-image": Fault("a validation image is damaged", NAMED, damaged_image("val"), DAMAGES, "pictures"),
     "npz": Fault("the .npz file is damaged", REFUSED, damaged_npz, DAMAGES, fresh=True),
     "full-disk": Fault("the disk is full", STOPS, full_disk, ("training", "evaluation"), fresh=True),
     "file-size-limit": Fault("no file may exceed 1 MiB", STOPS, file_size_limit, fresh=True),

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from inference import SavedModel
 from models import canonical_model_type
 from utils.checks import make_output_folder
-from utils.data.datasets import DataOptions, load_dataset, make_data_set, read_split, training_splits
+from utils.data.datasets import DataOptions, make_data_set, read_splits, training_splits
 from utils.data.splits import NAMES, draw_per_class
 from utils.errors import UserError, run_script
 from utils.features import extract_features
@@ -38,7 +38,8 @@ def main():
         saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download, given=vars(args))
         options = DataOptions.from_flags(args)._replace(mean_std=saved.mean_std)
         evaluated_on = training_splits(args.dataset, options)[-1]
-        split = read_split(args.dataset, "train", options, processes)
+        splits = read_splits(args.dataset, ["train", evaluated_on], options, processes)
+        split = splits["train"]
         check_shots(split.labels, split.classes, max(args.shots))
         drawn = {(shots, n): draw_per_class(split.labels, shots, n) for shots in args.shots for n in args.seeds}
         rows = np.unique(np.concatenate(list(drawn.values())))
@@ -49,12 +50,12 @@ def main():
             raise UserError(
                 f"{count} of the training images that were drawn can't be read; remove them from the folder"
             )
-        test_set = load_dataset(args.dataset, evaluated_on, options, processes)
-        test = extract_features(saved, test_set, args, processes)
+        eval_set = make_data_set(args.dataset, splits[evaluated_on], options, processes)
+        test = extract_features(saved, eval_set, args, processes)
         if processes.is_first:
             drawn = {key: np.searchsorted(rows, chosen) for key, chosen in drawn.items()}
-            title, conditions = f"{saved.title} on {data_name(args)}", f"{len(test[1])} {NAMES[evaluated_on]} images"
-            report(few_shot_accuracies(train, test, drawn), title, conditions, args)
+            title = f"{saved.title} on {data_name(args)}"
+            report(few_shot_accuracies(train, test, drawn), title, evaluated_on, len(test[1]), args)
 
 
 def parse_flags():
@@ -85,7 +86,7 @@ def parse_flags():
 
 
 def few_shot_accuracies(train, test, drawn):
-    """{classifier: {shots: {seed: test accuracy}}}, without the shots that are too few for a classifier.
+    """{classifier: {shots: {seed: accuracy}}}, without the shots that are too few for a classifier.
 
     `train` and `test` are pairs of features and labels, `drawn` is {(shots, seed): rows of `train`}.
     """
@@ -99,11 +100,11 @@ def few_shot_accuracies(train, test, drawn):
     return {name: of_shots for name, of_shots in accuracies.items() if of_shots}
 
 
-def report(accuracies, title, evaluated, args):
-    """Write table.csv, table.md and accuracy.png, and print the table; `evaluated` tells on which images."""
+def report(accuracies, title, split, count, args):
+    """Write table.csv, table.md and accuracy.png, and print the table; `count` images of `split` were evaluated."""
     with open(args.output_dir / "table.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["classifier", "shots", "seed", "test_accuracy"])
+        writer.writerow(["classifier", "shots", "seed", f"{split}_accuracy"])
         for name, of_shots in accuracies.items():
             writer.writerows([name, shots, *pair] for shots, of_seeds in of_shots.items() for pair in of_seeds.items())
     titles = ["classifier", *(f"{shots} shot{'s' if shots > 1 else ''}" for shots in args.shots)]
@@ -111,15 +112,16 @@ def report(accuracies, title, evaluated, args):
         [name, *(mean_and_range(of_shots[shots].values()) if shots in of_shots else "" for shots in args.shots)]
         for name, of_shots in accuracies.items()
     ]
-    conditions = f"{evaluated}, {seeds_text(args.seeds)}; {device_name()}, torch {torch.__version__}"
+    conditions = f"{count} {NAMES[split]} images, {seeds_text(args.seeds)}; {device_name()}, torch {torch.__version__}"
     text = f"{title}: {conditions}\n\n{markdown_table(titles, rows)}\n"
     (args.output_dir / "table.md").write_text(text)
-    save(draw(accuracies, f"few-shot accuracy of {title}, {seeds_text(args.seeds)}"), args.output_dir / "accuracy.png")
+    figure = draw(accuracies, f"few-shot accuracy of {title}, {seeds_text(args.seeds)}", NAMES[split])
+    save(figure, args.output_dir / "accuracy.png")
     print(f"{text}\nin {args.output_dir}: table.md, table.csv, accuracy.png")
 
 
-def draw(accuracies, title):
-    """Test accuracy over the shots: a line per classifier, the mean over the seeds, and a band, their range."""
+def draw(accuracies, title, split):
+    """Accuracy on a split over the shots: a line per classifier, the mean over the seeds, and a band, their range."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for colour, (name, of_shots) in zip(OKABE_ITO, accuracies.items(), strict=False):
@@ -130,7 +132,7 @@ def draw(accuracies, title):
     axes.set_xscale("log")
     axes.set_xticks(shots, map(str, shots))
     axes.minorticks_off()
-    axes.set(xlabel="training images per class", ylabel="test accuracy (%)")
+    axes.set(xlabel="training images per class", ylabel=f"{split} accuracy (%)")
     axes.legend(frameon=False)
     style_axes(axes)
     figure.suptitle(wrap_text(title, 90), fontsize="medium")

@@ -15,7 +15,7 @@ from experiment import add_experiment_flags, finish_runs, plan_from_scratch, see
 from models import build_model
 from utils.checks import check_figure_path
 from utils.curves import plot_runs
-from utils.data.splits import evaluated_split
+from utils.data.splits import NAMES, evaluated_split
 from utils.errors import run_script
 from utils.figures import save
 from utils.flag_types import Parser
@@ -60,7 +60,7 @@ def parse_flags():
 
 def table(metrics, img_size):
     """Markdown; accuracies are those of the last step, the mean over the seeds and their range."""
-    rows = []
+    rows, split = [], evaluated_split(next(iter(metrics.values()))[0])
     for model_type, seeds in metrics.items():
         with torch.device("meta"):
             model = build_model(model_type, img_size)
@@ -71,15 +71,12 @@ def table(metrics, img_size):
                 f"{model_type}, {MODELS[model_type]}",
                 f"{count_parameters(model) / 1e6:.3f} M",
                 f"{count_flops(model, img_size) / 1e9:.4f} G",
-                *(
-                    mean_and_range([one[f"{part}_accuracy"][-1] for one in seeds])
-                    for part in (evaluated_split(seeds[0]), "train")
-                ),
+                *(mean_and_range([one[f"{part}_accuracy"][-1] for one in seeds]) for part in (split, "train")),
                 f"{speed:.0f}",
                 f"{minutes:.1f} min",
             ]
         )
-    titles = ["model", "parameters", "FLOPs per image", "test accuracy", "training accuracy", "images/s"]
+    titles = ["model", "parameters", "FLOPs per image", f"{NAMES[split]} accuracy", "training accuracy", "images/s"]
     return markdown_table([*titles, "time per run"], rows)
 
 

@@ -1,8 +1,9 @@
 """Does a ViT need LayerNorm? Architectures x norms x {from scratch, pretrained} on one data set, by train.py.
 
-The results are a table (table.md, table.csv), one figure with the curves of all norms, and for test images figures with
-the attention maps and the attention matrices of each norm. Several GPUs share the runs; otherwise they run one after
-another. The same command resumes an interrupted study and tries failed runs again; finished runs are not repeated.
+The results are a table (table.md, table.csv), one figure with the curves of all norms, and figures with the attention
+maps and the attention matrices of each norm, for some test images or, without any, validation images. Several GPUs
+share the runs; otherwise they run one after another. The same command resumes an interrupted study and tries failed
+runs again; finished runs are not repeated.
 
     python scripts/norm_study.py --bf16 --download
 """
@@ -12,6 +13,7 @@ import itertools
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 from experiment import OWN_FLAGS, TRAIN, flags_in, print_unfinished, refuse_flags
 
@@ -23,7 +25,7 @@ from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
 from utils.data.datasets import DataOptions, find_splits, load_dataset
-from utils.data.splits import evaluated_split
+from utils.data.splits import NAMES, evaluated_split
 from utils.errors import UserError, run_script
 from utils.figures import blocks_to_draw, plot_attention_matrices, plot_attention_rows, prediction_caption, save
 from utils.flag_types import Parser, argument, one_of, positive
@@ -42,15 +44,7 @@ RECIPE = {  # of the reported tables
     "learning_rate": 0.05,
     "eval_every": 500,
 }
-COLUMNS = (
-    "model_type",
-    "start",
-    "norm_type",
-    "test_accuracy",
-    "best_test_accuracy",
-    "seconds",
-    "images_per_second",
-)
+KEY = ("model_type", "start", "norm_type")
 STARTS = {"scratch": "from scratch", "pretrained": "pretrained"}
 STUDY_FLAGS = {
     **OWN_FLAGS,
@@ -122,7 +116,7 @@ def parse_flags():
         "--figures", type=Path, metavar="DIR", help="Folder of the figures; default: figures/ in --output_dir."
     )
     output.add_argument(
-        "--num_pictures", type=positive, default=2, metavar="N", help="Number of test images whose attention is drawn."
+        "--num_pictures", type=positive, default=2, metavar="N", help="Number of images whose attention is drawn."
     )
     output.add_argument(
         "--dry_run", action="store_true", help="Print the commands of the unfinished runs and start nothing."
@@ -156,24 +150,25 @@ def plan(args, further):
 
 def write_table(runs, finished, folder):
     """Write table.csv and table.md to `folder` and print the latter; a run that failed has no numbers."""
+    metrics = {key: read_metrics(run.folder) for key, run in finished.items()}
+    split = evaluated_split(next(iter(metrics.values())))
+    columns = (f"{split}_accuracy", f"best_{split}_accuracy", "seconds", "images_per_second")
     rows = []
-    for key, run in runs.items():
-        rows.append(dict(zip(COLUMNS, key, strict=False)))
+    for key in runs:
+        rows.append(dict(zip(KEY, key, strict=True)))
         if key in finished:
-            metrics = read_metrics(run.folder)
-            speed = statistics.median(metrics["images_per_second"])
-            accuracies = metrics[f"{evaluated_split(metrics)}_accuracy"]
-            results = (accuracies[-1], max(accuracies), metrics["seconds"][-1], speed)
-            rows[-1] |= dict(zip(COLUMNS[len(key) :], results, strict=True))
+            accuracies, speed = metrics[key][columns[0]], statistics.median(metrics[key]["images_per_second"])
+            best = np.nanmax(accuracies)  # with --test_at_end all but the last are NaN
+            rows[-1] |= dict(zip(columns, (accuracies[-1], best, metrics[key]["seconds"][-1], speed), strict=True))
     with open(folder / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, KEY + columns)
         writer.writeheader()
         writer.writerows(rows)
     cells = []
     for model_type, start, norm_type, *results in map(dict.values, rows):
         shown = formatted(*results) if results else ["failed", "", "", ""]
         cells.append([model_type, STARTS[start], norm_type, *shown])
-    titles = ["architecture", "start", "norm", "test accuracy", "best", "time", "images/s"]
+    titles = ["architecture", "start", "norm", f"{NAMES[split]} accuracy", "best", "time", "images/s"]
     flags = next(iter(finished.values())).flags
     configs = [read_config(run.folder) for run in finished.values()]
     devices = sorted({config["versions"]["device"] for config in configs})
@@ -188,17 +183,18 @@ def formatted(accuracy, best, seconds, images_per_second):
 
 
 def draw_figures(finished, args):
-    """For each architecture and start: the curves of all norms, and their attention on the same test images.
+    """For each architecture and start: the curves of all norms, and their attention on the same images.
 
     The attention of a run whose last weights were deleted to save space is omitted.
     """
     device = choose_device()
     flags = next(iter(finished.values())).flags
     options = DataOptions.from_flags(flags)
-    test_set = load_dataset(flags.dataset, find_splits(flags.dataset, options)[-1], options, one_process(device))
-    images, labels = test_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
+    split = find_splits(flags.dataset, options)[-1]
+    data_set = load_dataset(flags.dataset, split, options, one_process(device))
+    images, labels = data_set.examples(args.num_pictures, (flags.img_size, flags.img_size))
     originals = denormalise(images, flags.mean_std).cpu()
-    captions = [f"a test image of {test_set.classes[label]}" for label in labels]
+    captions = [f"a {NAMES[split]} image of {data_set.classes[label]}" for label in labels]
     shown = list(zip(originals, captions, strict=True))
     for model_type, start in dict.fromkeys(key[:2] for key in finished):
         runs = {norm: run for (*others, norm), run in finished.items() if others == [model_type, start]}
@@ -212,11 +208,11 @@ def draw_figures(finished, args):
             else:
                 print(f"{run.folder / LAST} does not exist any more, so its attention is not drawn")
         if models:
-            draw_attention(models, images, shown, test_set.classes, title, name)
+            draw_attention(models, images, shown, data_set.classes, title, name)
 
 
 def draw_attention(models, images, shown, classes, title, name):
-    """For each test image the attention maps and matrices of {norm: model}; `shown` are pairs (image, caption)."""
+    """For each image the attention maps and matrices of {norm: model}; `shown` are pairs (image, caption)."""
     model = next(iter(models.values()))
     blocks, grid_size = blocks_to_draw(len(model.blocks)), model.patch_embed.grid_size
     attention = {norm: attention_maps(each, images, classes, blocks) for norm, each in models.items()}

@@ -21,7 +21,7 @@ from experiment import OWN_FLAGS, TRAIN, flags_in, print_unfinished, refuse_flag
 
 from utils.checks import make_output_folder
 from utils.curves import plot_grid
-from utils.data.datasets import DataOptions, training_splits
+from utils.data.datasets import DATASETS, DataOptions, read_split, training_splits
 from utils.data.splits import NAMES
 from utils.errors import UserError, run_script
 from utils.figures import save
@@ -37,7 +37,7 @@ from utils.grids import (
     value_text,
 )
 from utils.metrics import BEST_METRICS, wilson_interval
-from utils.parallel.processes import device_name
+from utils.parallel.processes import device_name, one_process
 from utils.profiling import markdown_table
 from utils.records.result import read_result
 from utils.records.run_folder import CONFIG, is_finished
@@ -64,7 +64,7 @@ def main():
         print_unfinished(runs.values())
         return
     make_output_folder(args.output_dir, "--output_dir")
-    warn_without_validation(next(iter(runs.values())).flags)
+    check_splits(next(iter(runs.values())).flags)
     failed = run_unfinished(runs.values())
     finished = {key: read_result(run.folder) for key, run in runs.items() if is_finished(run.folder, run.flags)}
     if finished:
@@ -123,9 +123,15 @@ def plan(args, grid, further):
     return runs
 
 
-def warn_without_validation(flags):
-    """Print a warning, before hours of training, if there are no validation images to choose by."""
-    if "val" not in training_splits(flags.dataset, DataOptions.from_flags(flags)):
+def check_splits(flags):
+    """Raise UserError, before each run fails, if a folder of images can't be divided by the flags of all runs.
+
+    Prints a warning if there are no validation images to choose by.
+    """
+    options = DataOptions.from_flags(flags)
+    if DATASETS[flags.dataset].in_folders:
+        read_split(flags.dataset, "train", options, one_process()._replace(rank=1))  # quiet, as each run prints a note
+    if "val" not in training_splits(flags.dataset, options):
         print("warning: there are no validation images, so the best is chosen on the test set; see --val_split")
 
 

@@ -19,6 +19,7 @@ from command_line import model_maker
 from models.configs import VITS
 from models.token_reduction import REDUCTION_METHODS
 from utils.checks import check_figure_path
+from utils.data.splits import NAMES
 from utils.errors import run_script
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
 from utils.flag_groups import add_token_reduction_grid_flags
@@ -39,7 +40,9 @@ def main():
     plan = {(name, number): plan_model(args, number, *grid[name]) for number in args.seeds for name in grid}
     finish_runs(list(plan.values()))
     seconds = time_steps({name: plan[name, args.seeds[0]] for name in grid})
-    accuracies = {name: [last_accuracy(plan[name, number].folder)[1] for number in args.seeds] for name in grid}
+    last = {name: [last_accuracy(plan[name, number].folder) for number in args.seeds] for name in grid}
+    accuracies = {name: [accuracy for _, accuracy in found] for name, found in last.items()}
+    label = f"{NAMES[last[NO_REDUCTION][0][0]]} accuracy"
     title = (
         f"{args.model_type} at {args.img_size}x{args.img_size}, tokens reduced after block {args.reduction_layer} of "
         f"{VITS[args.model_type].num_layers}, training step, batch {args.train_batch_size}, bf16 at level "
@@ -48,9 +51,9 @@ def main():
     )
     titles, cells = token_reduction_cells(grid, seconds, args.train_batch_size)
     rows = [[*cells[name], mean_and_range(accuracies[name])] for name in grid]
-    print(f"\n{title}\n\n{markdown_table([*titles, 'test accuracy'], rows)}")
+    print(f"\n{title}\n\n{markdown_table([*titles, label], rows)}")
     speeds = {name: args.train_batch_size / statistics.median(seconds[name, "step"]) for name in grid}
-    save(draw(speeds, accuracies, title), args.figure)
+    save(draw(speeds, accuracies, title, label), args.figure)
 
 
 def parse_flags():
@@ -87,8 +90,8 @@ def time_steps(runs):
     return time_interleaved(functions, ROUNDS, device)
 
 
-def draw(speeds, accuracies, title):
-    """Test accuracy over images/s: one line per method, from all patches to the fewest."""
+def draw(speeds, accuracies, title, label):
+    """Accuracy, called `label`, over images/s: one line per method, from all patches to the fewest."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     colours = (OKABE_ITO[-1], *OKABE_ITO)  # the ViT without reduction is black
@@ -105,7 +108,7 @@ def draw(speeds, accuracies, title):
         offset = {"xytext": (5, -13 if number % 2 else 6), "textcoords": "offset points"}
         for (_, kept), *place in zip(names, x, y, strict=True):
             axes.annotate(str(kept), place, fontsize="small", color=colour, **offset)
-    axes.set(xlabel="training step (images/s)", ylabel="test accuracy (%)")
+    axes.set(xlabel="training step (images/s)", ylabel=f"{label} (%)")
     axes.margins(0.12)
     axes.legend(frameon=False, title="numbers: patches kept")
     style_axes(axes)

@@ -40,7 +40,7 @@ def main_fails(monkeypatch, capsys):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """An image folder of two classes, 8 training and 4 test images each, of different sizes."""
+    """An image folder of two classes, 8 training and 4 validation images each, of different sizes."""
     root = tmp_path / "images"
     for split, count in (("train", 8), ("val", 4)):
         for number, name in enumerate(("cat", "dog")):

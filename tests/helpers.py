@@ -348,6 +348,25 @@ def wait_for_checkpoint(process, flags, step):
         time.sleep(0.005)
 
 
+def stop_sweep(command, first_run):
+    """Start a script of many runs, and send it SIGTERM after the first checkpoint of its run in the folder `first_run`.
+
+    The signal reaches the script alone, as from a queue's manager. Returns what it printed on stderr.
+    """
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
+    deadline = time.monotonic() + 120
+    while not (first_run / LAST).exists():
+        assert started.poll() is None, started.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM
+    return errors
+
+
 def step_metrics(run_dir, name):
     """The values of a training metric in all steps, from the run's TensorBoard records."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

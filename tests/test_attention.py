@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from helpers import random_model
+from models import attention as attention_kernels
 from models import build_model
 from models.configs import VITS
 from models.token_reduction import Clusters
@@ -115,8 +116,10 @@ def test_every_vit_and_hybrid_has_attention_on_images_that_are_not_square(model_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type, img_size", [("ViT-Mini_4", (12, 20)), ("R26-ViT-Mini_4", (16, 32))])
-def test_only_forward_with_attention_stores_attention_weights(model_type, img_size, dtype):
-    """Both methods give the same logits; `forward` keeps no tensor with a value for each pair of tokens."""
+def test_only_forward_with_attention_stores_attention_weights(model_type, img_size, dtype, monkeypatch):
+    """Both methods give the same logits; `forward` keeps no tensor with a value for each pair of tokens, in bfloat16
+    if there are more tokens than MAX_SAVED_TOKENS."""
+    monkeypatch.setattr(attention_kernels, "MAX_SAVED_TOKENS", 1)
     model = build_model(model_type, img_size, num_layers=2).eval()
     model.load_from(make_checkpoint({key: array.shape for key, array in model.export_npz().items()}), head="keep")
     images = torch.from_numpy(make_images(32)[:, :, : img_size[0], : img_size[1]].copy()).to(dtype)

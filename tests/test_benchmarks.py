@@ -125,6 +125,13 @@ def test_throughput_compares_models_and_shows_the_accuracy_of_their_runs(tmp_pat
     assert "run is a run of ViT-Mini_4, which is not among the models to compare" in error
 
 
+def test_the_best_accuracy_of_a_run_with_a_single_test(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"model_type": "ViT-Mini_4"}}))
+    columns = "step,train_loss,train_accuracy,test_loss,test_accuracy,images_per_second,seconds"
+    (tmp_path / "metrics.csv").write_text(f"{columns}\n1,1,0,nan,nan,9,1\n2,1,0,1,0.125,9,2\n")
+    assert throughput.best_accuracies([tmp_path], ["ViT-Mini_4"]) == {"ViT-Mini_4": 0.125}
+
+
 @pytest.mark.parametrize("name, package", [("timm", "timm"), ("transformers", None), ("vit-pytorch", "vit_pytorch")])
 def test_a_peer_that_computes_something_else_is_an_error(name, package):
     """The right one passes; one change that its speed would not show is an error."""

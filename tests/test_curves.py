@@ -1,5 +1,6 @@
 """Figures of runs: which lines, ranges and labels they have."""
 
+import math
 import re
 
 import numpy as np
@@ -11,9 +12,9 @@ from utils.grids import best_point, grid_points
 from utils.metrics import calibration_sums, wilson_interval
 
 
-def metrics_of(steps, offset=0.0):
+def metrics_of(steps, offset=0.0, split="test"):
     """Metrics of a run, each column different; `offset` is added to all values."""
-    columns = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    columns = ("train_loss", f"{split}_loss", "train_accuracy", f"{split}_accuracy")
     values = {name: [0.1 * number + 0.01 * step + offset for step in steps] for number, name in enumerate(columns)}
     return {"step": list(steps), **values}
 
@@ -35,6 +36,39 @@ def test_few_evaluations_are_marked(evaluations, marker):
     assert figure.axes[0].lines[0].get_marker() == marker
 
 
+def measured_at_the_end(steps):
+    """Metrics of a run with --test_at_end, whose last row alone has test results; without it if it is interrupted."""
+    metrics = metrics_of(steps)
+    for name in ("test_loss", "test_accuracy"):
+        metrics[name] = [math.nan] * (len(steps) - 1) + metrics[name][-1:]
+    return metrics
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_only_test_of_a_run_is_marked_and_not_called_the_best():
+    metrics = measured_at_the_end(range(40))
+    of_run, of_several = plot_curves(metrics, "run"), plot_runs({"run": [metrics]})
+    for figure in (of_run, of_several):
+        figure.canvas.draw()
+        assert [axes.lines[1].get_marker() for axes in figure.axes] == ["o", "o"]
+    assert of_run.axes[1].get_title() == "test accuracy 69.00 %"
+    interrupted = {name: values[:-1] for name, values in metrics.items()}
+    figure = plot_curves(interrupted, "run")
+    figure.canvas.draw()
+    assert figure.axes[1].get_title() == "test accuracy not measured yet"
+    plot_runs({"run": [interrupted]}).canvas.draw()
+
+
+def test_the_legend_of_several_runs_names_the_evaluated_split():
+    runs = {split: [metrics_of(range(4), split=split)] for split in ("val", "test")}
+    for shown, labels in (
+        (runs, ["val, validation", "test, test", "training"]),
+        ({"val": runs["val"]}, ["val", "training", "validation"]),
+    ):
+        [legend] = plot_runs(shown).legends
+        assert [text.get_text() for text in legend.get_texts()] == labels
+
+
 def test_runs_show_the_mean_and_the_test_range_of_their_seeds():
     steps = range(10, 50, 10)
     figure = plot_runs({"one $": [metrics_of(steps)], "three": [metrics_of(steps, offset) for offset in (0, 1, 5)]})
@@ -48,7 +82,7 @@ def test_runs_show_the_mean_and_the_test_range_of_their_seeds():
         test = axes.lines[1].get_ydata()
         assert (heights.min(), heights.max()) == (pytest.approx(test.min()), pytest.approx(test.max() + 5 * factor))
     [legend] = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["one \\$", "three", "training"]
+    assert [text.get_text() for text in legend.get_texts()] == ["one \\$", "three", "training", "test"]
 
 
 def grid_figure(grid, metric="accuracy", seeds=(0, 0.1, 0.5)):

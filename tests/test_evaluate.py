@@ -119,7 +119,7 @@ def test_the_confusion_matrix_is_drawn_from_the_predictions(weights, report, dig
         expected[label, prediction] += 1
     assert torch.equal(confusion, expected)
     assert names == [str(digit) for digit in range(10)]
-    assert title == f"{tmp_path.name}/ViT-Mini_4.npz on digits"
+    assert title == f"{tmp_path.name}/ViT-Mini_4.npz on the test images of digits"
     assert path == tmp_path / "other.png"
 
 
@@ -153,18 +153,18 @@ def test_the_report_as_text(tmp_path, monkeypatch, capsys):
 def test_of_many_classes_the_text_has_the_ten_lowest_accuracies():
     rows = {f"class {i}": dict.fromkeys(("recall", "precision", "f1"), 1 - i / 100) for i in range(22)}
     rows = {name: {**row, "support": 100 * (name != "class 21")} for name, row in rows.items()}
-    lines = evaluate.class_lines(rows)
+    lines = evaluate.class_lines(rows, "validation")
     assert lines[0] == "accuracy (recall) of the ten hardest classes, lowest first:"
     for line, number in zip(lines[1:11], range(20, 10, -1), strict=True):
         accuracy = f"{100 - number}.00 %"
         assert line.startswith(f"  class {number}  {accuracy} [")
         assert line.endswith(f"  precision  {accuracy}  F1  {accuracy}")
     assert lines[11:] == [
-        "no test images of 1 of the 22 classes: their precision, recall and F1 count as 0 in the macro means, as in "
-        "scikit-learn, and not in the balanced accuracy"
+        "no validation images of 1 of the 22 classes: their precision, recall and F1 count as 0 in the macro means, "
+        "as in scikit-learn, and not in the balanced accuracy"
     ]
     del rows["class 20"], rows["class 21"]
-    assert len(evaluate.class_lines(rows)) == 21
+    assert len(evaluate.class_lines(rows, "validation")) == 21
 
 
 def test_the_image_size_and_token_reduction_of_the_flags_are_used(weights, report):

@@ -1,13 +1,12 @@
 """The experiments of scripts/: their plans, tables and figures; whole experiments from the shell are marked slow."""
 
 import csv
+import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from PIL import Image
 
 import train
 from command_line import train_parser
-from helpers import ROOT, TINY, call_main, script, succeed, write_images
+from helpers import ROOT, TINY, call_main, script, stop_sweep, succeed, write_images
 from models import NORM_TYPES, build_model
 from synthetic import make_checkpoint
 from utils.sweeps import LOG
@@ -101,7 +100,7 @@ def test_the_figure_of_the_token_study_has_one_line_per_method():
     """One line per method; the vertical bars range over the seeds."""
     accuracies = {("none", "all"): [0.5, 0.6], ("tome", 0.5): [0.4, 0.5], ("tome", 0.25): [0.3, 0.4]}
     speeds = {("none", "all"): 10.0, ("tome", 0.5): 15.0, ("tome", 0.25): 20.0}
-    [axes] = token_study.draw(speeds, accuracies, "title").axes
+    [axes] = token_study.draw(speeds, accuracies, "title", "test accuracy").axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ViT, all patches", "ToMe"]
     none, tome = axes.containers
     assert list(tome.lines[0].get_xdata()) == [15.0, 20.0]
@@ -168,21 +167,10 @@ def test_a_norm_study_is_stopped_resumes_and_is_then_finished(tmp_path):
     """SIGTERM reaches the study alone, as from a queue's manager; the running job saves, no other is started."""
     command = ["scripts/norm_study.py", *study(tmp_path, "--norm_types", "BN", "Rescale", "--starts", "scratch")]
     command += ["--num_steps", "200", "--eval_every", "40"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     first, second = tmp_path / "ViT-Mini_4-BN-scratch", tmp_path / "ViT-Mini_4-Rescale-scratch"
-    deadline = time.monotonic() + 120
-    while not (first / "last.safetensors").exists():
-        assert started.poll() is None, started.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    started.send_signal(signal.SIGTERM)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode == 128 + signal.SIGTERM
+    errors = stop_sweep(command, first)
     assert "norm_study.py: stopped; the same command resumes" in errors
-    assert "stopped by SIGTERM after step" in (first / LOG).read_text()
+    assert re.search("stopped by SIGTERM (in the evaluation )?after step", (first / LOG).read_text())
     assert not second.exists()
 
     printed = succeed(*command)
@@ -267,6 +255,25 @@ def test_a_norm_study_uses_runs_that_are_finished(tmp_path, run_main, main_fails
     assert not (tmp_path / "figures" / "ViT-Mini_4-scratch-matrix-1.png").exists()
     error = main_fails(norm_study, *flags, "--learning_rate", 0.1)
     assert "ViT-Mini_4-Rescale-scratch was made with --learning_rate 0.05, not 0.1; give another" in error
+
+
+def test_the_table_of_a_norm_study_names_the_evaluated_split(tmp_path, capsys):
+    """With --test_at_end all evaluations but the last are NaN."""
+    flags = types.SimpleNamespace(dataset="digits", data_dir="data", train_batch_size=16, img_size=8)
+    for split, name in (("val", "validation"), ("test", "test")):
+        folder = tmp_path / split
+        folder.mkdir()
+        columns = f"step,train_loss,train_accuracy,{split}_loss,{split}_accuracy,images_per_second,seconds"
+        (folder / "metrics.csv").write_text(f"{columns}\n1,1,0,nan,nan,9,1\n2,1,0,1,0.125,9,60\n")
+        config = {"flags": {}, "num_steps": 2, "versions": {"device": "a CPU"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        runs = {("ViT-B_16", "scratch", "LN"): types.SimpleNamespace(folder=folder, flags=flags)}
+        norm_study.write_table(runs, runs, folder)
+        printed = capsys.readouterr().out
+        assert f"| architecture | start | norm | {name} accuracy | best | time | images/s |" in printed
+        assert "| 12.50 % | 12.50 % | 1.0 min | 9 |" in printed
+        [row] = rows_of(folder)
+        assert (row[f"{split}_accuracy"], row[f"best_{split}_accuracy"]) == ("0.125", "0.125")
 
 
 def test_a_dry_run_prints_commands_that_train_py_accepts(tmp_path, run_main):

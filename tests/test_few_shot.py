@@ -308,6 +308,17 @@ def folder_run(tmp_path, image_folder):
     return [*flags, "--output_dir", tmp_path / "results"]
 
 
+def test_the_results_name_the_validation_images(image_folder, tmp_path, run_main, monkeypatch):
+    make_shallow(monkeypatch)
+    flags = folder_run(tmp_path, image_folder)
+    figures = []
+    monkeypatch.setattr(few_shot, "save", lambda figure, path: figures.append(figure))
+    printed = run_main(few_shot, *flags, "--shots", 1)
+    assert "8 validation images" in printed
+    assert (tmp_path / "results" / "table.csv").read_text().startswith("classifier,shots,seed,val_accuracy\n")
+    assert figures[0].axes[0].get_ylabel() == "validation accuracy (%)"
+
+
 def test_only_images_that_are_drawn_are_decoded(image_folder, tmp_path, run_main, monkeypatch, capsys):
     """An unreadable one is an error if it is drawn, also with --skip_broken: a class would have fewer shots."""
     make_shallow(monkeypatch)
@@ -335,7 +346,7 @@ def test_wrong_flags_are_errors_before_any_feature(image_folder, tmp_path, main_
 
 def test_the_figure_has_a_line_and_a_band_per_classifier():
     accuracies = {"ridge regression": {1: {0: 0.2, 1: 0.4}, 5: {0: 0.5, 1: 0.6}}, "tuned": {5: {0: 0.7, 1: 0.7}}}
-    [axes] = few_shot.draw(accuracies, "title").axes
+    [axes] = few_shot.draw(accuracies, "title", "test").axes
     first, second = axes.get_lines()
     assert (first.get_xdata().tolist(), second.get_xdata().tolist()) == ([1, 5], [5])
     assert first.get_ydata().tolist() == pytest.approx([30, 55])

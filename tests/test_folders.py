@@ -150,7 +150,7 @@ def test_imagenets_archives_and_loose_files_get_instructions(image_folder):
     """Validation images without class folders, and the archives of the training classes."""
     shutil.rmtree(image_folder / "val")
     write_jpegs(image_folder / "val", 2)
-    message = "val has no folders; it needs one folder per class, but its 2 files are not in folders; valprep.sh"
+    message = "val has no folders; it needs one folder per class, but its 2 files are not in folders; move those"
     with pytest.raises(UserError, match=message):
         load_for_training("imagenet", image_folder)
     shutil.rmtree(image_folder / "train")

@@ -36,7 +36,7 @@ def test_imagenets_path_from_images_to_accuracy_classes_and_figure(tmp_path, tin
     report = json.loads(succeed(*evaluation, "--skip_broken", "--json"))
     row = (run / "metrics.csv").read_text().splitlines()[-1].split(",")
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert report["loss"] == pytest.approx(float(row[header.index("test_loss")]), rel=1e-5)
+    assert report["loss"] == pytest.approx(float(row[header.index("val_loss")]), rel=1e-5)
     assert (report["images"], report["skipped"]) == (5, 1)
     assert list(report["per_class_accuracy"]) == ["emu", "n02123045", "n02690373"]
     assert "--skip_broken" in script(*evaluation).stderr

@@ -12,7 +12,7 @@ from models import build_model, linear
 from models.linear import GELUWithDerivative, Linear, gelu
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 6e-3}  # of relative errors in the Euclidean norm
-ROWS = (2, linear.MIN_ROWS_TO_REORDER // 2)
+ROWS = (2, linear.MIN_ROWS // 2)
 
 
 def error(found, exact):
@@ -20,10 +20,11 @@ def error(found, exact):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("rows", [(3, 7), ROWS])
-def test_linear_and_its_gradients(dtype, rows, monkeypatch):
-    """With few rows and with so many that the weights are reordered."""
-    reordered = count_calls(monkeypatch, linear.OneDNNLinear, "apply")
+@pytest.mark.parametrize("rows, min_weights", [((3, 7), 1), (ROWS, 1), (ROWS, 2**18)])
+def test_linear_and_its_gradients(dtype, rows, min_weights, monkeypatch):
+    """With few rows and with many, with weights that are so large that they are reordered and with smaller ones."""
+    monkeypatch.setattr(linear, "MIN_WEIGHTS_TO_REORDER", min_weights)
+    by_onednn = count_calls(monkeypatch, linear.OneDNNLinear, "apply")
     torch.manual_seed(0)
     layer = Linear(48, 80).to(dtype)
     x = torch.randn(*rows, 48, dtype=dtype, requires_grad=True)
@@ -34,7 +35,7 @@ def test_linear_and_its_gradients(dtype, rows, monkeypatch):
 
     out = layer(x)
     out.backward(grad)
-    assert len(reordered) == (rows == ROWS and dtype in linear.ONEDNN_DTYPES)
+    assert len(by_onednn) == (rows == ROWS and dtype in linear.ONEDNN_DTYPES)
     pairs = [(out, exact), (x.grad, exact_x.grad)]
     pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact_layer.parameters(), strict=True)]
     for found, wanted in pairs:

@@ -9,9 +9,9 @@ import torch
 
 from helpers import ROOT, assert_same_bits, make_shallow, train_run
 from models import build_model
+from utils.parallel.cpu import compile_in_place
 from utils.parallel.memory import recompute_activations
 from utils.profiling import activation_bytes
-from utils.train_state import compile_in_place
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_all_recomputed_blocks_share_one_compiled_graph():
     for compiled in (False, True):
         if compiled:
             recompute_activations(model, compiled)
-            compile_in_place(model)
+            compile_in_place(model, torch.device("cuda"))  # as on a GPU: all of it
         model.zero_grad()
         model(images).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on a CPU, which is computed a few images at a time, against float64."""
+"""Attention in bfloat16 on a CPU, whose weights are saved or computed again a few images at a time, against float64."""
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ def test_bfloat16_attention_on_a_cpu_is_as_exact_as_the_fused_kernel(shape, monk
     grad = torch.randn(shape, dtype=torch.float64)
     expected = torch.nn.functional.scaled_dot_product_attention(*exact)
     expected.backward(grad)
-    for at_once in (2**20, 1):
+    for at_once, max_saved in ((2**20, 0), (1, 0), (1, 200)):
         monkeypatch.setattr(attention, "MAX_SCORES", at_once)
+        monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", max_saved)
         errors = []
         for function in (attention.attend, torch.nn.functional.scaled_dot_product_attention):
             inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
@@ -38,3 +39,41 @@ def test_bfloat16_attention_with_sizes_is_exact():
         attend(*inputs, bias.to(inputs[0].dtype)).square().sum().backward()
     for one, other in zip(exact, short, strict=True):
         assert ((one.grad - other.grad).norm() / one.grad.norm()).item() < 0.02
+
+
+def test_saved_weights_give_the_bits_of_recomputed_ones(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SCORES", 1)
+    recomputed, saved = gradients_of(attend, 0, monkeypatch), gradients_of(attend, 65, monkeypatch)
+    assert all(torch.equal(one, other) for one, other in zip(recomputed, saved, strict=True))
+
+
+@pytest.mark.parametrize("max_saved", [0, 65])
+def test_a_compiled_model_calls_attention_as_one_operator_with_the_same_bits(max_saved, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    found, expected = (gradients_of(function, max_saved, monkeypatch) for function in (compiled, attend))
+    assert any("bfloat16_attention" in name for name in graphs[0])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_the_operator_of_attention_is_declared_as_it_computes(save):
+    """Shapes, gradients and no changed inputs, as torch.library.opcheck tests them."""
+    inputs = [torch.randn(3, 2, 5, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(3, 1, 1, 5, dtype=torch.bfloat16)
+    torch.library.opcheck(attention.bfloat16_attention, (*inputs, bias, save))
+
+
+def gradients_of(function, max_saved, monkeypatch):
+    """Output and gradients of attention, whose weights are saved for up to `max_saved` tokens."""
+    monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", max_saved)
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 65, 4, 32).bfloat16().requires_grad_() for _ in range(3)]
+    out = function(*(tensor.transpose(1, 2) for tensor in inputs))
+    out.backward(torch.randn(3, 65, 4, 32).bfloat16().transpose(1, 2))
+    return [out, *(tensor.grad for tensor in inputs)]

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import train
-import train_flops
 from command_line import train_parser
 from helpers import (
     assert_same_bits,
@@ -20,6 +19,7 @@ from helpers import (
     train_run,
 )
 from models import build_model
+from utils.errors import UserError
 from utils.optimizers import OPTIMIZERS, make_optimizer, restore_state, state_tensors
 from utils.parallel.precision import Precision
 from utils.records.checkpoint import load_checkpoint
@@ -30,9 +30,9 @@ def two_blocks(monkeypatch):
     make_shallow(monkeypatch, 2)
 
 
-def two_block_model():
+def two_block_model(model_type="ViT-Mini_4"):
     torch.manual_seed(0)
-    model = build_model("ViT-Mini_4", 8, num_layers=2)
+    model = build_model(model_type, 8, **({} if model_type.startswith("ResNet") else {"num_layers": 2}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -48,19 +48,32 @@ def flags(*given):
     return train_parser().parse_args(["--name", "x", *map(str, given)])
 
 
-def test_muon_is_muon_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
-    """Against separate optimizers, in which query, key and value are parameters of their own."""
-    model, reference = two_block_model(), two_block_model()
+@pytest.mark.parametrize(
+    "model_type, prefixes, count",
+    [
+        ("ViT-Mini_4", ("blocks.",), 2 * 4),  # qkv, proj, fc1 and fc2 of each block
+        (
+            "R26-ViT-Mini_4",
+            ("blocks.", "patch_embed.stem.block"),
+            2 * 4 + 8 * 3 + 3,
+        ),  # 3 of the stem's 8 units have a projection
+        ("ResNet-Mini_Flops", ("stages.",), 5 * 3 + 3),
+    ],
+)
+def test_muon_is_muon_for_the_matrices_of_the_blocks_and_adamw_for_the_rest(model_type, prefixes, count):
+    """Against separate optimizers, in which query, key and value are parameters of their own, and kernels matrices."""
+    model, reference = two_block_model(model_type), two_block_model(model_type)
     args = flags("--optimizer", "muon", "--learning_rate", 0.02, "--weight_decay", 0.1)
     optimizer = make_optimizer(args, model, list(model.named_parameters()))
 
-    matrices = [(name, p) for name, p in reference.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    assert len(matrices) == 2 * 4  # qkv, proj, fc1 and fc2 of each block
-    others = [(name, p) for name, p in reference.named_parameters() if not (name.startswith("blocks.") and p.ndim == 2)]
+    matrices = [(name, p) for name, p in reference.named_parameters() if name.startswith(prefixes) and p.ndim > 1]
+    assert len(matrices) == count
+    names = dict(matrices)
+    others = [(name, p) for name, p in reference.named_parameters() if name not in names]
     not_decayed = [p for name, p in others if p.ndim == 1 or name in ("cls_token", "pos_embed")]
     decayed = [p for name, p in others if not (p.ndim == 1 or name in ("cls_token", "pos_embed"))]
     parts = {
-        name: [torch.nn.Parameter(part.clone()) for part in p.detach().chunk(3 if "qkv" in name else 1)]
+        name: [torch.nn.Parameter(part.flatten(1).clone()) for part in p.detach().chunk(3 if "qkv" in name else 1)]
         for name, p in matrices
     }
     muon = torch.optim.Muon(
@@ -73,22 +86,26 @@ def test_muon_is_muon_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
         give_gradients(reference, step)
         for name, p in matrices:
             for part, gradient in zip(parts[name], p.grad.chunk(len(parts[name])), strict=True):
-                part.grad = gradient
+                part.grad = gradient.flatten(1)
         for each in (optimizer, muon, adamw):
             each.step()
-    expected = {**dict(reference.named_parameters()), **{name: torch.cat(parts[name]) for name in parts}}
+    expected = {
+        **dict(reference.named_parameters()),
+        **{name: torch.cat(parts[name]).view_as(p) for name, p in matrices},
+    }
     for name, p in model.named_parameters():
         assert torch.equal(p, expected[name]), name
 
 
+@pytest.mark.parametrize("model_type", ["ViT-Mini_4", "ResNet-Mini_Flops"])
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_restored_state_continues_with_the_same_bits(name):
-    model = two_block_model()
+def test_the_restored_state_continues_with_the_same_bits(name, model_type):
+    model = two_block_model(model_type)
     optimizer = make_optimizer(flags("--optimizer", name), model, list(model.named_parameters()))
     for step in range(2):
         give_gradients(model, step)
         optimizer.step()
-    copy = two_block_model()
+    copy = two_block_model(model_type)
     copy.load_state_dict(model.state_dict())
     restored = make_optimizer(flags("--optimizer", name), copy, list(copy.named_parameters()))
     restore_state(restored, {key: tensor.clone() for key, tensor in state_tensors(optimizer).items()})
@@ -135,11 +152,19 @@ def test_muon_reduces_the_test_loss(tiny_flags, monkeypatch):
     assert rows[-1]["test_loss"] < 1.5
 
 
-def test_muon_is_an_error_with_fsdp_and_for_a_cnn(tiny_flags, monkeypatch, capsys):
+def test_the_state_of_kernels_that_adamw_updated_is_an_error():
+    model = two_block_model("ResNet-Mini_Flops")
+    earlier = make_optimizer(flags("--optimizer", "adamw"), model, list(model.named_parameters()))
+    give_gradients(model, 0)
+    earlier.step()
+    optimizer = make_optimizer(flags("--optimizer", "muon"), model, list(model.named_parameters()))
+    with pytest.raises(UserError, match="earlier version, in which --optimizer muon did not update convolution"):
+        restore_state(optimizer, state_tensors(earlier))
+
+
+def test_muon_is_an_error_with_fsdp(tiny_flags, monkeypatch, capsys):
     message = fails(train, tiny_flags("--optimizer", "muon", "--parallel", "fsdp"), monkeypatch, capsys)
     assert "--parallel fsdp does not support --optimizer muon, which needs whole matrices" in message
-    message = fails(train_flops, ["--name", "x", "--optimizer", "muon"], monkeypatch, capsys)
-    assert "muon needs a model whose blocks have 2-D weights, such as a ViT; use --optimizer adamw" in message
 
 
 class SignAndMomentum(torch.optim.Optimizer):

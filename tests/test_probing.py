@@ -97,7 +97,7 @@ def test_changed_operators_of_onednn_are_not_used(change, monkeypatch, caplog):
     assert copy.ONEDNN_DTYPES == ()
     (warning,) = warnings_of(caplog)
     assert warning.startswith("oneDNN's linear layers: ") and message in warning and "\n" not in warning
-    layer, x = copy.Linear(8, 4), torch.randn(2, copy.MIN_ROWS_TO_REORDER, 8)
+    layer, x = copy.Linear(8, 4), torch.randn(2, copy.MIN_ROWS, 8)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     with torch.no_grad():
         expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
@@ -120,7 +120,7 @@ def test_without_the_detection_of_transforms_only_ordinary_operators_are_used(na
     (warning,) = warnings_of(caplog)
     assert warning.startswith("PyTorch's detection of transforms: ")
     for dtype in (torch.float32, torch.bfloat16):
-        layer, x = copy.Linear(8, 4).to(dtype), torch.randn(2, copy.MIN_ROWS_TO_REORDER, 8, dtype=dtype)
+        layer, x = copy.Linear(8, 4).to(dtype), torch.randn(2, copy.MIN_ROWS, 8, dtype=dtype)
         expected = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
         assert torch.equal(copy.linear_gelu(x, layer), expected)
         with torch.no_grad():

@@ -157,18 +157,26 @@ def test_the_checkpoint_of_four_shards_resumes_with_fewer_processes(processes, p
 
 @pytest.mark.slow
 def test_shards_of_a_hybrid_with_everything_have_the_metrics_of_one_process(image_folder, tmp_path):
-    """Three processes with 3, 3 and 2 test images: one of them evaluates fewer batches than the others."""
+    """Three processes with 3, 3 and 2 validation images: one of them evaluates fewer batches than the others.
+
+    The test images are evaluated at the end with the last and the best weights, which are loaded into the shards.
+    """
     flags = [
         *("--dataset", "imagefolder", "--data_dir", image_folder, "--model_type", "R26-ViT-Mini_4", "--img_size", 32),
         *("--norm_type", "BN", "--token_reduction", "facility", "--keep_tokens", 4, "--reduction_layer", 1),
         *("--train_batch_size", 12, "--gradient_accumulation_steps", 2, "--grad_checkpointing", "--num_workers", 0),
         *("--num_steps", 5, "--eval_every", 2, "--eval_batch_size", 1, "--warmup_steps", 1, "--output_dir", tmp_path),
+        *("--test_split", 0.25),
     ]
     one = succeed("train.py", *flags, "--name", "one")
     many = succeed("train.py", *flags, "--name", "many", "--parallel", "fsdp", processes=3)
     assert len(step_metrics(tmp_path / "many", "loss")) == 5
     assert_same_steps(tmp_path / "many", tmp_path / "one")
     assert last_line(many) == last_line(one)
+    results = [read_result(tmp_path / name) for name in ("one", "many")]
+    for weights in ("last", "best"):
+        expected, found = (result[weights]["test"] for result in results)
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

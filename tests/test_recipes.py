@@ -153,6 +153,7 @@ def test_the_rest_follows_from_given_flags():
     assert "num_steps" not in flags
     assert "decay_steps" not in chosen("bit", 5000, decay_type="cosine")
     assert "resize_size" not in chosen("bit", 5000, min_crop_scale=0.2)
+    assert "resize_size" not in chosen("bit", 5000, crop_padding=4)
     flags, capped = choose("bit", TrainingImages(100, 50, 50), 16, {"num_steps": 5000, "train_batch_size": 100})
     assert flags["decay_steps"] == [2000, 3000, 4000]  # more than 200 passes, as asked for
     assert capped is None

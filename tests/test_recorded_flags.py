@@ -39,6 +39,7 @@ VALUES = {
     "img_size": "96",
     "min_crop_scale": "0.30000000000000004",
     "resize_size": "128",
+    "crop_padding": "4",
     "horizontal_flip": None,
     "rand_augment": "2 9",
     "auto_augment": "trivial",
@@ -140,6 +141,7 @@ def test_flags_that_are_given_win_wherever_they_stand(tmp_path):
         ("--bf16", "--fp16", "bf16", False),
         ("--val_split=0.1", "--test_at_end", "val_split", None),
         ("--resize_size=40", "--min_crop_scale=0.5", "resize_size", None),
+        ("--resize_size=40", "--crop_padding=4", "resize_size", None),
     ],
 )
 def test_a_given_flag_replaces_recorded_ones_that_it_excludes(recorded, given, name, expected, tmp_path):

@@ -63,7 +63,8 @@ def test_logits_are_the_official_ones(official):
 def test_logits_are_the_official_ones_if_weights_are_reordered(official, monkeypatch):
     """As on a CPU for many images, in evaluation and with the gradients of training."""
     model, images, expected, bound = official
-    monkeypatch.setattr(linear, "MIN_ROWS_TO_REORDER", 1)
+    monkeypatch.setattr(linear, "MIN_ROWS", 1)
+    monkeypatch.setattr(linear, "MIN_WEIGHTS_TO_REORDER", 1)
     with_gradients = model.eval()(torch.from_numpy(images))
     assert with_gradients.requires_grad
     for logits in (logits_of(model, images), with_gradients.detach()):

@@ -112,7 +112,7 @@ def test_the_scripts_of_the_cnns(name, model_type, size, fresh, r50x3, tiny_flag
 @pytest.mark.slow
 def test_worker_processes_give_the_same_bits(tiny_flags, image_folder):
     flags = tiny_flags("--dataset", "imagefolder", "--data_dir", image_folder, "--num_workers", 2, "--horizontal_flip")
-    assert "16 training and 8 test images, 2 classes" in succeed("train.py", *flags)
+    assert "16 training and 8 validation images, 2 classes" in succeed("train.py", *flags)
     others = tiny_flags(*flags[flags.index("--dataset") :], "--num_workers", 0, "--name", "others")
     succeed("train.py", *others)
     assert_same_bits(last_weights(flags), last_weights(others))

@@ -9,11 +9,21 @@ from sklearn.model_selection import train_test_split
 import evaluate
 import train
 from helpers import load_data, metrics, run_dir, write_images
-from utils.data.datasets import DATASETS, DataOptions, DataSource, Split, load_splits, read_split, training_splits
+from utils.data.datasets import (
+    DATASETS,
+    DataOptions,
+    DataSource,
+    LoadedSplits,
+    Split,
+    load_splits,
+    read_split,
+    training_splits,
+)
 from utils.data.duplicates import count_copies
 from utils.data.splits import divide, divide_subjects
 from utils.errors import UserError
 from utils.parallel.processes import one_process
+from utils.training import copies_between
 
 
 @pytest.fixture
@@ -77,9 +87,17 @@ def test_subjects_stay_together_at_about_the_share_of_each_class(share, count):
 @pytest.mark.parametrize(
     "labels, share, message",
     [
-        ([0] * 9 + [1], 0.2, "--val_split can't divide class 'b', which has one image only"),
-        ([0] * 9 + [1] * 9, 0.05, "--val_split 0.05 divides 18 images into 17 and 1, fewer than the 2 classes"),
-        ([0] * 9 + [1] * 9, 0.95, "--val_split 0.95 divides 18 images into 0 and 18, fewer than the 2 classes"),
+        ([0] * 9 + [1], 0.2, "--val_split can't divide class 'b', which has one image only; add images .*"),
+        (
+            [0] * 9 + [1] * 9,
+            0.05,
+            "--val_split 0.05 divides 18 images into 17 and 1, fewer than the 2 classes; give a share nearer to 0.5",
+        ),
+        (
+            [0] * 9 + [1] * 9,
+            0.95,
+            "--val_split 0.95 divides 18 images into 0 and 18, fewer than the 2 classes; give a share nearer to 0.5",
+        ),
     ],
 )
 def test_what_can_not_be_divided_is_an_error(labels, share, message):
@@ -88,6 +106,8 @@ def test_what_can_not_be_divided_is_an_error(labels, share, message):
 
 
 def test_subjects_that_can_not_be_divided_are_an_error():
+    with pytest.raises(UserError, match="--val_split can't divide the images of a single subject; check the group of"):
+        divide_subjects(np.array([0, 0, 1]), np.array([0, 0, 0]), 0.3, 0, "--val_split")
     with pytest.raises(UserError, match="0.1 can't divide 3 subjects; give a share nearer to one half"):
         divide_subjects(np.zeros(30, int), np.repeat(np.arange(3), 10), 0.1, 0, "--val_split")
     with pytest.raises(UserError, match="--val_split 0.05 can't divide the images of 20 subjects: "):
@@ -153,13 +173,22 @@ def test_one_folder_of_classes_is_divided(image_folder):
 def test_copies_are_counted_by_pixels_and_by_bytes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
     others = np.concatenate([images[2:4], images[3:4] ^ 1])
-    assert count_copies(images, others) == 2
-    assert count_copies(others, images) == 2
-    assert count_copies(images[:2], others) == 0
+    assert count_copies({"train": images, "test": others}) == {("train", "test"): 2}
+    assert count_copies({"train": others, "test": images}) == {("train", "test"): 2}
+    assert count_copies({"train": images[:2], "test": others}) == {("train", "test"): 0}
     paths = [str(path) for path in write_images(tmp_path / "a", [(8, 8), (9, 9), (9, 9)])]
     copies = [str(path) for path in write_images(tmp_path / "b", [(8, 8), (9, 9), (9, 9)])]
     (tmp_path / "b" / "002.png").write_bytes(bytes((tmp_path / "b" / "002.png").stat().st_size))
-    assert count_copies(paths, [*copies, str(tmp_path / "missing.png")]) == 2
+    found = count_copies({"train": paths, "val": [*copies, str(tmp_path / "missing.png")], "test": paths[:1]})
+    assert found == {("train", "val"): 2, ("train", "test"): 1, ("val", "test"): 1}
+
+
+def test_copies_are_reported_in_the_singular_and_the_plural():
+    copies = {("train", "val"): 1, ("train", "test"): 2, ("val", "test"): 0}
+    assert list(copies_between(LoadedSplits(None, None, None, "val", copies))) == [
+        "warning: 1 of the validation images is an exact copy of a training image",
+        "warning: 2 of the test images are exact copies of training images",
+    ]
 
 
 def test_a_changed_division_is_not_resumed(tiny_flags, run_main, capsys):
@@ -172,6 +201,26 @@ def test_a_changed_division_is_not_resumed(tiny_flags, run_main, capsys):
         assert capsys.readouterr().err.endswith(message)
 
 
+def test_a_folder_that_has_grown_is_not_resumed(image_folder, tiny_flags, run_main, capsys):
+    """Another number of images gives another division, so test images would be trained on."""
+    flags = ["--dataset", "imagefolder", "--data_dir", image_folder / "train", "--num_workers", 0]
+    flags += ["--val_split", 0.25, "--test_split", 0.25, "--num_steps", 2, "--eval_every", 1]
+    run_main(train, *tiny_flags(*flags))
+    write_images(image_folder / "train" / "cat" / "new", [(8, 8)] * 4)
+    with pytest.raises(SystemExit):
+        run_main(train, *tiny_flags(*flags, "--resume", "--num_steps", 4))
+    message = "was started with 9 training, 3 validation and 4 test images, now there are 11 training, 4 validation"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.2, 0.3])
+def test_few_subjects_are_divided_near_to_the_share(share):
+    """Twenty subjects of ten images each, of two classes."""
+    groups = np.repeat(np.arange(20), 10)
+    _, taken = divide_subjects(groups % 2, groups, share, 0, "--val_split")
+    assert abs(len(taken) / len(groups) - share) <= 0.05
+
+
 def test_evaluate_divides_the_images_as_the_run_did(tiny_flags, run_main):
     flags = tiny_flags("--num_steps", 4, "--eval_every", 4, "--val_split", 0.2, "--split_seed", 5)
     run_main(train, *flags)
@@ -182,6 +231,20 @@ def test_evaluate_divides_the_images_as_the_run_did(tiny_flags, run_main):
     assert f"loss {loss:.4f}" in text
     assert "on digits: 1149 training images\n" in run_main(evaluate, "--checkpoint", path, "--split", "train")
     assert "on digits: 360 test images\n" in run_main(evaluate, "--checkpoint", path)
+
+
+def test_evaluate_uses_the_own_splits_of_another_folder(tmp_path, tiny_flags, run_main):
+    """Those that it lacks are divided as in the run; --group_by is for a division only."""
+    for split in ("all", "other/train", "other/test", "new/train", "new/val", "new/test"):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / split / name, [(8, 8)] * 6)
+    division = ("--val_split", 0.3, "--test_split", 0.4, "--group_by", "0*([0-9])")
+    flags = tiny_flags("--num_steps", 1, "--dataset", "imagefolder", "--data_dir", tmp_path / "all", *division)
+    run_main(train, *flags)
+    command = ("--checkpoint", run_dir(flags) / "last.safetensors", "--data_dir")
+    assert "12 test images" in run_main(evaluate, *command, tmp_path / "other")
+    assert "4 validation images" in run_main(evaluate, *command, tmp_path / "other", "--split", "val")
+    assert "12 validation images" in run_main(evaluate, *command, tmp_path / "new", "--split", "val")
 
 
 def test_a_split_that_the_data_lack_can_not_be_evaluated(tiny_flags, run_main, main_fails):

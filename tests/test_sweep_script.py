@@ -4,15 +4,12 @@ import csv
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
 
-from helpers import ROOT, TINY, script, succeed
+from helpers import ROOT, TINY, script, stop_sweep, succeed, write_images
 from utils.records.run_folder import last_accuracy
 from utils.sweeps import LOG
 
@@ -54,6 +51,15 @@ def test_wrong_flags_are_one_line_before_any_run(ours, further, message, main_fa
     )
     assert message in main_fails(sweep, *ours, "--output_dir", tmp_path / "runs", "--", *further)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_can_not_be_divided_is_one_line_before_any_run(main_fails, tmp_path):
+    for name, count in (("cat", 8), ("dog", 1)):
+        write_images(tmp_path / "images" / name, [(8, 8)] * count)
+    further = ["--dataset", "imagefolder", "--data_dir", tmp_path / "images", "--val_split", 0.3, "--img_size", 8]
+    error = main_fails(sweep, *GRID, "--output_dir", tmp_path, "--", *further, "--model_type", "ViT-Mini_4")
+    assert "--val_split can't divide class 'dog', which has one image only" in error
+    assert not list(tmp_path.glob("*/train.log"))
 
 
 def test_a_dry_run_prints_the_commands_of_all_runs(run_main, tmp_path):
@@ -217,19 +223,8 @@ def test_a_sweep_ends_in_table_and_figure_and_is_extended(tmp_path):
 def test_a_sweep_is_stopped_and_resumes(tmp_path):
     passed = [*PASSED, "--num_steps", "200", "--eval_every", "40"]
     command = ["scripts/sweep.py", "--output_dir", str(tmp_path), *GRID, "--", *passed]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     first, second = tmp_path / "learning_rate=0.01-seed0", tmp_path / "learning_rate=0.03-seed0"
-    deadline = time.monotonic() + 120
-    while not (first / "last.safetensors").exists():
-        assert started.poll() is None, started.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    started.send_signal(signal.SIGTERM)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode == 128 + signal.SIGTERM
+    errors = stop_sweep(command, first)
     assert "sweep.py: stopped; the same command resumes" in errors
     assert not second.exists()
     assert not (tmp_path / "table.md").exists()

@@ -280,7 +280,8 @@ def test_the_real_package_offline_records_an_interrupted_and_resumed_run(tiny_fl
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped by SIGTERM after step (\d+); saved .*last.safetensors", errors)[1])
+    [step] = re.findall(r"stopped by SIGTERM (?:in the evaluation )?after step (\d+); saved .*last.safetensors", errors)
+    step = int(step)
     assert (run_dir(flags) / f"state-{step}").exists()
     call_main(train, [*flags, "--resume", "--num_steps", step + 2], monkeypatch)
     wandb.teardown()  # its own process may still write after the end of the run

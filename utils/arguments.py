@@ -2,15 +2,13 @@
 
 import os
 
+from utils.augmentation_flags import add_augmentation_flags, add_crop_flags
 from utils.flag_groups import (
     MEAN_STD_HELP,
-    add_augmentation_flags,
-    add_crop_flags,
     add_data_flags,
     add_division_flags,
     add_model_fields_flag,
     add_precision_flags,
-    add_recipe_flag,
     mean_std,
 )
 from utils.flag_types import (
@@ -25,6 +23,7 @@ from utils.metrics import BEST_METRICS
 from utils.optimisation_flags import add_optimisation_flags, add_regularisation_flags
 from utils.parallel.precision import AMP_BACKENDS
 from utils.parallel.processes import PARALLEL
+from utils.recipes import RECIPES
 from utils.recorded_flags import RepeatingParser
 
 MODES = ("train", "eval")
@@ -143,6 +142,17 @@ def add_training_data_flags(group):
     )
 
 
+def add_recipe_flag(group):
+    """What chooses the flags of the training that are not given."""
+    group.add_argument(
+        "--recipe",
+        type=one_of("recipe", RECIPES),
+        metavar="NAME",
+        help="Choose the flags that are not given by the number and size of the training images and the batch size: "
+        f"{', '.join(RECIPES)}. bit and vit fine-tune, scratch trains small models from scratch; default: none.",
+    )
+
+
 def add_training_flags(group):
     """The length of the training and what happens how often."""
     group.add_argument(
@@ -153,7 +163,7 @@ def add_training_flags(group):
         help="Images per step, over all processes and accumulation steps.",
     )
     group.add_argument(
-        "--eval_batch_size", type=positive, default=64, metavar="N", help="Test images per batch of each process."
+        "--eval_batch_size", type=positive, default=64, metavar="N", help="Evaluated images per batch of each process."
     )
     group.add_argument("--num_steps", type=positive, default=10000, metavar="N", help="Number of optimizer steps.")
     group.add_argument(
@@ -171,7 +181,7 @@ def add_training_flags(group):
         type=one_of("metric", BEST_METRICS),
         default="accuracy",
         metavar="NAME",
-        help=f"The test metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
+        help=f"The metric that chooses the weights of best.safetensors: {', '.join(BEST_METRICS)} (the lowest). "
         "balanced_accuracy and macro_f1 count all classes equally.",
     )
     group.add_argument(
@@ -192,7 +202,7 @@ def add_training_flags(group):
         "--log_attention_every",
         type=positive,
         metavar="N",
-        help="Steps between two figures of a ViT's attention in TensorBoard: the rollout on eight test images; "
+        help="Steps between two figures of a ViT's attention in TensorBoard: the rollout on eight evaluated images; "
         "default: none.",
     )
     group.add_argument(
@@ -229,7 +239,8 @@ def add_speed_flags(group):
     group.add_argument(
         "--compile",
         action="store_true",
-        help="Compile the model by torch.compile: the start takes longer, the steps are faster.",
+        help="Compile the model by torch.compile: the start takes longer, the steps are faster. On a CPU this "
+        "concerns the blocks of a transformer in bfloat16; other models are not faster there and run eagerly.",
     )
 
 

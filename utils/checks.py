@@ -15,7 +15,8 @@ from utils.metrics import BEST_METRICS
 from utils.optimizers import make_optimizer
 from utils.parallel.precision import import_apex_amp, trained_parameters
 from utils.pretrained import check_exists, published_url
-from utils.records.run_folder import best_weights, resumes
+from utils.records.run_folder import best_weights, folder_of, resumes
+from utils.records.weights import LAST
 from utils.records.weights_and_biases import check_project, import_wandb
 
 MAX_STEPS = 10**9
@@ -68,6 +69,13 @@ def check_augmentation(args):
         raise UserError(
             f"--repeated_augmentation {args.repeated_augmentation} is more than --train_batch_size "
             f"{args.train_batch_size}: a batch would contain a single image"
+        )
+    if args.resize_size and args.crop_padding:
+        raise UserError("--resize_size and --crop_padding exclude each other")
+    if args.crop_padding and args.crop_padding >= args.img_size:
+        raise UserError(
+            f"--crop_padding {args.crop_padding} is not smaller than --img_size {args.img_size}: more pixels than the "
+            "image has can't be mirrored"
         )
     if args.resize_size and args.resize_size < args.img_size:
         raise UserError(
@@ -144,7 +152,7 @@ def check_length(args, num_steps, num_images):
 
 
 def check_best_metric(args, num_classes, where):
-    """Whether --best_metric is defined for the number of classes in the data set or in its test set, named `where`."""
+    """Whether --best_metric is defined for the number of classes in the data set or evaluated split, named `where`."""
     if BEST_METRICS[args.best_metric].from_confusion and num_classes < 2:
         raise UserError(f"--best_metric {args.best_metric} needs two classes, {where} has {num_classes}; give accuracy")
 
@@ -161,10 +169,11 @@ def check_files(args):
         check_best_metric(args, DATASETS[args.dataset].count_classes(args.data_dir), args.dataset)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
-        raise UserError(
-            f"--mode eval: {best_weights(args)} does not exist and no --pretrained_dir is given; train first, or check "
-            "--output_dir and --name"
-        )
+        last = folder_of(args) / LAST
+        way_out = "train first, or check --output_dir and --name"
+        if last.exists():  # of a run with --test_at_end
+            way_out = f"give its last weights to evaluate.py --checkpoint {last}"
+        raise UserError(f"--mode eval: {best_weights(args)} does not exist and no --pretrained_dir is given; {way_out}")
     if args.pretrained_dir and not has_weights and not (args.download and published_url(args.pretrained_dir)):
         check_exists(args.pretrained_dir)
 

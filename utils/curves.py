@@ -1,4 +1,4 @@
-"""Figures of runs: curves over the steps, grids of flags, confusion matrix, calibration.
+"""Figures of runs: curves over the steps, grids of flags, confusion matrix, calibration, wrong predictions.
 
 Each `plot_...` function returns a Figure.
 """
@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 from utils.data.splits import NAMES, evaluated_split
 from utils.figures import OKABE_ITO, TEST, TRAIN, escape_math, style_axes, wrap_text
 from utils.grids import value_text
-from utils.metrics import BEST_METRICS, expected_calibration_error, wilson_interval
+from utils.metrics import BEST_METRICS, expected_calibration_error, percent, wilson_interval
 
 FEW_POINTS = 30  # below this many evaluations each one has a marker
 FEW_CLASSES = 20  # up to this many classes the confusion matrix shows counts
@@ -33,14 +33,12 @@ def plot_curves(metrics, title):
     """Loss and accuracy of one run over the steps, of training and evaluation; `metrics` is {column: values}."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    marker = "o" if len(metrics["step"]) < FEW_POINTS else ""
     split = evaluated_split(metrics)
     for name, colour, line in (("train", TRAIN, "--"), (split, TEST, "-")):
-        style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3, "label": name}
+        style = {"color": colour, "linestyle": line, "label": name, **markers(metrics[f"{name}_accuracy"])}
         loss.plot(metrics["step"], metrics[f"{name}_loss"], **style)
         accuracy.plot(metrics["step"], [100 * value for value in metrics[f"{name}_accuracy"]], **style)
-    best = np.nanmax(metrics[f"{split}_accuracy"])
-    accuracy.set_title(f"best {NAMES[split]} accuracy {100 * best:.2f} %", fontsize="medium")
+    accuracy.set_title(accuracy_text(split, metrics[f"{split}_accuracy"]), fontsize="medium")
     loss.set_title(escape_math(title), fontsize="medium")
     label_curves(loss, accuracy)
     for axes in (loss, accuracy):
@@ -48,22 +46,41 @@ def plot_curves(metrics, title):
     return figure
 
 
-def plot_runs(runs, title=""):
-    """Test loss and accuracy of several runs in one figure, training dashed; {label: [metrics of each seed, ...]}.
+def markers(values):
+    """The style of a line with these values: a marker at each, unless there are many."""
+    return {"marker": "o", "markersize": 3} if np.isfinite(values).sum() < FEW_POINTS else {}
 
-    Several seeds are drawn as their mean; for the test set the range from lowest to highest is shaded.
+
+def accuracy_text(split, accuracies):
+    """The best accuracy on a split, or the only one of --test_at_end; those that were not measured are NaN."""
+    measured = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
+    if not measured:
+        return f"{NAMES[split]} accuracy not measured yet"
+    best = "best " if len(measured) == len(accuracies) else ""
+    return f"{best}{NAMES[split]} accuracy {100 * max(measured):.2f} %"
+
+
+def plot_runs(runs, title=""):
+    """Loss and accuracy of several runs in one figure, training dashed; {label: [metrics of each seed, ...]}.
+
+    Several seeds are drawn as their mean; for the evaluated split the range from lowest to highest is shaded. If the
+    runs were evaluated on different splits, the labels name them.
     """
     figure = Figure(figsize=(10, 4 + 0.2 * len(runs)), layout="constrained")
     panels = figure.subplots(1, 2)
+    splits = [NAMES[evaluated_split(seeds[0])] for seeds in runs.values()]
+    if len(set(splits)) > 1:
+        runs = {f"{label}, {split}": seeds for split, (label, seeds) in zip(splits, runs.items(), strict=True)}
     for number, (label, seeds) in enumerate(runs.items()):
         colour = OKABE_ITO[number % len(OKABE_ITO)]
         for axes, quantity, factor in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
             plot_seeds(axes, seeds, quantity, factor, colour, label)
     label_curves(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1))
+    lines = {NAMES["train"]: "--"} if len(set(splits)) > 1 else {NAMES["train"]: "--", splits[0]: "-"}
+    handles += [Line2D([], [], color="grey", linestyle=line, linewidth=1) for line in lines.values()]
     columns = min(len(handles), max(1, 100 // max(map(len, labels))))
-    labels = [*map(escape_math, labels), "training"]
+    labels = [*map(escape_math, labels), *lines]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(escape_math(title), fontsize="medium")
     return figure
@@ -72,14 +89,13 @@ def plot_runs(runs, title=""):
 def plot_seeds(axes, seeds, quantity, factor, colour, label):
     """Draw one quantity, "loss" or "accuracy", of the runs of all seeds, multiplied by `factor`."""
     steps = seeds[0]["step"]
-    markers = {"marker": "o", "markersize": 3} if len(steps) < FEW_POINTS else {}
-    train, test = (
-        factor * np.array([run[f"{part}_{quantity}"] for run in seeds]) for part in ("train", evaluated_split(seeds[0]))
-    )
-    axes.plot(steps, train.mean(axis=0), color=colour, linestyle="--", linewidth=1, **markers)
-    axes.plot(steps, test.mean(axis=0), color=colour, linewidth=1.8, label=label, **markers)
+    parts = ("train", evaluated_split(seeds[0]))
+    train, evaluated = (factor * np.array([run[f"{part}_{quantity}"] for run in seeds]) for part in parts)
+    train_mean, mean = train.mean(axis=0), evaluated.mean(axis=0)
+    axes.plot(steps, train_mean, color=colour, linestyle="--", linewidth=1, **markers(train_mean))
+    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, **markers(mean))
     if len(seeds) > 1:
-        axes.fill_between(steps, test.min(axis=0), test.max(axis=0), color=colour, alpha=0.2, lw=0)
+        axes.fill_between(steps, evaluated.min(axis=0), evaluated.max(axis=0), color=colour, alpha=0.2, lw=0)
 
 
 def label_curves(loss, accuracy):
@@ -293,4 +309,28 @@ def plot_reliability(calibration, title):
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", columnspacing=1, frameon=False)
     for axes in (upper, lower):
         style_axes(axes)
+    return figure
+
+
+def plot_mistakes(images, captions, title, columns=6):
+    """A grid of images in squares of one size, each with its true class, the prediction and the name of its file.
+
+    `images` are uint8 (3, H, W) of any sizes, `captions` (true class, predicted class, confidence, name).
+    """
+    rows, columns = math.ceil(len(images) / columns), max(3, min(columns, len(images)))
+    texts = [
+        (wrap_text(f"true: {shorten(true, 60)}\npredicted: {shorten(predicted, 60)}\n{percent(confidence)}", 27), name)
+        for true, predicted, confidence, name in captions
+    ]
+    lines = max((text.count("\n") + 1 for text, _ in texts), default=0)
+    figure = Figure(figsize=(0.3 + 2 * columns, 0.7 + (2.4 + 0.17 * lines) * rows), layout="constrained")
+    for number, (image, (text, name)) in enumerate(zip(images, texts, strict=True), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        (height, width), side = image.shape[1:], max(image.shape[1:])
+        axes.imshow(image.permute(1, 2, 0).numpy(), extent=(-width / 2, width / 2, height / 2, -height / 2))
+        axes.set(xlim=(-side / 2, side / 2), ylim=(side / 2, -side / 2), xticks=[], yticks=[], facecolor="0.95")
+        axes.spines[:].set_visible(False)
+        axes.set_title(text, fontsize="small", loc="left")
+        axes.set_xlabel(escape_math(shorten(name, 30)), fontsize="x-small", color="0.4", loc="left")
+    figure.suptitle(wrap_text(title, 24 * columns), fontsize="medium")
     return figure

@@ -4,7 +4,14 @@ import os
 import signal
 import sys
 
+import torch
+
 from utils.terminal import say_on_stderr
+
+LESS_MEMORY = (
+    "less is needed with a smaller --img_size, in training with more --gradient_accumulation_steps, in evaluation with "
+    "a smaller --eval_batch_size"
+)
 
 
 class UserError(Exception):
@@ -31,6 +38,9 @@ def run_script(main):
         leave(f"error: {error}", 2, first_process_only=not error.only_this_process)
     except RunStoppedError as stop:
         leave(str(stop), stop.status)
+    except torch.OutOfMemoryError as error:
+        what = ". ".join(str(error).split(". ")[:2])  # how much of which device; advice for programmers follows
+        leave(f"error: {what or 'out of memory'}; {LESS_MEMORY}", 2, first_process_only=False)
     except KeyboardInterrupt:
         leave("interrupted", 130)
 

@@ -1,4 +1,4 @@
-"""Loss and accuracy on a test set, each image counted exactly once over all processes."""
+"""Loss and accuracy on a split, each image counted exactly once over all processes."""
 
 import math
 import sys
@@ -38,15 +38,15 @@ def run_evaluation(args, make_model):
             origin = args.pretrained_dir
         options = DataOptions.from_flags(args)
         split = find_splits(args.dataset, options)[-1]  # the test images, or the validation images without any
-        test_set = load_dataset(args.dataset, split, options, processes)
+        eval_set = load_dataset(args.dataset, split, options, processes)
         if classes:
-            check_classes(path, classes, args.dataset, test_set.classes)
-        result = evaluate_model(model, test_set, args.img_size, args, processes)
+            check_classes(path, classes, args.dataset, eval_set.classes)
+        result = evaluate_model(model, eval_set, args.img_size, args, processes)
         if processes.is_first:
             skipped = f" ({result['skipped']} more could not be read)" if result["skipped"] else ""
             print(
                 f"{args.model_type} on {args.dataset}: {result['images']} {NAMES[split]} images{skipped}, "
-                f"{len(test_set.classes)} classes, at {args.img_size}x{args.img_size}, {processes}\n"
+                f"{len(eval_set.classes)} classes, at {args.img_size}x{args.img_size}, {processes}\n"
                 f"  weights  {origin}\n"
                 f"  top-1    {percent(result['accuracy'], result['images'])} (95 % interval)\n"
                 f"  top-5    {percent(result['top5_accuracy'], result['images'])}\n"
@@ -64,7 +64,7 @@ def check_classes(path, classes, dataset, dataset_classes):
             raise UserError(f"{path} was trained on other classes: it has {own!r} where {dataset} has {other!r}")
 
 
-def evaluate_model(model, test_set, img_size, args, processes, per_class=False):
+def evaluate_model(model, eval_set, img_size, args, processes, per_class=False):
     """`evaluate` of a model that is not being trained, at `img_size` in pixels, by the flags in `args`.
 
     Moves the model to the device and casts it. The result also has "skipped", the number of unreadable images, and
@@ -75,30 +75,32 @@ def evaluate_model(model, test_set, img_size, args, processes, per_class=False):
     precision.cast(model)
     start = time.perf_counter()
     size = (img_size, img_size)
-    result = evaluate(model, test_set, size, args.eval_batch_size, precision, processes, per_class)
+    result = evaluate(model, eval_set, size, args.eval_batch_size, precision, processes, per_class)
     seconds = time.perf_counter() - start
-    skipped = len(test_set) - result["images"]
+    skipped = len(eval_set) - result["images"]
     return {**result, "skipped": skipped, "images_per_second": result["images"] / seconds}
 
 
 @torch.no_grad()
-def evaluate(model, test_set, img_size, batch_size, precision, processes, per_class=False, after_batch=lambda: None):
+def evaluate(model, eval_set, img_size, batch_size, precision, processes, per_class=False, after_batch=lambda: None):
     """{"images", "loss", "accuracy", "top5_accuracy"}: a count, a mean and fractions over all processes.
 
     With `per_class` also "confusion", counts int64 (classes, classes): rows are true classes, columns predictions;
-    "calibration", the `calibration_sums`; and the `mean_metrics`. Each process calls `after_batch()` equally often.
-    Raises UserError if no image can be read.
+    "calibration", the `calibration_sums`; the `mean_metrics`; and of this process's images alone, in their order,
+    "predictions" int64 (n,) and "confidences" float32 (n,), the probabilities of the predictions. Each process calls
+    `after_batch()` equally often. Raises UserError if no image can be read.
     """
     was_training = model.training
     model.eval()
-    num_classes = len(test_set.classes)
+    num_classes = len(eval_set.classes)
     totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1 correct, top-5 correct
     confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=processes.device)
     calibration = totals.new_zeros(BINS, 3)
+    predicted, confidences = [confusion[:0]], [totals[:0].float()]
     count = 0
-    batches = iter(test_set.eval_batches(img_size, batch_size, processes))
-    most = math.ceil(len(range(0, len(test_set), processes.size)) / batch_size)  # batches of the first process
-    with progress_bar(test_set, processes) as bar:
+    batches = iter(eval_set.eval_batches(img_size, batch_size, processes))
+    most = math.ceil(len(range(0, len(eval_set), processes.size)) / batch_size)  # batches of the first process
+    with progress_bar(eval_set, processes) as bar:
         for _ in range(most):
             images, labels = next(batches, (None, ()))  # a process may have less images than the first one
             if len(labels):
@@ -111,7 +113,9 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
                 if per_class:
                     cells = labels * num_classes + predictions[:, 0]
                     confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
-                    calibration += calibration_sums(logits.softmax(dim=1).amax(dim=1), correct[:, 0])
+                    confidences.append(logits.softmax(dim=1).amax(dim=1))
+                    predicted.append(predictions[:, 0])
+                    calibration += calibration_sums(confidences[-1], correct[:, 0])
                 count += len(labels)  # on the host, so that no batch waits for the device
                 bar.update(len(labels))
             elif isinstance(model, FSDPModule):  # which gathers weights with all processes
@@ -121,17 +125,18 @@ def evaluate(model, test_set, img_size, batch_size, precision, processes, per_cl
     totals = torch.cat([totals, totals.new_tensor([count])])
     loss, top1, top5, count = sum_over_processes(totals).tolist()
     if not count:
-        raise UserError(f"none of the {len(test_set)} test images can be read")
+        raise UserError(f"none of the {len(eval_set)} images to evaluate can be read")
     result = {"images": int(count), "loss": loss / count, "accuracy": top1 / count, "top5_accuracy": top5 / count}
     if per_class:
         result["confusion"] = sum_over_processes(confusion).view(num_classes, num_classes).cpu()
         result["calibration"] = sum_over_processes(calibration).cpu()
         result |= mean_metrics(result["confusion"])
+        result |= {"predictions": torch.cat(predicted).cpu(), "confidences": torch.cat(confidences).cpu()}
     return result
 
 
-def progress_bar(test_set, processes, description="test"):
+def progress_bar(eval_set, processes, description="evaluation"):
     """A bar over this process's share of the images, in the first process only."""
-    share = len(range(processes.rank, len(test_set), processes.size))
+    share = len(range(processes.rank, len(eval_set), processes.size))
     hidden = not processes.is_first or not sys.stderr.isatty()
     return tqdm(total=share, desc=description, unit="img", leave=False, disable=hidden)

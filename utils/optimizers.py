@@ -10,6 +10,7 @@ from operator import itemgetter
 import torch
 from torch.distributed.tensor import DTensor
 
+from utils.errors import UserError
 from utils.freezing import layer_scales
 
 NOT_DECAYED = ("cls_token", "pos_embed")  # in addition to all weights of one dimension: biases and norms
@@ -68,25 +69,32 @@ def supports_fused(groups):
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for the 2-D weights of the blocks, AdamW for all other weights.
+    """Muon (Jordan et al., 2024) for the matrices and convolution kernels of the blocks, AdamW for all other weights.
 
     Muon's updates are scaled to the size of AdamW's ("match_rms_adamw"), so one learning rate serves both. Query, key
-    and value, which are stacked in one weight, are three matrices. Raises ValueError for a model without such weights
-    and for sharded ones.
+    and value, which are stacked in one weight, are three matrices; a kernel is a matrix with a row for each output
+    channel. Raises ValueError for sharded weights.
     """
 
     def __init__(self, groups, lr, model):
         if any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]):
             raise ValueError("muon needs whole matrices, not shards; use --parallel ddp")
         self.counts = count_block_matrices(model)
-        if not self.counts:
-            raise ValueError("muon needs a model whose blocks have 2-D weights, such as a ViT; use --optimizer adamw")
         matrices = select(groups, lambda name: name in self.counts)
         self.adamw = adamw(select(groups, lambda name: name not in self.counts), lr, model)
         super().__init__([*({**group, "by_muon": True} for group in matrices), *self.adamw.param_groups], {"lr": lr})
         matrices = [self.split(group, torch.Tensor.detach) for group in self.muon_groups()]
         parts = [{"params": [torch.nn.Parameter(matrix) for matrix in group]} for group in matrices]
         self.muon = torch.optim.Muon(parts, lr=lr, adjust_lr_fn="match_rms_adamw")
+
+    def load_state_dict(self, state_dict):
+        """Raises UserError for the state of a version in which AdamW updated convolution kernels."""
+        super().load_state_dict(state_dict)
+        if any("exp_avg" in self.state[weight] for group in self.muon_groups() for weight in group["params"]):
+            raise UserError(
+                "the run is of an earlier version, in which --optimizer muon did not update convolution kernels; it "
+                "can't be resumed"
+            )
 
     def muon_groups(self):
         """The groups that Muon updates."""
@@ -95,7 +103,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def split(self, group, tensor_of):
         """A tensor of each weight in a group, stacked matrices as separate views: [(out, in), ...]."""
         pairs = zip(group["param_names"], group["params"], strict=True)
-        return [part for name, weight in pairs for part in tensor_of(weight).chunk(self.counts[name])]
+        parts = [part for name, weight in pairs for part in tensor_of(weight).chunk(self.counts[name])]
+        return [part.view(len(part), -1) for part in parts]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -103,8 +112,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for group, parts in zip(self.muon_groups(), self.muon.param_groups, strict=True):
             parts.update(lr=group["lr"], weight_decay=group["weight_decay"])
             for weight in group["params"]:
-                self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-            gradients = self.split(group, lambda weight: weight.grad)
+                contiguous = torch.zeros_like(weight, memory_format=torch.contiguous_format)  # so parts are views
+                self.state[weight].setdefault("momentum_buffer", contiguous)
+            gradients = self.split(group, lambda weight: weight.grad.contiguous())
             buffers = self.split(group, lambda weight: self.state[weight]["momentum_buffer"])
             for part, gradient, buffer in zip(parts["params"], gradients, buffers, strict=True):
                 part.grad = gradient
@@ -117,14 +127,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def muon(groups, lr, model):
-    """MuonWithAdamW, or AdamW alone where all 2-D weights of the blocks are frozen."""
+    """MuonWithAdamW, or AdamW alone where all matrices of the blocks are frozen."""
     counts = count_block_matrices(model)
     all_frozen = counts and not select(groups, lambda name: name in counts)
     return (adamw if all_frozen else MuonWithAdamW)(groups, lr, model)
 
 
 def count_block_matrices(model):
-    """{name: number of stacked matrices} of the 2-D weights in the model's blocks, its modules with `is_block`."""
+    """{name: number of stacked matrices} of the weights and kernels in the model's blocks, modules with `is_block`."""
     blocks = [(name, module) for name, module in model.named_modules() if getattr(module, "is_block", False)]
     weights = [(f"{name}.{key}", p) for name, block in blocks for key, p in block.named_parameters()]
     stacked = {
@@ -132,7 +142,7 @@ def count_block_matrices(model):
         for name, module in model.named_modules()
         for key, count in getattr(module, "stacked_weights", {}).items()
     }
-    return {name: stacked.get(name, 1) for name, weight in weights if weight.ndim == 2}
+    return {name: stacked.get(name, 1) for name, weight in weights if weight.ndim in (2, 4)}
 
 
 def select(groups, condition):

@@ -149,7 +149,7 @@ def set_sizes(flags, patch, given):
     """Round the image size to the patch grid; --resize_size keeps its ratio to it."""
     planned = flags["img_size"]
     flags["img_size"] = given.get("img_size") or max(1, math.floor(planned / patch + 0.5)) * patch
-    if "min_crop_scale" in given:
+    if {"min_crop_scale", "crop_padding"} & given.keys():
         flags.pop("resize_size", None)
     elif "resize_size" in flags:
         flags["resize_size"] = round(flags["resize_size"] * flags["img_size"] / planned)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from utils.checks import check_files, check_flags_together
-from utils.data.datasets import DATASETS, DataOptions, read_split
+from utils.data.datasets import DATASETS, DataOptions, read_splits
 from utils.data.splits import NAMES
 from utils.errors import RunStoppedError, UserError
 from utils.flag_types import Parser
@@ -113,8 +113,8 @@ def download_shared_files(runs):
         download_missing(path)
     for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
         if not DATASETS[dataset].in_folders:
-            for split in DATASETS[dataset].splits(data_dir):  # some data sets have a file for each
-                read_split(dataset, split, DataOptions(data_dir), one_process())
+            splits = DATASETS[dataset].splits(data_dir)  # some data sets have a file for each
+            read_splits(dataset, splits, DataOptions(data_dir), one_process())
 
 
 def raise_failures(failed, count):

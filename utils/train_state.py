@@ -17,6 +17,7 @@ from utils.freezing import freeze
 from utils.metrics import BEST_METRICS, Best
 from utils.optimizers import empty_state, make_optimizer, restore_state, state_tensors
 from utils.parallel.averaging import WeightAverage
+from utils.parallel.cpu import compile_in_place, is_compiled
 from utils.parallel.memory import recompute_activations
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import load_whole_weights, local_parts, shard_weights, sum_over_processes
@@ -46,25 +47,25 @@ class Progress:
 class TrainState:
     """What a run needs to take its next step, and what changes with it: weights, optimizer, average, step, metrics."""
 
-    def __init__(
-        self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, evaluated_on="test"
-    ):
+    def __init__(self, model, args, processes, num_steps, classes, run_dir=None, class_weights=None, images=None):
         """Move the model to its device, as a copy or in shards, with its optimizer; `args` are the training flags.
 
         `classes` are their names, `run_dir` is the folder to save in, which timing a step does not need.
-        `class_weights` (classes,) multiply the terms of the loss. `evaluated_on` is the split that is evaluated.
+        `class_weights` (classes,) multiply the terms of the loss. `images` is {split: number of images}.
         """
         self.model, self.args, self.processes, self.classes = model, args, processes, list(classes)
-        self.run_dir, self.class_weights, self.evaluated_on = run_dir, class_weights, evaluated_on
+        self.run_dir, self.class_weights, self.images = run_dir, class_weights, images or {}
+        self.evaluated_on = "val" if "val" in self.images else "test"
         self.schedule = Schedule(num_steps, args.warmup_steps, args.decay_type, args.decay_steps)
         sharded = is_sharded(args, processes)
         self.precision = make_precision(args, processes.device, args.amp_backend, args.loss_scale, sharded)
         freeze(model, args.train)
         model.train()
+        self.compiled = is_compiled(args, model, processes.device)
         if args.grad_checkpointing:
-            recompute_activations(model, args.compile)
-        if args.compile:
-            compile_in_place(model)
+            recompute_activations(model, self.compiled)
+        if self.compiled:
+            compile_in_place(model, processes.device)
         if sharded:  # block by block, so that a model that is too large for one device gets there
             shard_weights(model, processes, dtype=self.precision.dtype if self.precision.level == "O2" else None)
         model.to(processes.device)
@@ -201,9 +202,9 @@ class TrainState:
         # The prefix distinguishes a training metric from the same metric of the evaluation.
         training = {f"train_{name}" if name in result else name: mean for name, mean in self.meter.means().items()}
         names = dict.fromkeys((*MEASURED, self.args.best_metric))
-        tests = {f"{self.evaluated_on}_{name}": result[name] for name in names}
+        evaluated = {f"{self.evaluated_on}_{name}": result[name] for name in names}
         speed = {"lr": self.learning_rate(), "images_per_second": self.images_per_second(), "seconds": seconds}
-        return {"step": self.step, **training, **tests, **speed}
+        return {"step": self.step, **training, **evaluated, **speed}
 
     def check_weights(self):
         """Raise RunStoppedError if a weight is not finite, as may follow a finite loss."""
@@ -213,7 +214,7 @@ class TrainState:
             raise not_finite(message, self.learning_rate(self.step - 1), self.run_dir)
 
     def log_attention(self, eval_set, tracker):
-        """Draw the attention rollout of a ViT on a few test images into TensorBoard."""
+        """Draw the attention rollout of a ViT on a few evaluated images into TensorBoard."""
         self.read_metrics(tracker)
         if self.processes.is_first:
             images, labels = eval_set.examples(ATTENTION_IMAGES, (self.args.img_size, self.args.img_size))
@@ -254,8 +255,10 @@ class TrainState:
         return {
             "flags": vars(self.args),
             "classes": self.classes,
+            "images": self.images,
             "optimizer": self.args.optimizer,
             "precision": self.precision.state_dict(),
+            "threads": torch.get_num_threads(),
             "progress": {"step": self.step, **asdict(self.progress), "metrics": self.meter.state_dict()},
         }
 
@@ -291,13 +294,6 @@ def is_due(step, interval):
 def is_sharded(args, processes):
     """Whether each process holds a shard of the weights."""
     return args.parallel == "fsdp" and processes.size > 1
-
-
-def compile_in_place(model):
-    """Compile by torch.compile; training, evaluation, merged tokens and odd batches each compile a block's code."""
-    torch._dynamo.config.recompile_limit = 64  # per function; beyond it PyTorch would continue without compiling
-    torch._dynamo.config.optimize_ddp = False  # it would split a block's graph at DDP's buckets, to send parts earlier
-    model.compile()
 
 
 def metrics_of_earlier_version(progress, args):

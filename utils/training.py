@@ -16,6 +16,7 @@ from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
 from utils.losses import class_weights, cross_entropy
+from utils.parallel.cpu import restore_threads
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
 from utils.records.checkpoint import load_checkpoint
@@ -80,6 +81,8 @@ def load_run(model, args, processes, run_dir):
             for problem in problems:
                 print(f"warning: {problem}; using {checkpoint.path} of step {checkpoint.step}")
             report_changed_flags(saved["flags"] or {}, args)
+        if processes.device.type == "cpu" and (changed := restore_threads(saved.get("threads"))) and processes.is_first:
+            print(changed)
         return saved
     if args.pretrained_dir:
         load_pretrained_flag(model, args, processes)
@@ -93,19 +96,19 @@ def train(model, splits, args, processes, run_dir, saved=None):
     Leaves the run's records in `run_dir`. Raises RunStoppedError when it receives a stop signal or its numbers are not
     finite.
     """
-    train_set, eval_set, evaluated_on = splits.train, splits.evaluation, splits.evaluated_on
+    train_set, eval_set = splits.train, splits.evaluation
     num_steps = args.num_steps or math.ceil(args.epochs * len(train_set) / args.train_batch_size)
     check_length(args, num_steps, len(train_set))
     if saved:
-        check_resumption(saved, args, num_steps, run_dir, train_set.classes)
-    check_best_metric(args, len(set(eval_set.labels.tolist())), f"the {NAMES[evaluated_on]} set")
+        check_resumption(saved, args, num_steps, run_dir, train_set.classes, splits.counts())
+    check_best_metric(args, len(set(eval_set.labels.tolist())), f"the {NAMES[splits.evaluated_on]} set")
     weights = class_weights(args.class_weights, train_set.labels, train_set.classes, processes.device)
-    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir, weights, evaluated_on)
+    run = TrainState(model, args, processes, num_steps, train_set.classes, run_dir, weights, splits.counts())
     if saved:
         run.restore(saved)
     barrier()  # every process has seen whether there is a run to resume
     if processes.is_first:
-        prepare_run_folder(run_dir, args, train_set.classes, num_steps, evaluated_on, len(eval_set))
+        prepare_run_folder(run_dir, args, train_set.classes, num_steps, splits.counts(), run.compiled)
     check_shared(run_dir)
     batches = training_batches(train_set, args, processes, run.step, num_steps)
     with open_tracker(run) as tracker, StopSignal().listening() as stop:
@@ -173,6 +176,7 @@ def training_batches(train_set, args, processes, first_step, num_steps):
         args.random_erasing,
         args.repeated_augmentation,
         args.resize_size,
+        args.crop_padding,
     )
     images_and_labels = train_set.train_batches(stream_positions(*steps), augmentation)
     for positions, (images, labels) in zip(stream_positions(*steps), images_and_labels, strict=True):
@@ -188,8 +192,8 @@ def report_finished(run_dir):
     print(summary(run_dir, result, len(config["classes"])))
 
 
-def check_resumption(saved, args, num_steps, run_dir, classes):
-    """Raise UserError if the saved state can't be continued with these flags and classes."""
+def check_resumption(saved, args, num_steps, run_dir, classes, counts):
+    """Raise UserError if the saved state can't be continued with these flags, classes and {split: number of images}."""
     before = {**EARLIER_FLAGS, **(saved["flags"] or {}), "optimizer": saved["optimizer"]}
     for flag in ("optimizer", "train", "best_metric", "test_at_end", *DIVISION):
         if before[flag] != getattr(args, flag):
@@ -206,6 +210,11 @@ def check_resumption(saved, args, num_steps, run_dir, classes):
         raise UserError(f"{run_dir} is at step {step} already, beyond the {num_steps} of the flags")
     if saved["classes"]:
         check_classes(run_dir, saved["classes"], args.dataset, classes)
+    if saved.get("images", counts) != counts:  # it is missing in runs of earlier versions
+        raise UserError(
+            f"{run_dir} was started with {counts_text(saved['images'])}, now there are {counts_text(counts)}; restore "
+            "the files, or start again with another --name"
+        )
 
 
 def open_tracker(run):
@@ -227,10 +236,12 @@ def description(run, splits):
     steps = f"resuming at step {run.step} of {num_steps}, steps" if run.step else f"{num_steps} steps"
     shards = ", each with its shard of the weights" if is_sharded(args, run.processes) else ""
     lines = [
-        f"{args.model_type}, {millions:.2f} M parameters{part}, on {args.dataset}: {sizes(splits)}, "
+        f"{args.model_type}, {millions:.2f} M parameters{part}, on {args.dataset}: {counts_text(splits.counts())}, "
         f"{len(train_set.classes)} classes",
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
+    if args.compile and not run.compiled:
+        lines.append("--compile: on a CPU only transformer blocks in bfloat16 are faster compiled; this run is eager")
     warnings = {
         f"the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps": (
             args.warmup_steps >= num_steps
@@ -249,11 +260,9 @@ def description(run, splits):
     return "\n".join([*lines, *copies_between(splits)])
 
 
-def sizes(splits):
-    """The number of images in each split as text."""
-    numbers = [f"{len(splits.train)} training", f"{len(splits.evaluation)} {NAMES[splits.evaluated_on]}"]
-    if splits.test:
-        numbers.append(f"{len(splits.test)} test")
+def counts_text(counts):
+    """{split: number of images} as text."""
+    numbers = [f"{count} {NAMES[split]}" for split, count in counts.items()]
     return f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
 
 
@@ -261,7 +270,9 @@ def copies_between(splits):
     """A line for each two splits with the same images."""
     for (split, other), count in splits.copies.items():
         if count:
-            yield f"warning: {count} of the {NAMES[other]} images are exact copies of {NAMES[split]} images"
+            copies = f"are exact copies of {NAMES[split]} images"
+            copies = f"is an exact copy of a {NAMES[split]} image" if count == 1 else copies
+            yield f"warning: {count} of the {NAMES[other]} images {copies}"
 
 
 def report_unreadable(splits, tracker):

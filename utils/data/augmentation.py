@@ -39,6 +39,7 @@ class Augmentation(NamedTuple):
     random_erasing: float = 0.0  # probability
     repeats: int = 1  # of a sample in an epoch
     resize_size: int | None = None  # side of the square of which a crop is a part, in place of `min_crop_scale`
+    crop_padding: int | None = None  # mirrored pixels around the image of which a crop is a part, in place of both
 
     @property
     def changes_pixels(self):

@@ -1,7 +1,6 @@
 """The data sets, one entry of DATASETS each, and `load_dataset`, which loads any of them by its name."""
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from utils.data.duplicates import count_copies
 from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
-from utils.data.splits import NAMES, available_splits, check_shares, draw_per_class, rows_of_split
+from utils.data.splits import NAMES, available_splits, check_shares, divided_rows, draw_per_class
 from utils.data.torchvision_datasets import PUBLISHED, read_published
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
@@ -29,7 +28,9 @@ class Split(NamedTuple):
     note: str = ""  # a line about files that are ignored
 
     def subset(self, rows):
-        """The images of the given indices."""
+        """The images of the given indices, in increasing order."""
+        if len(rows) == len(self.labels):
+            return self
         images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows]
         return self._replace(images=images, labels=np.asarray(self.labels)[rows])
 
@@ -95,14 +96,17 @@ class LoadedSplits(NamedTuple):
     evaluated_on: str  # "val" or "test"
     copies: dict  # {(split, other): number of images of `other` that are exact copies of images of `split`}
 
+    def counts(self):
+        """{split: number of images}"""
+        counts = {"train": len(self.train), self.evaluated_on: len(self.evaluation)}
+        return counts | ({"test": len(self.test)} if self.test else {})
+
 
 def load_splits(name, options, processes):
     """The LoadedSplits of a data set. Raises UserError."""
-    splits = {split: read_split(name, split, options, processes) for split in training_splits(name, options)}
-    copies = {}
-    if processes.is_first:  # which reports them
-        pairs = itertools.combinations(splits, 2)
-        copies = {(one, other): count_copies(splits[one].images, splits[other].images) for one, other in pairs}
+    splits = read_splits(name, training_splits(name, options), options, processes)
+    images = {split: found.images for split, found in splits.items()}
+    copies = count_copies(images) if processes.is_first else {}  # the first process reports them
     loaded = {split: make_data_set(name, found, options, processes) for split, found in splits.items()}
     evaluated_on = "val" if "val" in loaded else "test"
     return LoadedSplits(loaded.pop("train"), loaded.pop(evaluated_on), loaded.get("test"), evaluated_on, copies)
@@ -126,30 +130,44 @@ def make_data_set(name, split, options, processes):
         pixels = read_images_of_one_size(images, quiet, options.skip_broken) if source.in_memory else None
     if pixels is None:
         return FolderImages(images, labels, classes, processes.device, source.prepare, options)
-    return TensorImages(pixels, labels, classes, processes.device, options.mean_std)
+    paths = images if isinstance(images, list) else None
+    return TensorImages(pixels, labels, classes, processes.device, options.mean_std, paths)
 
 
 def read_split(name, split, options, processes):
-    """The Split of a data set, of training images perhaps `examples_per_class` of each class only.
+    """One Split of a data set; see `read_splits`."""
+    return read_splits(name, [split], options, processes)[split]
 
-    The first process prints the note about ignored files to stderr. Raises UserError.
+
+def read_splits(name, splits, options, processes):
+    """{split: Split} of some of `find_splits`, of training images perhaps `examples_per_class` of each class only.
+
+    Splits that are taken from the training images are read with them, once. The first process prints the notes about
+    ignored files to stderr. Raises UserError.
     """
-    source = DATASETS[name]
-    own = source.splits(options.data_dir)
-    if split not in find_splits(name, options):
+    own = DATASETS[name].splits(options.data_dir)
+    for split in set(splits).difference(find_splits(name, options)):
         raise UserError(f"{name} has no {NAMES[split]} images in {options.data_dir}")
+    sources = dict.fromkeys(split if split in own else "train" for split in splits)
+    found = {split: read_own_split(name, split, options.data_dir, processes) for split in sources}
+    if "train" in found:
+        whole = found["train"]
+        rows = divided_rows(own, whole.labels, whole.images, whole.classes, options)
+        if options.examples_per_class:
+            drawn = draw_per_class(whole.labels[rows["train"]], options.examples_per_class, options.split_seed)
+            rows["train"] = rows["train"][np.sort(drawn)]
+        found |= {split: whole.subset(rows[split]) for split in splits if split in rows}
+    return {split: found[split] for split in splits}
+
+
+def read_own_split(name, split, data_dir, processes):
+    """A split that the data set itself has, perhaps after a download."""
+    source = DATASETS[name]
     with contextlib.nullcontext() if source.in_folders else first_on_each_machine(processes):
-        images, labels, classes, note = source.read(options.data_dir, split if split in own else "train")
-    if note and processes.is_first and split in own:
+        images, labels, classes, note = source.read(data_dir, split)
+    if note and processes.is_first:
         print(note, file=sys.stderr)
-    labels = np.asarray(labels, dtype=np.int64)
-    found = Split(images, labels, list(classes), note)
-    rows = np.arange(len(labels))
-    if split == "train" or split not in own:
-        rows = rows_of_split(split, own, labels, images, found.classes, options)
-    if split == "train" and options.examples_per_class:
-        rows = rows[np.sort(draw_per_class(labels[rows], options.examples_per_class, options.split_seed))]
-    return found.subset(rows) if len(rows) < len(labels) else found
+    return Split(images, np.asarray(labels, dtype=np.int64), list(classes), note)
 
 
 def read_digits(data_dir, split):

@@ -18,7 +18,9 @@ def image_folders(data_dir):
     """
     root = Path(data_dir)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; give one with train/ and val/ or test/ by --data_dir")
+        raise UserError(
+            f"{root} is not a folder; give by --data_dir one with a folder per class, or with train/ and val/ or test/"
+        )
     folders = {split: root / split for split in SPLITS if (root / split).is_dir()}
     if folders and "train" not in folders:
         raise UserError(f"{root} needs the folders train/ and val/ or test/, with one folder per class in each")
@@ -48,8 +50,8 @@ def how_to_make_folders(folder, files):
     """What to do if there are `files` in place of the classes: ImageNet's archives are unpacked in two steps."""
     if any(is_image(file) for file in files):
         return (
-            f", but its {len(files)} files are not in folders; valprep.sh of github.com/soumith/imagenetloader.torch, "
-            "run in it, moves the files of ImageNet's val/ into folders of their classes"
+            f", but its {len(files)} files are not in folders; move those of each class into a folder with its name "
+            "(ImageNet's val/: run valprep.sh of github.com/soumith/imagenetloader.torch in it)"
         )
     if any(file.endswith(".tar") for file in files):
         return f", but holds {len(files)} archives; unpack each into a folder of its name"
@@ -73,7 +75,7 @@ def list_folder(data_dir, split):
     paths, labels = [], []
     for label, name in enumerate(classes):
         if name not in present:
-            continue  # a test set may lack a class
+            continue  # a validation or test set may lack a class
         files, others = find_images(folder / name)
         paths += files
         labels += [label] * len(files)

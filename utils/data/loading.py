@@ -1,7 +1,7 @@
 """Images and labels as batches, from one uint8 tensor on the training device or from image files by worker processes.
 
 Both kinds have the same methods: `train_batches`, the endless shuffled stream from a given step on; `eval_batches`,
-each image once; and `examples`, a few images.
+each image once; `examples`, a few images; `whole_image`, one as its file shows it; and `path_of`, where that file is.
 """
 
 import contextlib
@@ -62,11 +62,12 @@ class TensorImages:
 
     unreadable = frozenset()  # paths of the images that were skipped, as in FolderImages
 
-    def __init__(self, images, labels, classes, device, mean_std="half"):
+    def __init__(self, images, labels, classes, device, mean_std="half", paths=None):
         self.images = torch.as_tensor(images).to(device)
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64)).to(device)
         self.classes = list(classes)
         self.mean_std = mean_std
+        self.paths = paths  # of the files, in the same order, or None for images that are not files
 
     def __len__(self):
         return len(self.images)
@@ -92,6 +93,14 @@ class TensorImages:
         """Up to `count` images, evenly spread over the set, and their labels, as a batch of `eval_batches`."""
         rows = spread_indices(len(self), count)
         return self.resized(self.images[rows], img_size), self.labels[rows]
+
+    def whole_image(self, index):
+        """An image in its own size, uint8 (3, h, w) on the CPU, neither cropped nor normalised."""
+        return self.images[index].cpu()
+
+    def path_of(self, index):
+        """The path of an image file, or None for an image that is not a file."""
+        return self.paths and self.paths[index]
 
     def resized(self, images, img_size):
         """A batch of whole images, uint8 (B, 3, h, w) -> float32 (B, 3, *img_size), normalised."""
@@ -141,6 +150,14 @@ class FolderImages:
         images, labels, errors = collate(dataset.__getitems__(spread_indices(len(self), count)))
         self.report(errors)
         return normalise(images.to(self.device), self.mean_std), labels.to(self.device)
+
+    def whole_image(self, index):
+        """As TensorImages.whole_image; the file is read. Raises UserError."""
+        return read_image(self.path_of(index))
+
+    def path_of(self, index):
+        """The path of an image file."""
+        return os.fsdecode(self.paths[index])
 
     def load(self, dataset, batches):
         """The batches of a Dataset with the `__getitems__` of TrainCrops, uint8, by workers that start now.

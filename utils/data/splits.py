@@ -4,7 +4,6 @@ import math
 import os
 import re
 import warnings
-from fractions import Fraction
 
 import numpy as np
 
@@ -30,6 +29,12 @@ def check_shares(own, options, where):
         check_regex(options.group_by)
 
 
+def shares_that_apply(own, options):
+    """The DataOptions of a run for another data set with the `own` splits, of which no shares are taken."""
+    options = options._replace(**{f"{split}_split": None for split in ("val", "test") if split in own})
+    return options if options.val_split or options.test_split else options._replace(group_by=None)
+
+
 def check_regex(regex):
     """Raise UserError for what is not a regular expression with one group."""
     try:
@@ -45,13 +50,13 @@ def available_splits(own, options):
     return [split for split in SPLITS if split in own or split == "train" or getattr(options, f"{split}_split")]
 
 
-def rows_of_split(split, own, labels, images, classes, options):
-    """Sorted indices of the training images that belong to `split`, after those of splits that are missing are taken.
+def divided_rows(own, labels, images, classes, options):
+    """{split: sorted indices of the training images that belong to it}, for "train" and the splits that are missing.
 
     `own` are the splits that the data set has. The test images are taken first, then the validation images from the
     rest, each by `split_seed` alone. Raises UserError if the images can't be divided.
     """
-    rows = np.arange(len(labels))
+    rows, divided = np.arange(len(labels)), {}
     groups = subjects(images, options.group_by) if options.group_by else None
     for taken in ("test", "val"):
         share, flag = getattr(options, f"{taken}_split"), f"--{taken}_split"
@@ -65,11 +70,13 @@ def rows_of_split(split, own, labels, images, classes, options):
         for part, name in ((kept, "training"), (found, NAMES[taken])):
             empty = np.setdiff1d(labels, labels[part])
             if len(empty):
-                raise UserError(f"{flag} {share:g} leaves no {name} image of class {classes[empty[0]]!r}")
-        if split == taken:
-            return np.sort(found)
-        rows = kept
-    return np.sort(rows)
+                advice = "a smaller" if name == NAMES["train"] else "a larger"
+                raise UserError(
+                    f"{flag} {share:g} leaves no {name} image of class {classes[empty[0]]!r}; give {advice} share, or "
+                    "add images of this class"
+                )
+        rows, divided[taken] = kept, np.sort(found)
+    return {"train": np.sort(rows), **divided}
 
 
 def divide(labels, share, seed, flag, classes):
@@ -81,12 +88,13 @@ def divide(labels, share, seed, flag, classes):
 
     counts = np.bincount(labels, minlength=len(classes))
     if 1 in counts:
-        raise UserError(f"{flag} can't divide class {classes[counts.tolist().index(1)]!r}, which has one image only")
+        name = classes[counts.tolist().index(1)]
+        raise UserError(f"{flag} can't divide class {name!r}, which has one image only; add images or remove the class")
     taken = math.ceil(share * len(labels))
     if min(taken, len(labels) - taken) < np.count_nonzero(counts):
         raise UserError(
             f"{flag} {share:g} divides {len(labels)} images into {len(labels) - taken} and {taken}, fewer than the "
-            f"{np.count_nonzero(counts)} classes"
+            f"{np.count_nonzero(counts)} classes; give a share nearer to 0.5"
         )
     return train_test_split(np.arange(len(labels)), test_size=taken, stratify=labels, random_state=seed)
 
@@ -96,17 +104,37 @@ def divide_subjects(labels, groups, share, seed, flag):
     from sklearn.model_selection import StratifiedGroupKFold  # a slow import
 
     count = len(np.unique(groups))
-    taken, folds = Fraction(share).limit_denominator(min(MAX_FOLDS, count)).as_integer_ratio()
-    if not 0 < taken < folds:
+    if count == 1:
+        raise UserError(f"{flag} can't divide the images of a single subject; check the group of --group_by")
+    options = fold_numbers(share, count)
+    if not options:
         raise UserError(f"{flag} {share:g} can't divide {count} subjects; give a share nearer to one half")
+    divisions, problem = [], None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds, which may be divided all the same
-        try:
-            parts = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups))
-        except ValueError as error:  # every class has fewer images than folds
-            raise UserError(f"{flag} {share:g} can't divide the images of {count} subjects: {error}") from error
-    found = np.concatenate([part for _, part in parts[:taken]])
+        for folds, taken in options:
+            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+            try:
+                parts = list(splitter.split(labels, labels, groups))[:taken]
+            except ValueError as error:  # every class has fewer images than folds
+                problem = error
+            else:
+                divisions.append(np.concatenate([part for _, part in parts]))
+    if not divisions:
+        raise UserError(f"{flag} {share:g} can't divide the images of {count} subjects: {problem}")
+    found = min(divisions, key=lambda rows: abs(len(rows) - share * len(labels)))
     return np.setdiff1d(np.arange(len(labels)), found), found
+
+
+def fold_numbers(share, count):
+    """The first pairs (folds of `count` subjects, how many of them to take) that are near to the share, at most four.
+
+    Folds of few subjects differ in size, so one pair alone may be far from it.
+    """
+    pairs = [(folds, round(share * folds)) for folds in range(2, min(MAX_FOLDS, count) + 1)]
+    pairs = [(folds, taken) for folds, taken in pairs if 0 < taken < folds]
+    near = [(folds, taken) for folds, taken in pairs if abs(taken / folds - share) <= 0.1 * share]
+    return near[:4] or sorted(pairs, key=lambda pair: abs(pair[1] / pair[0] - share))[:1]
 
 
 def draw_per_class(labels, count, seed):

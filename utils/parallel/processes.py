@@ -183,6 +183,7 @@ def load_whole_weights(model, weights):
     if isinstance(model, FSDPModule):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+        model.reshard()  # after an evaluation it holds whole weights outside its blocks, which can't be loaded
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(weights)

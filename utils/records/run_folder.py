@@ -38,6 +38,7 @@ EARLIER_FLAGS = {
     "best_metric": "accuracy",
     "class_weights": "none",
     "resize_size": None,
+    "crop_padding": None,
     "train": "all",
     "layer_decay": 1.0,
     "val_split": None,
@@ -130,7 +131,7 @@ def is_finished(run_dir, flags):
         saved = saved_step(Path(run_dir) / LAST) if has_last else math.inf
     except UserError:
         return False
-    if not config or not steps or ("evaluated_on" in config and not (Path(run_dir) / RESULT).exists()):
+    if not config or not steps or ("images" in config and not (Path(run_dir) / RESULT).exists()):
         return False
     num_steps = config.get("num_steps") or config["flags"]["num_steps"]
     return min(max(steps), saved) >= num_steps and not changed_flags(config["flags"], flags)
@@ -141,8 +142,11 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluated_images):
-    """Write config.json, with the evaluated split and its size. Before, delete an earlier run that is not resumed."""
+def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled=False):
+    """Write config.json; `images` are {split: number}, `compiled` tells whether --compile had an effect.
+
+    Before, delete an earlier run that is not resumed.
+    """
     if not resumes(args):
         kept = {RUN_ID, RECORDS} if args.resume else ()  # interrupted before its first checkpoint, it continues at W&B
         for path in files_of_run(run_dir):
@@ -153,8 +157,9 @@ def prepare_run_folder(run_dir, args, classes, num_steps, evaluated_on, evaluate
         "flags": vars(args),
         "classes": classes,
         "num_steps": num_steps,
-        "evaluated_on": evaluated_on,
-        "evaluated_images": evaluated_images,
+        "images": images,
+        "compiled": compiled,
+        "threads": torch.get_num_threads(),
         "command": sys.argv,
         "launcher": launcher(),
         "versions": {

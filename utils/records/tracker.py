@@ -98,10 +98,10 @@ class Tracker:
             return
         self.metrics.add(row)
         self.writing_metrics.attempt(self.metrics.write)
-        tests = {
+        evaluated = {
             name.replace("_", "/", 1): value for name, value in row.items() if name.startswith(f"{self.evaluated_on}_")
         }
-        self.add_scalars(tests, row["step"], retry=True)
+        self.add_scalars(evaluated, row["step"], retry=True)
         self.writing_events.attempt(self.events.write)
         if self.wandb:
             self.wandb.summarise({f"best_{best.metric}": best.value, "best_step": best.step})
