@@ -21,7 +21,7 @@ def metrics_of(steps, offset=0.0, split="test"):
 
 def test_curves_show_loss_and_accuracy_in_percent():
     figure = plot_curves(metrics_of(range(1, 5)), "run: $x^$")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     loss, accuracy = figure.axes
     assert [line.get_label() for line in loss.lines] == ["train", "test"]
     np.testing.assert_allclose(loss.lines[1].get_ydata(), [0.11, 0.12, 0.13, 0.14])
@@ -49,14 +49,14 @@ def test_the_only_test_of_a_run_is_marked_and_not_called_the_best():
     metrics = measured_at_the_end(range(40))
     of_run, of_several = plot_curves(metrics, "run"), plot_runs({"run": [metrics]})
     for figure in (of_run, of_several):
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         assert [axes.lines[1].get_marker() for axes in figure.axes] == ["o", "o"]
     assert of_run.axes[1].get_title() == "test accuracy 69.00 %"
     interrupted = {name: values[:-1] for name, values in metrics.items()}
     figure = plot_curves(interrupted, "run")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert figure.axes[1].get_title() == "test accuracy not measured yet"
-    plot_runs({"run": [interrupted]}).canvas.draw()
+    plot_runs({"run": [interrupted]}).draw_without_rendering()
 
 
 def test_the_legend_of_several_runs_names_the_evaluated_split():
@@ -72,7 +72,7 @@ def test_the_legend_of_several_runs_names_the_evaluated_split():
 def test_runs_show_the_mean_and_the_test_range_of_their_seeds():
     steps = range(10, 50, 10)
     figure = plot_runs({"one $": [metrics_of(steps)], "three": [metrics_of(steps, offset) for offset in (0, 1, 5)]})
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes, factor in zip(figure.axes, (1, 100), strict=True):
         assert len(axes.lines) == 4  # training and test of both
         difference = axes.lines[3].get_ydata() - axes.lines[1].get_ydata()
@@ -90,7 +90,7 @@ def grid_figure(grid, metric="accuracy", seeds=(0, 0.1, 0.5)):
     points = grid_points(grid)
     values = {point: [0.1 + 0.01 * number + seed for seed in seeds] for number, point in enumerate(points)}
     figure = plot_grid(grid, values, best_point(values, metric), metric, "validation $", "title $")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     [axes], [legend] = figure.axes, figure.legends
     return axes, [text.get_text() for text in legend.get_texts()]
 
@@ -140,7 +140,7 @@ def test_a_grid_of_more_flags_ranks_its_points(metric):
 def test_the_confusion_matrix_shows_shares_and_counts():
     confusion = torch.tensor([[3, 1], [0, 0]])  # the second class has no image
     figure = plot_confusion_matrix(confusion, ["cat $", "dog"], "run on pets")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     axes = figure.axes[0]
     assert axes.images[0].get_array().tolist() == [[75, 25], [0, 0]]
     assert [(text.get_text(), text.get_position()) for text in axes.texts] == [("3", (0, 0)), ("1", (1, 0))]
@@ -153,7 +153,7 @@ def test_a_confusion_matrix_of_many_classes_has_neighbours_that_are_confused():
     for first in range(10):
         confusion[first, first + 10] = confusion[first + 10, first] = 2
     figure = plot_confusion_matrix(confusion, [f"${i} {'x' * 30}" for i in range(21)], "")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     axes = figure.axes[0]
     assert not axes.texts
     drawn = np.asarray(axes.images[0].get_array())
@@ -175,7 +175,7 @@ def test_a_confusion_matrix_of_a_thousand_classes_shows_each_confusion():
     confusion[3, 3], confusion[3, 503] = 35, 1
     confusion[900] = 0  # no image
     figure = plot_confusion_matrix(confusion, [f"class {i}" for i in range(1000)], "")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     drawn = np.asarray(figure.axes[0].images[0].get_array()).round(6)
     assert drawn.shape == (250, 250)
     assert (drawn == 2).sum() == 1
@@ -189,7 +189,7 @@ def test_the_reliability_diagram_shows_accuracy_intervals_and_shares():
     confidence = torch.tensor([0.9] * 30 + [0.5] * 10)
     correct = torch.tensor([True] * 21 + [False] * 9 + [True] * 6 + [False] * 4)
     figure = plot_reliability(calibration_sums(confidence, correct), "run $")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     upper, lower = figure.axes
     assert upper.get_title() == "run \\$\nexpected calibration error 17.50 %"
     accuracy, bars = upper.containers

@@ -39,7 +39,7 @@ def test_one_image_or_several_are_drawn_with_their_clusters():
     image = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
     for count, panels in ((1, 2), (8, 16)):
         figure = plot_clusters(count * [image], count * [(numbers, kept)], count * ["caption"], "title")
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         assert len(figure.axes) == panels
         dots = [axes.collections[1] for axes in figure.axes if axes.collections]
         assert len(dots) == count
@@ -50,13 +50,13 @@ def test_images_of_different_sizes_and_texts_with_dollar_signs_are_drawn():
     """A text between two dollar signs would be read as a formula, and "x^" is not a valid one."""
     images = [torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(3, 300, 500, dtype=torch.uint8)]
     figure = plot_image_grid(images, [torch.rand(2, 2), torch.rand(3, 5)], ["a $ b", "c $x^$"], "$x^$")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
 
 
 def test_masks_of_a_column_have_one_scale():
     rows = {"LN": {"block 0": torch.full((2, 2), 3.0)}, "BN": {"block 0": torch.full((2, 2), 7.0)}}
     figure = plot_attention_rows(torch.zeros(3, 8, 8, dtype=torch.uint8), rows, "title")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     masks = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
     assert [mask.get_clim() for mask in masks] == [(0, 7), (0, 7)]
 
@@ -87,7 +87,7 @@ def test_attention_matrices_have_one_scale_and_a_line_per_row_of_patches():
     """Two models, two blocks, 2 x 3 patches; weights of 0 and 1 are possible."""
     matrices = torch.rand(2, 7, 7).softmax(dim=-1)
     figure = plot_attention_matrices({"LN": matrices, "a $x^$": torch.eye(7).expand(2, 7, 7)}, [0, 3], (2, 3), "title")
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 4
     assert len({axes.images[0].norm for axes in panels}) == 1

@@ -151,7 +151,10 @@ def test_imagenets_archives_and_loose_files_get_instructions(image_folder):
     shutil.rmtree(image_folder / "val")
     write_jpegs(image_folder / "val", 2)
     message = "val has no folders; it needs one folder per class, but its 2 files are not in folders; move those"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{message} .* into a folder with its name$"):
+        load_for_training("imagenet", image_folder)
+    (image_folder / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match="run valprep.sh of"):
         load_for_training("imagenet", image_folder)
     shutil.rmtree(image_folder / "train")
     (image_folder / "train").mkdir()

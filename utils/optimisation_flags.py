@@ -23,8 +23,8 @@ def add_optimisation_flags(group):
         type=one_of("optimizer", OPTIMIZERS),
         default="sgd",
         metavar="NAME",
-        help=f"The optimizer: {', '.join(OPTIMIZERS)}. sgd has momentum 0.9; muon updates the matrices and "
-        "convolution kernels of the blocks, and AdamW all other weights.",
+        help=f"The optimizer: {', '.join(OPTIMIZERS)}. sgd has momentum 0.9; muon is for matrices and "
+        "kernels of the blocks, with AdamW for all other weights.",
     )
     group.add_argument(
         "--learning_rate", type=positive_float, default=3e-2, metavar="LR", help="The learning rate after the warm-up."

@@ -49,9 +49,11 @@ def classes_and_files(folder):
 def how_to_make_folders(folder, files):
     """What to do if there are `files` in place of the classes: ImageNet's archives are unpacked in two steps."""
     if any(is_image(file) for file in files):
+        is_imagenet = any(file.startswith("ILSVRC2012_val") for file in files)
+        script = " (run valprep.sh of github.com/soumith/imagenetloader.torch in it)" if is_imagenet else ""
         return (
-            f", but its {len(files)} files are not in folders; move those of each class into a folder with its name "
-            "(ImageNet's val/: run valprep.sh of github.com/soumith/imagenetloader.torch in it)"
+            f", but its {len(files)} files are not in folders; move those of each class into a folder with its name"
+            f"{script}"
         )
     if any(file.endswith(".tar") for file in files):
         return f", but holds {len(files)} archives; unpack each into a folder of its name"
