@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import TIMM, tanh_gelu, versions
+from peers import timm_transformer, versions
 from PIL import Image
 from steps import (
     DTYPES,
@@ -37,14 +37,13 @@ from steps import (
     step_of,
 )
 from timm.data import create_dataset, create_loader
-from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 
 from inference import make_model
-from models.configs import RESNETS
+from models.configs import RESNETS, VITS
 from utils.data.folders import class_folders, image_folders
 from utils.errors import RunStoppedError, run_script
 from utils.flag_types import Parser, natural, positive
@@ -69,7 +68,7 @@ def main():
             args.data_dir = folder / "images"
             images = f"{args.images} generated images of {args.image_side}x{args.image_side}"
             make_images(args.data_dir, args.images, args.image_side)
-        speeds = {MODEL: [], OURS: []} | ({TIMM_LOOP: []} if args.model_type in TIMM else {})
+        speeds = {MODEL: [], OURS: []} | ({TIMM_LOOP: []} if args.model_type in VITS else {})
         for number in range(args.rounds):
             speeds[MODEL].append(model_speed(args, device))
             free_memory()
@@ -169,7 +168,7 @@ def timm_speed(args, device):
     """Images/s of a training loop written with timm's functions as its own train.py does."""
     loader = timm_loader(args, device)
     num_classes = len(class_folders(image_folders(args.data_dir)["train"]))
-    model = create_model(TIMM[args.model_type], img_size=args.img_size, num_classes=num_classes, act_layer=tanh_gelu())
+    model = timm_transformer(args.model_type, VITS[args.model_type], args.img_size, num_classes)
     model = model.to(device).train()
     optimizer = create_optimizer_v2(model, opt="momentum", lr=LEARNING_RATE, weight_decay=0.0, momentum=0.9)
     compiled = torch.compile(model) if args.compile else model

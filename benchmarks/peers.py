@@ -23,24 +23,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from steps import DTYPES, LEARNING_RATE, NUM_CLASSES, compile_for_fixed_shapes
-from timm.layers import StdConv2d
+from timm.layers import GroupNormAct, StdConv2d, StdConv2dSame
 from timm.models.resnetv2 import ResNetV2
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import nn
 
 from models.bit_resnet import BiTResNet
+from models.configs import VITS
 from utils.errors import UserError
 from utils.parallel.cpu import set_up_compiler
 
-TIMM = {
-    "ViT-Ti_16": "vit_tiny_patch16_224",
-    "ViT-S_16": "vit_small_patch16_224",
-    "ViT-S_32": "vit_small_patch32_224",
-    "ViT-B_8": "vit_base_patch8_224",
-    "ViT-B_16": "vit_base_patch16_224",
-    "ViT-B_32": "vit_base_patch32_224",
-    "ViT-L_16": "vit_large_patch16_224",
-    "ViT-L_32": "vit_large_patch32_224",
-    "ViT-H_14": "vit_huge_patch14_224",
+TIMM_HYBRIDS = {
     "R-ViT-Ti_16": "vit_tiny_r_s16_p8_224",
     "R26-ViT-S_32": "vit_small_r26_s32_224",
     "R26-ViT-B_32": "vit_base_r26_s32_224",
@@ -139,9 +133,9 @@ def timm_model(model_type, model, img_size):
     """(timm's model, the model of ours that it must equal); None where timm has no such model."""
     if isinstance(model, BiTResNet):
         return timm_resnet(model)
-    if model_type not in TIMM:
+    theirs = timm_transformer(model_type, model.config, img_size)
+    if theirs is None:
         return None
-    theirs = timm.create_model(TIMM[model_type], img_size=img_size, num_classes=NUM_CLASSES, act_layer=tanh_gelu())
     if model.patch_embed.stem is None:
         theirs.load_state_dict(model.state_dict())  # the names are timm's
         return theirs, model
@@ -158,22 +152,56 @@ def tanh_gelu():
     return functools.partial(nn.GELU, approximate="tanh")
 
 
-def timm_resnet(model):
-    """timm's resnetv2_50x3_bit with the layers and channels of `model`."""
-    config = model.config
-    if config.root_stride != 4 or config.num_groups != 32:
+def timm_transformer(model_type, config, img_size, num_classes=NUM_CLASSES):
+    """timm's ViT or hybrid with the shapes of `config`; None where timm has no such model."""
+    options = {"img_size": img_size, "num_classes": num_classes, "act_layer": tanh_gelu()}
+    if model_type in TIMM_HYBRIDS:
+        return timm.create_model(TIMM_HYBRIDS[model_type], **options)
+    if model_type not in VITS:
         return None
-    factor = config.root_width // 64
-    theirs = ResNetV2(
-        config.resnet_layers,
-        channels=[width // factor for width in config.stage_widths],
-        num_classes=NUM_CLASSES,
-        width_factor=factor,
-        stem_type="fixed",
-        conv_layer=functools.partial(StdConv2d, eps=1e-10),
+    if config.resnet_layers is not None:
+        stem = timm_resnetv2(config, StdConv2dSame, 1e-8, stem_type="same", num_classes=0, preact=False)
+        options["embed_layer"] = functools.partial(HybridEmbed, backbone=stem)
+    return VisionTransformer(
+        patch_size=config.patch_size,
+        embed_dim=config.hidden_size,
+        depth=config.num_layers,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim / config.hidden_size,
+        **options,
     )
+
+
+def timm_resnet(model):
+    """timm's resnetv2_*_bit with the layers and channels of `model`; None where timm rounds them to a multiple of 8."""
+    config = model.config
+    if any(width // 4 % 8 for width in config.stage_widths):
+        return None
+    theirs = timm_resnetv2(config, StdConv2d, 1e-10, stem_type="fixed", num_classes=NUM_CLASSES)
     theirs.load_state_dict(model.state_dict())
     return theirs, model
+
+
+def timm_resnetv2(config, convolution, eps, stem_type, num_classes, **options):
+    """timm's ResNetV2 with the shapes of a `config`; for small images its root has a convolution of stride 1 only."""
+    convolution = functools.partial(convolution, eps=eps)
+    widths = config.get("stage_widths") or [4 * config.root_width * 2**i for i in range(len(config.resnet_layers))]
+    model = ResNetV2(
+        config.resnet_layers,
+        channels=widths,
+        num_classes=num_classes,
+        global_pool="avg" if num_classes else "",
+        stem_chs=config.root_width,
+        stem_type=stem_type,
+        norm_layer=functools.partial(GroupNormAct, num_groups=config.num_groups),
+        conv_layer=convolution,
+        **options,
+    )
+    if config.root_stride == 1:
+        model.stem.conv = convolution(3, config.root_width, kernel_size=3)
+        for name in {"pad", "pool"} & dict(model.stem.named_children()).keys():
+            setattr(model.stem, name, nn.Identity())
+    return model
 
 
 def transformers_vit(model_type, model, img_size):

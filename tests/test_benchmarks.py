@@ -140,7 +140,7 @@ def test_a_peer_that_computes_something_else_is_an_error(name, package):
     makers = {"timm": peers.timm_model, "transformers": peers.transformers_vit, "vit-pytorch": peers.lucidrains_vit}
     peers.randomise(model)
     try:
-        theirs, reference = with_fitting_depth(makers[name], model)
+        theirs, reference = makers[name]("ViT-Ti_16", model, 32)
     except ImportError as error:
         pytest.skip(str(error))
     peers.check(name, theirs, reference, 32)
@@ -150,14 +150,15 @@ def test_a_peer_that_computes_something_else_is_an_error(name, package):
         peers.check(name, theirs, reference, 32)
 
 
-def with_fitting_depth(make, model):
-    """timm's name means twelve blocks; our model has fewer to be fast."""
-    if make is not peers.timm_model:
-        return make("ViT-Ti_16", model, 32)
-    gelu = {"act_layer": lambda: nn.GELU(approximate="tanh")}
-    theirs = peers.timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=10, **gelu)
-    theirs.load_state_dict(model.state_dict())
-    return theirs, model
+@pytest.mark.parametrize("model_type", ["R26-ViT-Mini_4", "ResNet-Mini_Flops"])
+def test_timm_computes_the_small_hybrid_and_cnn(model_type):
+    pytest.importorskip("timm")
+    model = build_model(model_type, 32)
+    assert set(peers.peers(model_type, model, 32)) == {"timm"}  # which checks the logits
+    wrong = peers.timm_model(model_type, model, 32)[0]
+    peers.set_epsilon(wrong, nn.GroupNorm, 1e-2)
+    with pytest.raises(UserError, match="^timm does not compute the same function"):
+        peers.check("timm", wrong, model, 32)
 
 
 def test_no_weight_of_a_compared_model_is_zero():
