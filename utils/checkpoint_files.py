@@ -18,6 +18,7 @@ from utils.records.weights import BEST, read_shapes, read_weights
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # in a folder of Hugging Face
 INDICES = tuple(f"{name}.index.json" for name in WHOLE)  # of several files
+ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02\x8a\n"  # the first bytes of what torch.save writes, now and earlier
 ENTRIES = ("model", "teacher", "state_dict", "model_state_dict")  # of a pickle that holds more than weights
 
 
@@ -39,7 +40,7 @@ def holds_npz(path):
     if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             return any(name.endswith(".npy") for name in file.namelist())
-    return path.suffix == ".npz" and not (path.is_file() and (is_pickle(path) or is_safetensors(path)))
+    return path.suffix == ".npz" and not (path.is_file() and (starts_with(path, PICKLE) or is_safetensors(path)))
 
 
 def read_checkpoint(path, shapes_only=False):
@@ -91,8 +92,13 @@ def read_file(path, shapes_only):
 
 def is_pickle(path):
     """Whether the file is what torch.save writes: a zip file, or a pickle in its earlier format."""
+    return starts_with(path, ZIP, PICKLE)
+
+
+def starts_with(path, *signatures):
+    """Whether the file at `path` begins with one of the `signatures` of four bytes."""
     with open(path, "rb") as file:
-        return file.read(4) in (b"PK\x03\x04", b"\x80\x02\x8a\n")
+        return file.read(4) in signatures
 
 
 def is_safetensors(path):
