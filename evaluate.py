@@ -1,4 +1,4 @@
-"""Evaluate a run's checkpoint or an .npz file on a data set, or classify single images."""
+"""Evaluate a checkpoint of a run, of Google or of another library on a data set, or classify single images."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 
 from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
+from utils.checkpoint_files import folder_of
 from utils.checks import check_figure_path
 from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
 from utils.data.images import read_image
@@ -47,7 +48,9 @@ def main():
     args = parse_flags()
     with join_processes() as processes, torch.no_grad():
         reduction = token_reduction_of({}, vars(args))
-        saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download, reduction)
+        saved = SavedModel.load(
+            *(args.checkpoint, args.model_type, args.img_size, args.download, reduction), vars(args), needs_head=True
+        )
         if args.images:
             report = classify(saved.to(processes.device), args)
             text = classification_text(report)
@@ -160,7 +163,7 @@ def figure_paths(args):
     paths = {}
     for flag, file in FIGURES.items():
         if flag != "mistakes_figure" or args.mistakes:
-            paths[flag] = Path(getattr(args, flag) or Path(args.checkpoint).parent / file)
+            paths[flag] = Path(getattr(args, flag) or folder_of(args.checkpoint) / file)
             check_figure_path(paths[flag], f"--{flag}")
     return paths
 

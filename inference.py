@@ -8,27 +8,37 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import MODEL_TYPES, build_model, num_classes_of
+from models import MODEL_TYPES, RESNETS, build_model, canonical_model_type, num_classes_of
+from models.configs import STANDARDISATION, config_of, fields_of_flags, format_fields, parse_fields
+from models.formats import FAMILIES, family_of, identify
+from models.formats.runs import is_run
+from utils.checkpoint_files import holds_npz, read_checkpoint
 from utils.data.augmentation import normalise
 from utils.data.datasets import DATASETS
 from utils.data.images import centre_crop, centre_square, stretch
 from utils.errors import UserError
-from utils.flag_groups import token_reduction_of
+from utils.flag_groups import mean_std, token_reduction_of
+from utils.hub import is_hub_name, local_folder
 from utils.pretrained import download as download_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
 from utils.records.run_folder import read_config
 from utils.records.weights import load_into, load_weights
+from utils.terminal import say_on_stderr
 
+NUMERIC_OF_TOKENS = ("gelu", "layer_norm_eps")
+NUMERIC = (*NUMERIC_OF_TOKENS, *STANDARDISATION)  # fields that the shapes of weights do not show
 # SHA-256 of ImageNet-1k's sorted class ids (wnids), joined by spaces; torchvision lists the names in this order.
 IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
 
 
 @dataclass
 class SavedModel:
-    """A model from a run's .safetensors file or from an .npz file.
+    """A model from a run's .safetensors file, from an .npz file or from a checkpoint of another library.
 
     `model` is a plain module in evaluation mode: images (B, 3, img_size, img_size) -> logits (B, classes). `classes`
-    are readable names, `flags` those of the training run, or {} for an .npz file. `title` is for figures.
+    are readable names, `flags` those of the training run, or {} without one. `title` is for figures. `mean_std` is
+    the name of the mean and standard deviation of the pixels, or a text of their six numbers. Without `has_head` the
+    model has features and attention, but its logits are 0.
     """
 
     model: nn.Module
@@ -36,30 +46,38 @@ class SavedModel:
     img_size: int
     flags: dict
     title: str
+    mean_std: str = "half"  # Google's models have it, and runs older than the flag
+    has_head: bool = True
 
     @classmethod
-    def load(cls, path, model_type=None, img_size=None, download=False, token_reduction=None):
-        """Load a run's .safetensors file, or an .npz file, which `download` fetches if it does not exist.
+    def load(
+        cls, path, model_type=None, img_size=None, download=False, token_reduction=None, given=None, needs_head=False
+    ):
+        """Load a checkpoint of any format; `download` fetches one of Google or of Hugging Face if it does not exist.
 
         `model_type` and `img_size` are found in the run or in the file unless given. `token_reduction` has keywords of
-        `build_model` that replace those of the run: token_reduction, keep_tokens, reduction_layer. Raises UserError.
+        `build_model` that replace those of the run: token_reduction, keep_tokens, reduction_layer. `given` may have
+        values of the flags gelu, model_fields and mean_std, which replace the checkpoint's. Raises UserError, also for
+        a checkpoint of another library without a head if it `needs_head`.
         """
-        path = Path(path)
-        if download and path.suffix == ".npz" and not path.exists():
+        given = {name: (given or {}).get(name) for name in ("gelu", "model_fields", "mean_std")}
+        given = {name: value for name, value in {**given, "model_type": model_type}.items() if value is not None}
+        if download and is_hub_name(path):
+            local_folder(path, download=True)
+        elif download and Path(path).suffix == ".npz" and not Path(path).exists():
             download_published(path)
-        load = load_npz if path.suffix == ".npz" else load_run
-        model, classes, img_size, flags = load(path, model_type, img_size, token_reduction or {})
-        title = "/".join(path.resolve().parts[-2:])  # the folder has the name of the run
-        return cls(model.eval(), classes, img_size, flags, title)
+        load = loader_of(path)
+        if needs_head and load is load_foreign and identified(path, given).num_classes is None:
+            raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
+        loaded = load(path, given, img_size, token_reduction or {})
+        title = "/".join(Path(path).resolve().parts[-2:])  # the folder has the name of the run
+        if "mean_std" in given:
+            loaded["mean_std"] = given["mean_std"]
+        return cls(loaded.pop("model").eval(), title=title, **loaded)
 
     def to(self, device):
         self.model.to(device)
         return self
-
-    @property
-    def mean_std(self):
-        """The run's --mean_std. Google's models, and runs older than the flag, have "half"."""
-        return self.flags.get("mean_std", "half")
 
     def prepare(self, image):
         """The model's input, as in the run's evaluation: uint8 (3, H, W) -> float32 (1, 3, img_size, img_size)."""
@@ -94,15 +112,27 @@ def distinct_labels(models, paths):
     return paths
 
 
-def load_run(path, model_type, img_size, token_reduction):
-    """(model, names of its classes, image size, flags) of a run's .safetensors file."""
+def loader_of(path):
+    """`load_npz`, `load_run` or `load_foreign`, whichever loads the file. Raises UserError."""
+    if holds_npz(path):
+        return load_npz
+    checkpoint = read_checkpoint(path, shapes_only=True)
+    is_unknown = Path(path).suffix == ".safetensors" and not checkpoint.config and "step" in checkpoint.metadata
+    return load_run if is_unknown or is_run(checkpoint) else load_foreign
+
+
+def load_run(path, given, img_size, token_reduction):
+    """{field of SavedModel: value} of a run's .safetensors file."""
+    path = Path(path)
     weights, _ = load_weights(path)
     config = read_config(path.parent) or {}
     if not {"flags", "classes"} <= config.keys():
         raise UserError(f"{path.parent} has no config.json of a run, so the model of {path.name} is unknown")
     flags, classes = config["flags"], config["classes"]
-    model_type = model_type or flags["model_type"]
-    keywords = {"norm_type": flags.get("norm_type", "LN"), **token_reduction_of(flags, token_reduction)}
+    model_type = given.get("model_type") or flags["model_type"]
+    keywords = {**fields_of_flags(flags), **fields_of_flags(given), **token_reduction_of(flags, token_reduction)}
+    if model_type not in RESNETS:
+        keywords["norm_type"] = flags.get("norm_type", "LN")
     model = make_model(model_type, flags["img_size"], len(classes), **keywords)
     load_into(model, weights, path)
     img_size = img_size or flags["img_size"]
@@ -110,22 +140,95 @@ def load_run(path, model_type, img_size, token_reduction):
         resized = make_model(model_type, img_size, len(classes), **keywords)
         resized.load_from(model.export_npz(), head="keep")
         model = resized
-    return model, readable_names(classes), img_size, flags
+    names, mean_std = readable_names(classes), flags.get("mean_std", "half")
+    return {"model": model, "classes": names, "img_size": img_size, "flags": flags, "mean_std": mean_std}
 
 
-def load_npz(path, model_type, img_size, token_reduction):
-    """(model, names of its classes, image size, no flags) of an .npz file that has a head."""
+def load_npz(path, given, img_size, token_reduction):
+    """{field of SavedModel: value} of an .npz file that has a head."""
     arrays = open_npz(path)
-    model_type = model_type or model_type_of(path, MODEL_TYPES)
+    model_type = given.get("model_type") or model_type_of(path, MODEL_TYPES)
     if model_type is None:
         raise UserError(f"{path} is not named after a model; name it with --model_type")
     num_classes = num_classes_of(arrays)
     if num_classes is None:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
     img_size = img_size or pretrained_img_size(arrays, model_type)
-    model = make_model(model_type, img_size, num_classes, **token_reduction)
+    model = make_model(model_type, img_size, num_classes, **token_reduction, **fields_of_flags(given))
     load_pretrained(model, path, model_type, head="keep")
-    return model, class_names(num_classes), img_size, {}
+    return {"model": model, "classes": class_names(num_classes), "img_size": img_size, "flags": {}}
+
+
+def load_foreign(path, given, img_size, token_reduction):
+    """{field of SavedModel: value} of a checkpoint of another library; prints how it was understood.
+
+    Without a head there is a single class, whose logit is 0.
+    """
+    flags, note = flags_of_checkpoint(path, given)
+    say_on_stderr(note)
+    found = identified(path, given)
+    img_size, num_classes = img_size or found.img_size, found.num_classes or 1
+    model = make_model(flags["model_type"], img_size, num_classes, **fields_of_flags(flags), **token_reduction)
+    load_pretrained(model, path, flags["model_type"], head="keep" if found.num_classes else "zero")
+    return {
+        "model": model,
+        "classes": (found.classes or class_names(num_classes)) if found.num_classes else ["no head"],
+        "img_size": img_size,
+        "flags": {},
+        "mean_std": flags["mean_std"],
+        "has_head": found.num_classes is not None,
+    }
+
+
+def identified(path, given):
+    """The models.formats.Found of the file without its weights; `given` as below. Raises UserError."""
+    try:
+        num_heads = parse_fields(given.get("model_fields") or ()).get("num_heads")
+        return identify(read_checkpoint(path, shapes_only=True), num_heads)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def flags_of_checkpoint(path, given):
+    """({flag: value}, a line on them): the flags of a model with this checkpoint's weights. Raises UserError.
+
+    `given` are flags that win, {name: value}; their model_fields win one by one. With another --model_type than the
+    checkpoint's only the fields are taken that its weights do not show.
+    """
+    found, fields = identified(path, given), {}
+    model_type = canonical_model_type(given.get("model_type", found.model_type))
+    if model_type == found.model_type:
+        fields = found.fields
+    else:
+        config = config_of(model_type)
+        target, source = family_of(config), family_of(found.config)
+        if source != target and (source, target) != ("vit", "conformer"):
+            raise UserError(f"{path} does not fit {model_type}: it holds {FAMILIES[source]}")
+        names = NUMERIC if target == source else NUMERIC_OF_TOKENS
+        fields = {name: found.config[name] for name in names if name in config and name in found.config}
+        fields = {name: value for name, value in fields.items() if config[name] != value}
+    given_fields = fields_of_flags(given)
+    fields = {**fields, **given_fields}
+    gelu = fields.pop("gelu", None)
+    flags = {
+        "model_type": model_type,
+        "model_fields": format_fields(fields) or None,
+        "gelu": gelu,
+        "mean_std": given.get("mean_std") or mean_std(found.mean_std),
+        "norm_type": found.keywords.get("norm_type", "LN"),
+        **token_reduction_of(found.keywords, given),
+    }
+    shown = [
+        f"--{name} {text_of(flags[name])}" for name in ("model_type", "model_fields", "gelu", "mean_std") if flags[name]
+    ]
+    note = f"{path}: weights of {found.format}, {' '.join(shown)}"
+    assumed = sorted(found.assumed.difference(given_fields, given))
+    return flags, f"{note}; the file does not say {', '.join(assumed)}, so the usual is assumed" if assumed else note
+
+
+def text_of(value):
+    """The value of a flag as it is given."""
+    return " ".join(value) if isinstance(value, list) else value
 
 
 def pretrained_img_size(arrays, model_type):

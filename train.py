@@ -1,4 +1,4 @@
-"""Fine-tune a ViT, hybrid or BiT ResNet from Google's checkpoint, or train one from scratch."""
+"""Fine-tune a ViT, hybrid or BiT ResNet from a checkpoint, or train one from scratch."""
 
 from command_line import train_main
 from utils.errors import run_script

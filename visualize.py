@@ -25,6 +25,7 @@ from utils.attention import (
     principal_filters,
     rollout,
 )
+from utils.checkpoint_files import folder_of
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.images import check_image, images_below, read_image, unique_stems
@@ -64,12 +65,14 @@ def main():
     if args.checkpoint:
         reduction = token_reduction_of({}, vars(args))
         models = [
-            SavedModel.load(path, args.model_type, args.img_size, args.download, reduction).to(choose_device())
+            SavedModel.load(path, args.model_type, args.img_size, args.download, reduction, vars(args)).to(
+                choose_device()
+            )
             for path in args.checkpoint
         ]
         args.class_numbers = [models[0].class_number(name) for name in vars(args)["class"] or ()]
         for saved, path in zip(models, args.checkpoint, strict=True):
-            check_kinds(saved.model, path, given_kinds(args))
+            check_kinds(saved, path, given_kinds(args))
         if len(models) > 1:
             compare_matrices(models, args)
         elif hasattr(models[0].model, "forward_with_attention"):
@@ -82,7 +85,7 @@ def parse_flags():
     args = make_parser().parse_args()
     if not args.checkpoint and not args.curves:
         raise UserError("there is nothing to draw; give a --checkpoint, or runs with --curves")
-    folder = Path(args.checkpoint[0]).parent if args.checkpoint and len(args.checkpoint) == 1 else Path()
+    folder = folder_of(args.checkpoint[0]) if args.checkpoint and len(args.checkpoint) == 1 else Path()
     args.output_dir = Path(args.output_dir or folder / "pictures")
     args.matrix = args.matrix or len(args.checkpoint or ()) > 1
     kinds = given_kinds(args)
@@ -104,12 +107,14 @@ def given_kinds(args):
     return [kind for kind in KINDS if getattr(args, kind) not in (None, False)]
 
 
-def check_kinds(model, path, kinds):
-    """Raise UserError for a kind of figure that the model in the file `path` does not have."""
+def check_kinds(saved, path, kinds):
+    """Raise UserError for a kind of figure that the SavedModel of the file `path` does not have."""
     for kind in kinds:
-        if kind != "class" and not hasattr(model, "forward_with_attention"):
+        if kind == "class" and not saved.has_head:
+            raise UserError(f"--class: {path} has no head, so it has no classes")
+        if kind != "class" and not hasattr(saved.model, "forward_with_attention"):
             raise UserError(f"{path} is a CNN without attention; omit --{kind} to draw its Grad-CAM")
-        if kind == "class" and isinstance(model, Conformer):
+        if kind == "class" and isinstance(saved.model, Conformer):
             raise UserError(f"--class: {path} is a Conformer, whose head does not read the class token")
 
 
@@ -161,7 +166,7 @@ def make_parser():
 def draw_attention(saved, args):
     """Draw the figures of a ViT that the flags ask for."""
     model = saved.model
-    kinds = kinds_to_draw(model, args)
+    kinds = kinds_to_draw(model, args, saved.has_head)
     blocks = blocks_of([saved], args)
     if "positions" in kinds:
         similarity = position_similarity(model.pos_embed, model.patch_embed.grid_size)
@@ -182,14 +187,14 @@ def blocks_of(models, args):
     return args.blocks or blocks_to_draw(depth)
 
 
-def kinds_to_draw(model, args):
+def kinds_to_draw(model, args, has_head=True):
     """The kinds of figures that the flags ask for, by default all that are possible. Raises UserError."""
     kinds = set(given_kinds(args))
     if args.heads or args.matrix:
         kinds.discard("blocks")  # --blocks then selects the blocks of these figures
     if not kinds:
         kinds = set(KINDS) if args.image else set(KINDS) - KINDS_OF_IMAGES
-    if isinstance(model, Conformer):
+    if isinstance(model, Conformer) or not has_head:
         kinds.discard("class")
     if model.reduction:
         return kinds

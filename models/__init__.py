@@ -3,7 +3,7 @@
 import difflib
 
 from models.bit_resnet import BiTResNet
-from models.configs import CONFORMERS, RESNETS, VITS, total_stride
+from models.configs import CHOICES, CONFORMERS, RESNETS, VITS, config_of, total_stride
 from models.conformer import Conformer
 from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError, num_classes_of
@@ -58,15 +58,14 @@ def build_model(
     `reduction_layer` blocks: an int is a number of patches, a float a share of them like 0.25. A Conformer uses
     "facility" by default, and the other two values from its config; "none" keeps all patches. `overrides` replace
     fields of the model's config (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
-    Raises ValueError for an unknown model type, field, norm type or token reduction, and for an image size that is not
-    a multiple of the patch size.
+    Raises ValueError for an unknown model type, field, norm type or token reduction, for a field's value of another
+    type, and for an image size that is not a multiple of the patch size.
     """
     model_type = canonical_model_type(model_type)
     config = config_of(model_type).copy_and_resolve_references()
-    unknown = sorted(set(overrides) - set(config))
-    if unknown:
+    if unknown := sorted(set(overrides) - set(config)):
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
-    config.update(overrides)
+    set_fields(config, overrides)
     reduction = {"token_reduction": token_reduction, "keep_tokens": keep_tokens, "reduction_layer": reduction_layer}
     reduction = {name: value for name, value in reduction.items() if value is not None}
     if model_type not in RESNETS:
@@ -79,11 +78,23 @@ def build_model(
     return BiTResNet(config, num_classes=num_classes)
 
 
-def pixels_per_patch(model_type):
-    """The number of pixels that an image's side should be a multiple of: the patch size, or a ResNet's stride."""
-    return total_stride(config_of(canonical_model_type(model_type)))
+def set_fields(config, overrides):
+    """Replace fields of a config, {name: value}. Raises ValueError for a value of another type."""
+    for name, value in overrides.items():
+        if value not in CHOICES.get(name, (value,)):
+            raise ValueError(f"{name} is {' or '.join(CHOICES[name])}, not {value!r}")
+        try:
+            config[name] = value
+        except TypeError as error:
+            kind = type(config[name]).__name__
+            raise ValueError(f"{name} has values of the type {kind} like {config[name]!r}, not {value!r}") from error
 
 
-def config_of(model_type):
-    """The config of a name in MODEL_TYPES."""
-    return {**VITS, **CONFORMERS, **RESNETS}[model_type]
+def pixels_per_patch(model_type, **overrides):
+    """The number of pixels that an image's side should be a multiple of: the patch size, or a ResNet's stride.
+
+    `overrides` as in `build_model`; unknown fields are ignored.
+    """
+    config = config_of(canonical_model_type(model_type)).copy_and_resolve_references()
+    set_fields(config, {name: value for name, value in overrides.items() if name in config})
+    return total_stride(config)

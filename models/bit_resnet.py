@@ -18,6 +18,7 @@ from torch import nn
 from models import npz
 from models.configs import resnet
 from models.convolution import StdConv2d, to_fast_layout
+from models.formats import arrays_of
 from models.norms import GroupNorm
 
 
@@ -36,10 +37,10 @@ class BiTResNet(nn.Module):
             stage.blocks = nn.Sequential()
             for j in range(units):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.blocks.append(PreActBottleneck(channels, width, stride, config.num_groups))
+                stage.blocks.append(PreActBottleneck(config, channels, width, stride))
                 channels = width
             self.stages.append(stage)
-        self.norm = GroupNorm(channels, 1e-5, config.num_groups)
+        self.norm = GroupNorm(channels, config.group_norm_eps, config.num_groups)
         self.head = Head(channels, num_classes)
 
     def forward(self, images):
@@ -55,6 +56,11 @@ class BiTResNet(nn.Module):
         loads what it shares with the larger one's checkpoint. Returns npz.Loaded, which reports what it does not share.
         """
         return npz.load(self, npz.resnet_rows(self), arrays, head, source_shapes=self.source_shapes())
+
+    def load_checkpoint(self, checkpoint, head="zero"):
+        """Load a checkpoint of another library or of a run (models/formats); arguments and errors as in `load_from`."""
+        sources = {"resnet": lambda config, img_size, num_classes: BiTResNet(config, num_classes)}
+        return self.load_from(arrays_of(checkpoint, sources), head)
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""
@@ -79,7 +85,7 @@ class Root(nn.Module):
         super().__init__()
         self.has_max_pool = config.root_stride == 4
         kernel_size, stride = (7, 2) if self.has_max_pool else (3, 1)  # the root of small images keeps their size
-        self.conv = StdConv2d(3, config.root_width, kernel_size, stride)
+        self.conv = StdConv2d(config, 3, config.root_width, kernel_size, stride)
 
     def forward(self, x):
         x = self.conv(x)
@@ -95,19 +101,20 @@ class PreActBottleneck(nn.Module):
 
     is_block = True
 
-    def __init__(self, in_channels, out_channels, stride, num_groups):
+    def __init__(self, config, in_channels, out_channels, stride):
         super().__init__()
+        norm = {"eps": config.group_norm_eps, "num_groups": config.num_groups}
         width = out_channels // 4
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential()
-            self.downsample.add_module("conv", StdConv2d(in_channels, out_channels, 1, stride))
-        self.norm1 = GroupNorm(in_channels, 1e-5, num_groups)
-        self.conv1 = StdConv2d(in_channels, width, 1)
-        self.norm2 = GroupNorm(width, 1e-5, num_groups)
-        self.conv2 = StdConv2d(width, width, 3, stride)
-        self.norm3 = GroupNorm(width, 1e-5, num_groups)
-        self.conv3 = StdConv2d(width, out_channels, 1)
+            self.downsample.add_module("conv", StdConv2d(config, in_channels, out_channels, 1, stride))
+        self.norm1 = GroupNorm(in_channels, **norm)
+        self.conv1 = StdConv2d(config, in_channels, width, 1)
+        self.norm2 = GroupNorm(width, **norm)
+        self.conv2 = StdConv2d(config, width, width, 3, stride)
+        self.norm3 = GroupNorm(width, **norm)
+        self.conv3 = StdConv2d(config, width, out_channels, 1)
 
     def forward(self, x):
         activated = F.relu(self.norm1(x), inplace=True)

@@ -4,6 +4,8 @@ ViTs and hybrids as in google-research/vision_transformer `configs/models.py`, R
 google-research/big_transfer `bit_pytorch/models.py`.
 """
 
+import ast
+
 from ml_collections import ConfigDict
 
 
@@ -19,11 +21,17 @@ def vit(
     root_width=64,
     root_stride=4,
     num_groups=32,
+    group_norm_eps=1e-6,
+    standardisation="std",
+    standardisation_eps=1e-5,
+    layer_norm_eps=1e-6,
+    gelu="tanh",
 ):
     """A ViT; with `resnet_layers` a hybrid, whose patches are those of the ResNet stem's feature map.
 
     `resnet_layers` is the number of bottleneck units in each stage; an empty tuple is a stem without stages. The stem's
-    other fields are those of `resnet`.
+    other fields are those of `resnet`. `layer_norm_eps` is the epsilon of the norm type LN. `gelu` is "tanh", the
+    approximation of GELU that is Flax's default, or "exact", PyTorch's default.
     """
     return ConfigDict(
         {
@@ -38,18 +46,35 @@ def vit(
             "root_width": root_width,
             "root_stride": root_stride,
             "num_groups": num_groups,
+            "group_norm_eps": group_norm_eps,
+            "standardisation": standardisation,
+            "standardisation_eps": standardisation_eps,
+            "layer_norm_eps": layer_norm_eps,
+            "gelu": gelu,
         },
         convert_dict=False,
     )
 
 
-def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_stride=4, num_groups=32):
+def resnet(
+    resnet_layers,
+    root_width,
+    last_width=None,
+    cut_from=None,
+    root_stride=4,
+    num_groups=32,
+    group_norm_eps=1e-5,
+    standardisation="var",
+    standardisation_eps=1e-10,
+):
     """A BiT ResNet; `resnet_layers` is the number of bottleneck units in each stage.
 
     The root has `root_width` channels, the first stage 4 times as many, each later stage twice as many as the previous
     one, the last stage `last_width` if given. `cut_from` is the `resnet_layers` of the larger ResNet whose checkpoint
     provides weights for this one. `root_stride` is 4 (7x7 convolution and pooling, both of stride 2)
-    or 1 (3x3 convolution, for small images); GroupNorm has `num_groups` groups.
+    or 1 (3x3 convolution, for small images); GroupNorm has `num_groups` groups and the epsilon `group_norm_eps`.
+    Kernels of convolutions are standardised by the rule `standardisation`: "std" divides them by std + eps, "var" by
+    sqrt(variance + eps), where eps is `standardisation_eps`.
     """
     stage_widths = [4 * root_width * 2**i for i in range(len(resnet_layers))]
     if last_width:
@@ -62,6 +87,9 @@ def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_strid
             "cut_from": cut_from,
             "root_stride": root_stride,
             "num_groups": num_groups,
+            "group_norm_eps": group_norm_eps,
+            "standardisation": standardisation,
+            "standardisation_eps": standardisation_eps,
         },
         convert_dict=False,
     )
@@ -69,12 +97,15 @@ def resnet(resnet_layers, root_width, last_width=None, cut_from=None, root_strid
 
 def conformer(reduction_layer, keep_tokens, cnn_units, cnn_width, **fields):
     """A Conformer: the first `reduction_layer` blocks of the ViT with these `fields`, then `cnn_units` bottlenecks of
-    `cnn_width` channels on a grid of `keep_tokens` patches."""
-    cnn = {"cnn_units": cnn_units, "cnn_width": cnn_width}
-    return ConfigDict(
-        {**vit(**fields), "reduction_layer": reduction_layer, "keep_tokens": keep_tokens, **cnn}, convert_dict=False
-    )
+    `cnn_width` channels on a grid of `keep_tokens` patches. The bottlenecks are those of `resnet`."""
+    reduction = {"reduction_layer": reduction_layer, "keep_tokens": keep_tokens}
+    cnn = {"cnn_units": cnn_units, "cnn_width": cnn_width, **{name: BIT[name] for name in STANDARDISATION}}
+    return ConfigDict({**vit(**fields), **reduction, **cnn}, convert_dict=False)
 
+
+CHOICES = {"gelu": ("tanh", "exact"), "standardisation": ("std", "var")}  # {field: its values}
+STANDARDISATION = ("group_norm_eps", "standardisation", "standardisation_eps")
+BIT = resnet((), root_width=64)
 
 MINI = {"hidden_size": 128, "mlp_dim": 512, "num_heads": 4, "num_layers": 6}
 TI = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3, "num_layers": 12}
@@ -134,6 +165,36 @@ RESNETS = {
     "ResNet-Mini_Params": resnet((2, 2, 3, 1), root_width=24, last_width=208, root_stride=1, num_groups=4),
     "ResNet-Mini_Flops": resnet((2, 2, 1), root_width=24, last_width=288, root_stride=1, num_groups=4),
 }
+
+
+def config_of(model_type):
+    """The config of a published name."""
+    return {**VITS, **CONFORMERS, **RESNETS}[model_type]
+
+
+def parse_fields(texts):
+    """{field: value} of texts such as "num_layers=6". Raises ValueError for another text."""
+    fields = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ValueError(f"{text} is not NAME=VALUE, for example num_layers=6")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value  # as in gelu=exact
+    return fields
+
+
+def format_fields(fields):
+    """The texts of {field: value}, the inverse of `parse_fields`."""
+    return [f"{name}={value}".replace(" ", "") for name, value in fields.items()]
+
+
+def fields_of_flags(flags):
+    """{field: value} that a run's flags, a dictionary, set in the config of its model type. Raises ValueError."""
+    fields = parse_fields(flags.get("model_fields") or ())
+    return fields | ({"gelu": flags["gelu"]} if flags.get("gelu") else {})
 
 
 def total_stride(config):

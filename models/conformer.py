@@ -65,9 +65,9 @@ class Conformer(VisionTransformer):
         self.cnn = nn.Sequential()
         channels = config.hidden_size
         for _ in range(config.cnn_units):
-            self.cnn.append(PreActBottleneck(channels, config.cnn_width, 1, config.num_groups))
+            self.cnn.append(PreActBottleneck(config, channels, config.cnn_width, 1))
             channels = config.cnn_width
-        self.cnn_norm = GroupNorm(channels, 1e-5, config.num_groups)
+        self.cnn_norm = GroupNorm(channels, config.group_norm_eps, config.num_groups)
         self.head = Head(channels, num_classes)
 
     def classify(self, x, clusters=None):
@@ -101,6 +101,10 @@ class Conformer(VisionTransformer):
             return npz.load(self, rows, arrays, head, grid_size=self.patch_embed.grid_size)
         later = dict.fromkeys(key for key in arrays if npz.is_after_block(key, len(self.blocks)))
         return npz.load(self, rows, arrays, head, self.patch_embed.grid_size, source_shapes=later, initialised=own)
+
+    @staticmethod
+    def sources():
+        return {"vit": VisionTransformer, "conformer": Conformer}
 
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""

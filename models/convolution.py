@@ -1,7 +1,7 @@
 """Convolutions with weight standardisation, and what the ResNets need around them.
 
 Google's two code bases differ: the hybrid's stem (google-research/vision_transformer) has StdConv2dSame, BiT
-(google-research/big_transfer) has StdConv2d.
+(google-research/big_transfer) has StdConv2d. The rule of the standardisation is a field of the model's config.
 """
 
 import torch
@@ -9,37 +9,43 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class StdConv2dSame(nn.Conv2d):
-    """Convolution without bias, its kernels standardised by `std + 1e-5`, with SAME padding (google-research)."""
-
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
-        super().__init__(in_channels, out_channels, kernel_size, stride, bias=False)
-
-    def reset_parameters(self):
-        lecun_normal_(self.weight)
-
-    def forward(self, x):
-        weight = self.weight.flatten(1).float()
-        weight = weight - weight.mean(dim=1, keepdim=True)
-        std = torch.linalg.vector_norm(weight, dim=1, keepdim=True) * weight.shape[1] ** -0.5
-        weight = (weight / (std + 1e-5)).to(self.weight.dtype).view_as(self.weight)
-        x = pad_same(x, self.kernel_size[0], self.stride[0])
-        return conv2d(x, weight, self.stride[0])
-
-
 class StdConv2d(nn.Conv2d):
-    """Convolution without bias, its kernels standardised by `sqrt(var + 1e-10)`, with symmetric padding (BiT)."""
+    """Convolution without bias whose kernels are standardised as the config says, with symmetric padding (BiT)."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1):
+    def __init__(self, config, in_channels, out_channels, kernel_size, stride=1):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.standardise, self.eps = STANDARDISATIONS[config.standardisation], config.standardisation_eps
 
     def reset_parameters(self):
         lecun_normal_(self.weight)
 
     def forward(self, x):
-        # BatchNorm over a batch of one computes the same in one kernel, and 16-bit weights in float32.
-        weight = F.batch_norm(self.weight.flatten(1)[None], None, None, training=True, eps=1e-10)
-        return conv2d(x, weight.view_as(self.weight), self.stride[0], self.padding[0])
+        return conv2d(x, self.standardise(self.weight, self.eps), self.stride[0], self.padding[0])
+
+
+class StdConv2dSame(StdConv2d):
+    """StdConv2d with TensorFlow's SAME padding (the hybrid's stem)."""
+
+    def forward(self, x):
+        x = pad_same(x, self.kernel_size[0], self.stride[0])
+        return conv2d(x, self.standardise(self.weight, self.eps), self.stride[0])
+
+
+def divide_by_std(weight, eps):
+    """The kernels of `weight` (O, C, k, k), centred and divided by std + eps, in float32: google-research's hybrids."""
+    kernels = weight.flatten(1).float()
+    kernels = kernels - kernels.mean(dim=1, keepdim=True)
+    std = torch.linalg.vector_norm(kernels, dim=1, keepdim=True) * kernels.shape[1] ** -0.5
+    return (kernels / (std + eps)).to(weight.dtype).view_as(weight)
+
+
+def divide_by_sqrt_var(weight, eps):
+    """The same divided by sqrt(variance + eps): BiT, timm and transformers."""
+    # BatchNorm over a batch of one computes the same in one kernel, and 16-bit weights in float32.
+    return F.batch_norm(weight.flatten(1)[None], None, None, training=True, eps=eps).view_as(weight)
+
+
+STANDARDISATIONS = {"std": divide_by_std, "var": divide_by_sqrt_var}
 
 
 def conv2d(x, weight, stride, padding=0):

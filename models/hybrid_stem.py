@@ -19,8 +19,8 @@ class ResNetStem(nn.Module):
         super().__init__()
         self.has_max_pool = config.root_stride == 4
         kernel_size, stride = (7, 2) if self.has_max_pool else (3, 1)  # the stem of small images keeps their size
-        self.conv_root = StdConv2dSame(3, config.root_width, kernel_size, stride)
-        self.gn_root = GroupNorm(config.root_width, 1e-6, config.num_groups)
+        self.conv_root = StdConv2dSame(config, 3, config.root_width, kernel_size, stride)
+        self.gn_root = GroupNorm(config.root_width, config.group_norm_eps, config.num_groups)
         self.stride = config.root_stride
         self.out_channels = config.root_width
         self.num_stages = len(config.resnet_layers)
@@ -29,7 +29,7 @@ class ResNetStem(nn.Module):
             width = config.root_width * 2**i
             for j in range(units):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.add_module(f"unit{j + 1}", PostActBottleneck(self.out_channels, width, stride, config.num_groups))
+                stage.add_module(f"unit{j + 1}", PostActBottleneck(config, self.out_channels, width, stride))
                 self.stride *= stride
                 self.out_channels = 4 * width
             self.add_module(f"block{i + 1}", stage)
@@ -50,20 +50,21 @@ class PostActBottleneck(nn.Module):
 
     is_block = True
 
-    def __init__(self, in_channels, width, stride, num_groups):
+    def __init__(self, config, in_channels, width, stride):
         super().__init__()
+        norm = {"eps": config.group_norm_eps, "num_groups": config.num_groups}
         out_channels = 4 * width
-        self.conv1 = StdConv2dSame(in_channels, width, kernel_size=1)
-        self.gn1 = GroupNorm(width, 1e-6, num_groups)
-        self.conv2 = StdConv2dSame(width, width, kernel_size=3, stride=stride)
-        self.gn2 = GroupNorm(width, 1e-6, num_groups)
-        self.conv3 = StdConv2dSame(width, out_channels, kernel_size=1)
-        self.gn3 = GroupNorm(out_channels, 1e-6, num_groups)
+        self.conv1 = StdConv2dSame(config, in_channels, width, kernel_size=1)
+        self.gn1 = GroupNorm(width, **norm)
+        self.conv2 = StdConv2dSame(config, width, width, kernel_size=3, stride=stride)
+        self.gn2 = GroupNorm(width, **norm)
+        self.conv3 = StdConv2dSame(config, width, out_channels, kernel_size=1)
+        self.gn3 = GroupNorm(out_channels, **norm)
         nn.init.zeros_(self.gn3.weight)
         self.has_projection = stride != 1 or in_channels != out_channels
         if self.has_projection:
-            self.conv_proj = StdConv2dSame(in_channels, out_channels, kernel_size=1, stride=stride)
-            self.gn_proj = GroupNorm(out_channels, 1e-6, num_groups)
+            self.conv_proj = StdConv2dSame(config, in_channels, out_channels, kernel_size=1, stride=stride)
+            self.gn_proj = GroupNorm(out_channels, **norm)
 
     def forward(self, x):
         residual = self.gn_proj(self.conv_proj(x)) if self.has_projection else x

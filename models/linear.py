@@ -44,6 +44,14 @@ def linear_gelu(x, layer):
     return gelu(layer(x))
 
 
+def linear_exact_gelu(x, layer):
+    """The GELU without approximation, PyTorch's default, of layer(x)."""
+    return F.gelu(layer(x))
+
+
+GELUS = {"tanh": linear_gelu, "exact": linear_exact_gelu}
+
+
 def gelu(x):
     """The tanh approximation of GELU, Flax's default."""
     if torch.compiler.is_compiling():  # compiled exponentials are faster than tanh

@@ -2,7 +2,7 @@
 
 The four norm types of a ViT (tokens x are (B, N, C)):
 
-LN       LayerNorm over C, epsilon 1e-6 (Flax's default)
+LN       LayerNorm over C; epsilon 1e-6 (Flax's default) unless the model's config has another
 BN       batch normalisation over B and N for each channel, over the batches of all processes together
 GN       GroupNorm over N and C in 4 groups
 Rescale  no normalisation (Shao et al., 2020): a learnable bias b before each residual branch F, and for the k-th
@@ -72,7 +72,7 @@ class RescaledResidual(nn.Module):
 
 
 class LayerNorm(TokenNorm, nn.LayerNorm):
-    """LayerNorm over the last dimension, epsilon 1e-6.
+    """LayerNorm over the last dimension, epsilon 1e-6 unless `token_norm` sets another.
 
     At AMP level O2 the activations are 16-bit and the weights float32, which the CPU kernel accepts.
     """
@@ -230,17 +230,19 @@ def norm_class(norm_type):
     return norm
 
 
-def token_norm(norm_type, hidden_size):
+def token_norm(norm_type, hidden_size, layer_norm_eps=1e-6):
     """The norm before a residual branch, by its short name. Raises ValueError as `norm_class`."""
     norm = with_array_names(norm_type, norm_class(norm_type)(hidden_size))
+    if norm_type == "LN":
+        norm.eps = layer_norm_eps
     for module in norm.modules():  # a norm may be made of several modules
         module.stays_float32 = norm.stays_float32
     return norm
 
 
-def final_norm(norm_type, hidden_size):
+def final_norm(norm_type, hidden_size, layer_norm_eps=1e-6):
     """The norm after the last block; NoNorm if the norm type has none there."""
-    return NoNorm() if norm_class(norm_type).final_key is None else token_norm(norm_type, hidden_size)
+    return NoNorm() if norm_class(norm_type).final_key is None else token_norm(norm_type, hidden_size, layer_norm_eps)
 
 
 def residual(norm_type, k):

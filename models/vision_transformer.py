@@ -1,6 +1,6 @@
 """Vision Transformer and hybrid (Dosovitskiy et al., 2021), exact to google-research/vision_transformer.
 
-The state dict has timm's names, so timm can load a ViT's state dict.
+The state dict has timm's names, so timm can load a ViT's state dict; its GELU is the exact one by default.
 """
 
 import torch
@@ -10,8 +10,9 @@ from models import npz
 from models.attention import attend, attention_weights
 from models.convolution import lecun_normal_
 from models.dropout import Dropout, StochasticDepth
+from models.formats import arrays_of
 from models.hybrid_stem import ResNetStem
-from models.linear import Linear, linear, linear_gelu
+from models.linear import GELUS, Linear, linear
 from models.norms import final_norm, residual, token_norm
 from models.token_reduction import cluster_tokens, make_reduction, merge_tokens, size_bias
 
@@ -41,7 +42,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size).normal_(std=0.02))
         self.pos_drop = Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(Block(config, norm_type, index) for index in range(config.num_layers))
-        self.norm = final_norm(norm_type, config.hidden_size)
+        self.norm = final_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.pre_logits = None  # Linear and tanh, only with a pretrained head that was trained with it
         self.head = nn.Linear(config.hidden_size, num_classes)
         nn.init.zeros_(self.head.weight)
@@ -115,6 +116,15 @@ class VisionTransformer(nn.Module):
         npz.set_pre_logits(self, arrays, head)
         return npz.load(self, npz.vit_rows(self), arrays, head, grid_size=self.patch_embed.grid_size)
 
+    def load_checkpoint(self, checkpoint, head="zero"):
+        """Load a checkpoint of another library or of a run (models/formats); arguments and errors as in `load_from`."""
+        return self.load_from(arrays_of(checkpoint, self.sources(), self.config.num_heads), head)
+
+    @staticmethod
+    def sources():
+        """{family: class} of the models whose weights these ones can be."""
+        return {"vit": VisionTransformer}
+
     def export_npz(self):
         """The weights under Google's keys, {key: float32 array}; `load_from(arrays, head="keep")` restores them."""
         return npz.export(self, npz.vit_rows(self))
@@ -161,11 +171,11 @@ class Block(nn.Module):
     def __init__(self, config, norm_type, index):
         super().__init__()
         drop_path_rate = config.drop_path_rate * index / max(1, config.num_layers - 1)  # 0 in the first block
-        self.norm1 = token_norm(norm_type, config.hidden_size)
+        self.norm1 = token_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.attn = Attention(config)
         self.drop_path1 = StochasticDepth(drop_path_rate)
         self.add1 = residual(norm_type, 2 * index + 1)
-        self.norm2 = token_norm(norm_type, config.hidden_size)
+        self.norm2 = token_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
         self.drop_path2 = StochasticDepth(drop_path_rate)
         self.add2 = residual(norm_type, 2 * index + 2)
@@ -229,10 +239,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the tanh approximation of GELU, Flax's default, between them."""
+    """Two linear layers with the config's GELU between them."""
 
     def __init__(self, config):
         super().__init__()
+        self.linear_gelu = GELUS[config.gelu]
         self.fc1 = Linear(config.hidden_size, config.mlp_dim)
         self.drop1 = Dropout(config.dropout_rate)
         self.fc2 = Linear(config.mlp_dim, config.hidden_size)
@@ -242,5 +253,5 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x):
-        x = linear_gelu(x, self.fc1)
+        x = self.linear_gelu(x, self.fc1)
         return self.drop2(self.fc2(self.drop1(x)))

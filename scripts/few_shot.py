@@ -35,7 +35,7 @@ def main():
     args = parse_flags()
     make_output_folder(args.output_dir, "--output_dir")
     with join_processes() as processes:
-        saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download)
+        saved = SavedModel.load(args.checkpoint, args.model_type, args.img_size, args.download, given=vars(args))
         options = DataOptions.from_flags(args)._replace(mean_std=saved.mean_std)
         evaluated_on = training_splits(args.dataset, options)[-1]
         splits = read_splits(args.dataset, ["train", evaluated_on], options, processes)

@@ -6,6 +6,7 @@ import torch
 import models
 from helpers import random_model
 from models import CONFORMERS, MODEL_TYPES, REDUCTION_METHODS, RESNETS, TOKEN_REDUCTIONS, VITS, build_model
+from models.convolution import StdConv2d
 from utils.profiling import count_flops
 
 SIZES = {  # millions of parameters at 224x224 and 10 classes
@@ -91,8 +92,29 @@ def test_the_dropout_rates_are_those_of_the_published_configs():
         (lambda: build_model("R50-ViT-B_16", img_size=200), "200 is not a multiple of the model's patch size 16"),
         (lambda: build_model("ViT-B_16", norm_type="XN"), "unknown norm type 'XN'"),
         (lambda: build_model("ViT-B_16", depth=3), "ViT-B_16 has no field 'depth'; it has .*num_layers"),
+        (lambda: build_model("ViT-B_16", num_layers="3"), "num_layers has values of the type int like 12, not '3'"),
+        (lambda: build_model("ViT-B_16", gelu="quick"), "gelu is tanh or exact, not 'quick'"),
     ],
 )
 def test_wrong_arguments_are_named_in_the_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_fields_that_libraries_set_differently_reach_the_layers():
+    """Against the formulas of PyTorch: GELU, and the epsilons of LayerNorm, GroupNorm and weight standardisation."""
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    for gelu, approximate in (("exact", "none"), ("tanh", "tanh")):
+        mlp = build_model("ViT-Mini_4", 8, gelu=gelu, num_layers=1).blocks[0].mlp
+        expected = mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x), approximate=approximate))
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-6)
+    fields = {"standardisation": "var", "standardisation_eps": 0.3, "group_norm_eps": 0.2, "layer_norm_eps": 0.1}
+    hybrid = build_model("R26-ViT-Mini_4", 8, num_layers=1, **fields)
+    assert {norm.eps for norm in hybrid.modules() if isinstance(norm, torch.nn.LayerNorm)} == {0.1}
+    assert {norm.eps for norm in hybrid.modules() if isinstance(norm, torch.nn.GroupNorm)} == {0.2}
+    del fields["layer_norm_eps"]
+    for model in (hybrid, build_model("ResNet-Mini_Flops", **fields), build_model("Conformer-Mini_4", 32, **fields)):
+        for conv in (module for module in model.modules() if isinstance(module, StdConv2d)):
+            kernels = conv.weight - conv.weight.mean(dim=(1, 2, 3), keepdim=True)
+            expected = kernels / (kernels.var(dim=(1, 2, 3), keepdim=True, correction=0) + 0.3).sqrt()
+            torch.testing.assert_close(conv.standardise(conv.weight, conv.eps), expected)

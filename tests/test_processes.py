@@ -416,9 +416,9 @@ def test_no_process_continues_before_the_checkpoint_is_whole(tiny_flags, monkeyp
     make_shallow(monkeypatch)
     save, save_weights = TrainState.save, checkpoint.save_weights
 
-    def write_slowly(path, weights, step, is_first=True):
+    def write_slowly(path, weights, step, is_first, model_type):
         time.sleep(0.3 * is_first)
-        save_weights(path, weights, step, is_first)
+        save_weights(path, weights, step, is_first, model_type)
 
     def save_and_check(run, seconds):
         save(run, seconds)

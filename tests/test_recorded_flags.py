@@ -46,6 +46,8 @@ VALUES = {
     "color_jitter": "0.4",
     "random_erasing": "0.25",
     "repeated_augmentation": "3",
+    "gelu": "exact",
+    "model_fields": ["num_heads=2", "resnet_layers=(2,2)"],
     "mean_std": "imagenet",
     "train_batch_size": "33",
     "eval_batch_size": "17",

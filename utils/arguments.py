@@ -3,9 +3,16 @@
 import os
 
 from utils.augmentation_flags import add_augmentation_flags, add_crop_flags
-from utils.data.augmentation import MEAN_STD
-from utils.flag_groups import add_data_flags, add_division_flags, add_precision_flags
+from utils.flag_groups import (
+    MEAN_STD_HELP,
+    add_data_flags,
+    add_division_flags,
+    add_model_fields_flag,
+    add_precision_flags,
+    mean_std,
+)
 from utils.flag_types import (
+    argument,
     natural_float,
     one_of,
     positive,
@@ -100,9 +107,10 @@ def add_weights_flags(group):
     group.add_argument(
         "--pretrained_dir",
         metavar="FILE",
-        help="The path of Google's .npz file to fine-tune; default: train from scratch.",
+        help="Weights to fine-tune, a file or hf:OWNER/NAME; default: train from scratch.",
     )
     group.add_argument("--download", action="store_true", help="Download --pretrained_dir if it does not exist.")
+    add_model_fields_flag(group, default="those of --pretrained_dir")
 
 
 def add_training_data_flags(group):
@@ -127,11 +135,10 @@ def add_training_data_flags(group):
     add_augmentation_flags(group)
     group.add_argument(
         "--mean_std",
-        type=one_of("mean and standard deviation", MEAN_STD),
+        type=argument(mean_std),
         default="half",
         metavar="NAME",
-        help="The mean and standard deviation that normalise the pixels. half: 0.5 and 0.5, as Google's checkpoints "
-        "expect; imagenet: those of ImageNet's three channels.",
+        help=f"{MEAN_STD_HELP} Default: those of --pretrained_dir, or half.",
     )
 
 

@@ -1,5 +1,6 @@
 """Groups of flags that several scripts share, such as those of the data, a checkpoint, precision and the model."""
 
+from utils.data.augmentation import MEAN_STD, mean_and_std, mean_std_text
 from utils.data.datasets import DATASETS
 from utils.data.loading import MAX_WORKERS
 from utils.flag_types import (
@@ -14,6 +15,11 @@ from utils.flag_types import (
 )
 from utils.parallel.precision import OPT_LEVELS
 
+GELUS = ("tanh", "exact")  # values of the field `gelu` of a model's config
+MEAN_STD_HELP = (
+    "The mean and standard deviation that normalise the pixels. half: 0.5 and 0.5, as Google's checkpoints expect; "
+    "imagenet: those of ImageNet's three channels; or six numbers with commas, the means and the standard deviations."
+)
 TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
 
 
@@ -83,13 +89,14 @@ def add_checkpoint_flags(group, canonical, required=False, several=""):
         required=required,
         metavar="FILE",
         nargs="+" if several else None,
-        help=f"The best.safetensors or last.safetensors of a run, or an .npz file. {several}".rstrip(),
+        help="The best.safetensors or last.safetensors of a run, an .npz file, or a file or folder of timm, Hugging "
+        f"Face, DeiT, DINO or ViT-pytorch; hf:OWNER/NAME and timm:NAME are at Hugging Face. {several}".rstrip(),
     )
     group.add_argument(
         "--model_type",
         type=argument(canonical),
         metavar="NAME",
-        help="The architecture; default: that of the run, or the one in the name of the .npz file.",
+        help="The architecture; default: that of the run or of the weights, or the one in the name of the .npz file.",
     )
     group.add_argument(
         "--img_size",
@@ -97,7 +104,46 @@ def add_checkpoint_flags(group, canonical, required=False, several=""):
         metavar="PIXELS",
         help="Side of the square input images in pixels; default: that of the training.",
     )
-    group.add_argument("--download", action="store_true", help="Download Google's .npz file if it does not exist.")
+    group.add_argument(
+        "--download", action="store_true", help="Download Google's .npz file or hf:OWNER/NAME if it does not exist."
+    )
+    add_gelu_flag(group, default="that of the checkpoint")
+    add_model_fields_flag(group, default="those of the checkpoint")
+    group.add_argument(
+        "--mean_std",
+        type=argument(mean_std),
+        metavar="NAME",
+        help=f"{MEAN_STD_HELP} Default: those of the checkpoint.",
+    )
+
+
+def mean_std(text):
+    """The value of --mean_std: a name, or six numbers. Raises ValueError or ArgumentTypeError."""
+    if "," not in text:
+        return one_of("mean and standard deviation", MEAN_STD)(text)
+    return mean_std_text(*mean_and_std(text))
+
+
+def add_gelu_flag(group, default):
+    """The GELU of a ViT; `default` describes the effect of omitting the flag."""
+    group.add_argument(
+        "--gelu",
+        type=one_of("GELU", GELUS),
+        metavar="NAME",
+        help="The GELU of a ViT. tanh: the approximation of Google's models; exact: that of timm, DeiT, DINO and most "
+        f"models of Hugging Face. Default: {default}.",
+    )
+
+
+def add_model_fields_flag(group, default):
+    """Fields of the model's config; `default` describes the effect of omitting the flag."""
+    group.add_argument(
+        "--model_fields",
+        nargs="+",
+        metavar="FIELD=VALUE",
+        help="Fields of the config (models/configs.py) that differ from those of --model_type, for example "
+        f"num_layers=6 num_heads=4; default: {default}.",
+    )
 
 
 def add_precision_flags(group):
@@ -144,6 +190,7 @@ def add_model_flags(parser, model_types, norm_types, token_reductions, canonical
         metavar="RATE",
         help="Stochastic depth of a ViT: the rate rises from 0 in the first block to RATE in the last; default: 0.",
     )
+    add_gelu_flag(group, default="that of --pretrained_dir, or tanh")
     add_token_reduction_flags(group, token_reductions, default="none; for a Conformer facility")
 
 

@@ -1,4 +1,4 @@
-"""Google's .npz files: where they are published, downloading one, and opening one without unpickling."""
+"""Pretrained weights: where Google publishes .npz files, downloading and opening one, and loading any checkpoint."""
 
 import os
 import re
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.checkpoint_files import holds_npz, read_checkpoint
 from utils.download import download_npz
 from utils.errors import UserError
+from utils.hub import is_hub_name, local_folder
 from utils.parallel.processes import first_on_each_machine
 
 STORAGE = "https://storage.googleapis.com"
@@ -68,6 +70,8 @@ def download_command(path):
 
 def check_exists(path):
     """Raise UserError with the download command if the file is missing."""
+    if not holds_npz(path) and (is_hub_name(path) or Path(path).is_dir()):
+        return
     if not Path(path).is_file():
         what = "is not a file" if Path(path).exists() else "does not exist"
         raise UserError(f"{path} {what}; {download_command(path)}")
@@ -93,9 +97,11 @@ def open_npz(path):
 
 
 def load_pretrained(model, path, model_type, head="zero"):
-    """Call `model.load_from` on the file and return its result. Raises UserError if the file does not fit."""
+    """Load the file into the model; returns the result of `model.load_from`. Raises UserError if it does not fit."""
     try:
-        return model.load_from(open_npz(path), head=head)
+        if holds_npz(path):
+            return model.load_from(open_npz(path), head=head)
+        return model.load_checkpoint(read_checkpoint(path), head=head)
     except ValueError as error:
         raise UserError(f"{path} does not fit {model_type}: {error}") from error
 
@@ -103,8 +109,8 @@ def load_pretrained(model, path, model_type, head="zero"):
 def load_pretrained_flag(model, args, processes, head="zero"):
     """Load --pretrained_dir, after its download if --download is given. Raises UserError if it does not fit."""
     with first_on_each_machine(processes):
-        if args.download and not os.path.exists(args.pretrained_dir):
-            download(args.pretrained_dir)
+        if args.download:
+            download_missing(args.pretrained_dir)
     loaded = load_pretrained(model, args.pretrained_dir, args.model_type, head)
     if (loaded.initialised or loaded.left_out) and processes.is_first:
         print(f"{args.pretrained_dir}: {loaded}")
@@ -132,6 +138,14 @@ class Arrays:
             raise UserError(f"{self.path} is damaged at {key} ({error}); {self.way_out}") from error
         except ValueError as error:
             raise UserError(f"{self.path} holds Python objects at {key}, which are never loaded: {error}") from error
+
+
+def download_missing(path):
+    """Download a file of Google or a name at Hugging Face, if it is not there yet. Raises UserError."""
+    if is_hub_name(path):
+        local_folder(path, download=True)
+    elif not os.path.exists(path):
+        download(path)
 
 
 def download(path, url=None):

@@ -49,21 +49,22 @@ class Recipe(NamedTuple):
 
 
 def parse_with_recipe(parser, pixels_per_patch, arguments=None):
-    """(flags, text): parsed flags, of which --recipe has filled those that are not given, and what it has chosen.
+    """(flags, text): the flags, and what --pretrained_dir and --recipe have chosen for those that are not given.
 
-    `pixels_per_patch(flags)` is the number of which image sizes are multiples. Without --recipe the text is empty.
-    Reads the data set's labels, perhaps after a download, and headers of image files. Raises UserError.
+    `pixels_per_patch(flags)` is the number of which image sizes are multiples. A --recipe reads the data set's labels,
+    perhaps after a download, and headers of image files. Raises UserError.
     """
     flags, given = parser.parse_given(arguments)
+    given = {name: value for name, value in vars(flags).items() if name in given}
+    text = parser.complete(flags, given)
     if not flags.recipe:
-        return flags, ""
+        return flags, text
     if flags.config:
         raise UserError("--recipe chooses flags that are not given, but --config gives them all; omit one of the two")
     images = training_images(flags.dataset, DataOptions.from_flags(flags))
-    given = {name: value for name, value in vars(flags).items() if name in given}
     chosen, capped = choose(flags.recipe, images, pixels_per_patch(flags), given)
     vars(flags).update(chosen)
-    return flags, description(flags, images, chosen, capped)
+    return flags, "\n".join(filter(None, [text, description(flags, images, chosen, capped)]))
 
 
 @functools.cache  # for the runs of a sweep

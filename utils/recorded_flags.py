@@ -27,7 +27,14 @@ EXCLUDED_BY = {
 
 
 class RepeatingParser(Parser):
-    """A parser whose flag --config puts the flags of an earlier run before those of the command line."""
+    """A parser whose flag --config puts the flags of an earlier run before those of the command line.
+
+    `complete(flags, given)` fills flags that are not in `given`, {name: value}, and returns what it says about them.
+    """
+
+    @staticmethod
+    def complete(flags, given):
+        return ""
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
@@ -64,6 +71,8 @@ class RepeatingParser(Parser):
         value, action = flags[name], self._option_string_actions.get(f"--{name}")
         if action is None or name in ("help", "help_all"):
             default = self.get_default(name)  # the model of a script that trains a single one
+            if value is None:
+                return []
             if default in (None, argparse.SUPPRESS):
                 raise UserError(f"this script has no flag --{name}; remove it from a copy of the file")
             if value != default:

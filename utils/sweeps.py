@@ -21,7 +21,7 @@ from utils.errors import RunStoppedError, UserError
 from utils.flag_types import Parser
 from utils.locks import holder_of
 from utils.parallel.processes import StopSignal, one_process
-from utils.pretrained import download
+from utils.pretrained import download_missing
 from utils.recipes import parse_with_recipe
 from utils.records.run_folder import LOCK, changed_flags, in_use, is_finished, last_accuracy, read_config
 
@@ -110,8 +110,7 @@ def run_unfinished(runs):
 def download_shared_files(runs):
     """Download what several runs would otherwise download to the same place at the same time. Raises UserError."""
     for path in {run.flags.pretrained_dir for run in runs if run.flags.download}:
-        if not os.path.exists(path):
-            download(path)
+        download_missing(path)
     for dataset, data_dir in {(run.flags.dataset, run.flags.data_dir) for run in runs}:
         if not DATASETS[dataset].in_folders:
             splits = DATASETS[dataset].splits(data_dir)  # some data sets have a file for each

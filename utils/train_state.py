@@ -148,7 +148,8 @@ class TrainState:
             self.progress.best_result = result
             self.progress.best_value, self.progress.best_step = result[self.args.best_metric], self.step
             averaged = self.average.weights if self.average else {}
-            save_best(self.run_dir, self.step, {**self.precision.weights(), **averaged}, self.processes.is_first)
+            weights, owner = {**self.precision.weights(), **averaged}, (self.processes.is_first, self.args.model_type)
+            save_best(self.run_dir, self.step, weights, *owner)
         row = self.metrics_row(result, tracker.seconds())
         tracker.log_evaluation(row, self.best)
         self.meter.reset()
@@ -245,7 +246,7 @@ class TrainState:
         if self.average:
             tensors |= {f"{name}/{AVERAGE}": tensor for name, tensor in self.average.weights.items()}
         weights, state = self.precision.weights(), self.state_dict()
-        options = (self.processes.is_first, self.args.keep_checkpoints)
+        options = (self.processes.is_first, self.args.keep_checkpoints, self.args.model_type)
         save_checkpoint(self.run_dir, self.step, weights, tensors, state, *options)
         self.meter.start_clock()
 

@@ -198,7 +198,7 @@ def erase_boxes(images, seed, samples, probability):
 def normalise(images, mean_std="half"):
     """(images - mean) / std of images (..., 3, H, W) in [0, 255], as float32; with "half" the result is in [-1, 1].
 
-    `mean_std` is a name in MEAN_STD.
+    `mean_std` is a name in MEAN_STD, or six numbers as in `mean_and_std`.
     """
     result = images.to(torch.float32, copy=True)  # computed in place: allocating memory would take longer
     if mean_std == "half":
@@ -218,4 +218,25 @@ def denormalise(images, mean_std="half"):
 @functools.cache  # one copy to a GPU per run, not per step
 def channels(mean_std, device):
     """(mean, standard deviation), each (3, 1, 1)."""
-    return tuple(torch.tensor(values, device=device)[:, None, None] for values in MEAN_STD[mean_std])
+    return tuple(torch.tensor(values, device=device)[:, None, None] for values in mean_and_std(mean_std))
+
+
+def mean_and_std(mean_std):
+    """(means, standard deviations) of the three channels for a name in MEAN_STD or a text of six numbers.
+
+    Raises ValueError for another text.
+    """
+    if mean_std in MEAN_STD:
+        return MEAN_STD[mean_std]
+    values = [float(text) for text in mean_std.split(",")]
+    if len(values) != 6 or not all(math.isfinite(value) for value in values) or min(values[3:]) <= 0:
+        raise ValueError(f"{mean_std} is not three means and three standard deviations above 0")
+    return tuple(values[:3]), tuple(values[3:])
+
+
+def mean_std_text(mean, std):
+    """The name in MEAN_STD of means and standard deviations of the three channels, or a text of the six numbers."""
+    given = tuple(map(float, mean)), tuple(map(float, std))
+    return next(
+        (name for name, known in MEAN_STD.items() if known == given), ",".join(map(repr, [*given[0], *given[1]]))
+    )

@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     state: dict  # what `save_checkpoint` was given
 
 
-def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1):
+def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1, model_type=""):
     """Write the weights and the state of `step`, and keep the last `keep` pairs. A crash leaves an older pair or this.
 
     All processes call it together. Those without `is_first` write their part of `tensors`, {name: tensor}, and take
@@ -55,16 +55,16 @@ def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1):
             write_state(folder, state, dict(sums))
             if keep > 1:
                 keep_last(Path(run_dir), step)
-        save_weights(Path(run_dir) / LAST, weights, step, is_first)
+        save_weights(Path(run_dir) / LAST, weights, step, is_first, model_type)
         if is_first:
             delete_oldest(Path(run_dir), step, keep)
         barrier()  # a launcher ends all processes when one has ended, so none may go before the first one has written
 
 
-def save_best(run_dir, step, weights, is_first):
+def save_best(run_dir, step, weights, is_first, model_type=""):
     """Write `best.safetensors`. All processes call it. Raises RunStoppedError."""
     with errors_stop_the_run(run_dir, f"{BEST} of step {step}"):
-        save_weights(Path(run_dir) / BEST, weights, step, is_first)
+        save_weights(Path(run_dir) / BEST, weights, step, is_first, model_type)
 
 
 def update_state(run_dir, step, state):

@@ -46,6 +46,8 @@ EARLIER_FLAGS = {
     "split_seed": 0,
     "group_by": None,
     "test_at_end": False,
+    "gelu": None,
+    "model_fields": None,
 }
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 

@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 from utils.errors import UserError
 from utils.records.files import replace_file
 
+FORMAT = "vision-transformers"  # in the metadata, by which models/formats recognises these files
 LAST, BEST = "last.safetensors", "best.safetensors"  # in the folder of a run
 
 
-def save_weights(path, weights, step, is_first=True):
+def save_weights(path, weights, step, is_first=True, model_type=""):
     """Write {name: tensor}, whole or sharded, as one file by the first process; all processes call it."""
     tensors = {}
     for name, tensor in weights.items():
@@ -25,7 +26,8 @@ def save_weights(path, weights, step, is_first=True):
         if is_first:
             tensors[name] = tensor.cpu().contiguous()
     if is_first:
-        metadata = {"step": str(step), "checksum": weights_checksum(tensors, step)}
+        metadata = {"format": FORMAT, "model_type": model_type, "step": str(step)}
+        metadata["checksum"] = weights_checksum(tensors, step)
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -40,12 +42,30 @@ def weights_checksum(tensors, step):
 
 def load_weights(path):
     """({name: tensor}, step) of a .safetensors file. Raises UserError."""
+    weights, metadata = read_weights(path)
+    return weights, int(metadata.get("step", 0))
+
+
+def read_weights(path):
+    """({name: tensor}, metadata) of a .safetensors file. Raises UserError."""
     with opened_weights(path) as (file, metadata):
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    step, checksum = int(metadata.get("step", 0)), metadata.get("checksum")
-    if checksum not in (None, weights_checksum(weights, step)):
+    step, checksum = metadata.get("step", 0), metadata.get("checksum")
+    if checksum is not None and checksum != weights_checksum(weights, int(step)):
         raise UserError(f"{path} is damaged: its checksum does not match")
-    return weights, step
+    return weights, metadata
+
+
+def read_shapes(path):
+    """({name: tensor without memory}, metadata) of a .safetensors file. Raises UserError."""
+    with opened_weights(path) as (file, metadata):
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: (each.get_shape(), each.get_dtype()) for name, each in slices.items()}
+    is_float = {name: "F" in dtype for name, (_, dtype) in shapes.items()}
+    return {
+        name: torch.empty(shape, dtype=torch.float32 if is_float[name] else torch.int64, device="meta")
+        for name, (shape, _) in shapes.items()
+    }, metadata
 
 
 def saved_step(path):
