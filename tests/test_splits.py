@@ -23,7 +23,7 @@ from utils.data.duplicates import count_copies
 from utils.data.splits import divide, divide_subjects
 from utils.errors import UserError
 from utils.parallel.processes import one_process
-from utils.training import copies_between
+from utils.training import overlaps
 
 
 @pytest.fixture
@@ -183,12 +183,26 @@ def test_copies_are_counted_by_pixels_and_by_bytes(tmp_path):
     assert found == {("train", "val"): 2, ("train", "test"): 1, ("val", "test"): 1}
 
 
-def test_copies_are_reported_in_the_singular_and_the_plural():
+def test_overlaps_are_reported_in_the_singular_and_the_plural():
     copies = {("train", "val"): 1, ("train", "test"): 2, ("val", "test"): 0}
-    assert list(copies_between(LoadedSplits(None, None, None, "val", copies))) == [
+    subjects = {("train", "val"): 0, ("train", "test"): 3, ("val", "test"): 1}
+    assert list(overlaps(LoadedSplits(None, None, None, "val", copies, subjects))) == [
         "warning: 1 of the validation images is an exact copy of a training image",
         "warning: 2 of the test images are exact copies of training images",
+        "warning: 3 subjects have both training and test images",
+        "warning: 1 subject has both validation and test images",
     ]
+
+
+def test_subjects_that_the_data_sets_own_test_images_share_are_counted(tmp_path):
+    for split, names in {"train": ["ann-1", "ann-2", "bob-1", "cid-1"], "test": ["bob-9", "dan-1", "other"]}.items():
+        for name in names:
+            (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
+            write_images(tmp_path, [(8, 8)], seed=len(name))[0].rename(tmp_path / split / "cat" / f"{name}.png")
+    options = DataOptions(tmp_path, val_split=0.3, group_by=r"^([a-z]+)-")
+    splits = load_splits("imagefolder", options, one_process())
+    assert splits.shared_subjects["train", "val"] == 0
+    assert splits.shared_subjects["train", "test"] + splits.shared_subjects["val", "test"] == 1  # bob
 
 
 def test_a_changed_division_is_not_resumed(tiny_flags, run_main, capsys):

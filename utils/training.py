@@ -257,7 +257,7 @@ def description(run, splits):
         ),
     }
     lines += [f"warning: {text}" for text, applies in warnings.items() if applies]
-    return "\n".join([*lines, *copies_between(splits)])
+    return "\n".join([*lines, *overlaps(splits)])
 
 
 def counts_text(counts):
@@ -266,13 +266,17 @@ def counts_text(counts):
     return f"{', '.join(numbers[:-1])} and {numbers[-1]} images"
 
 
-def copies_between(splits):
-    """A line for each two splits with the same images."""
+def overlaps(splits):
+    """A line for each two splits with the same images or, with --group_by, the same subjects."""
     for (split, other), count in splits.copies.items():
         if count:
             copies = f"are exact copies of {NAMES[split]} images"
             copies = f"is an exact copy of a {NAMES[split]} image" if count == 1 else copies
             yield f"warning: {count} of the {NAMES[other]} images {copies}"
+    for (split, other), count in splits.shared_subjects.items():
+        if count:
+            are = "subjects have" if count > 1 else "subject has"
+            yield f"warning: {count} {are} both {NAMES[split]} and {NAMES[other]} images"
 
 
 def report_unreadable(splits, tracker):

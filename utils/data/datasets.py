@@ -11,7 +11,14 @@ from utils.data.duplicates import count_copies
 from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
-from utils.data.splits import NAMES, available_splits, check_shares, divided_rows, draw_per_class
+from utils.data.splits import (
+    NAMES,
+    available_splits,
+    check_shares,
+    divided_rows,
+    draw_per_class,
+    shared_subjects,
+)
 from utils.data.torchvision_datasets import PUBLISHED, read_published
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
@@ -95,6 +102,7 @@ class LoadedSplits(NamedTuple):
     test: object  # the test images, or None without any apart from `evaluation`
     evaluated_on: str  # "val" or "test"
     copies: dict  # {(split, other): number of images of `other` that are exact copies of images of `split`}
+    shared_subjects: dict  # {(split, other): number of subjects with images in both}, with --group_by
 
     def counts(self):
         """{split: number of images}"""
@@ -107,9 +115,10 @@ def load_splits(name, options, processes):
     splits = read_splits(name, training_splits(name, options), options, processes)
     images = {split: found.images for split, found in splits.items()}
     copies = count_copies(images) if processes.is_first else {}  # the first process reports them
+    shared = shared_subjects(images, options.group_by) if options.group_by else {}
     loaded = {split: make_data_set(name, found, options, processes) for split, found in splits.items()}
     evaluated_on = "val" if "val" in loaded else "test"
-    return LoadedSplits(loaded.pop("train"), loaded.pop(evaluated_on), loaded.get("test"), evaluated_on, copies)
+    return LoadedSplits(loaded.pop("train"), loaded.pop(evaluated_on), loaded.get("test"), evaluated_on, copies, shared)
 
 
 def load_dataset(name, split, options, processes):

@@ -1,5 +1,6 @@
 """Which splits a data set has, and dividing its training images by a seed into those that it lacks."""
 
+import itertools
 import math
 import os
 import re
@@ -158,6 +159,16 @@ def subjects(images, regex):
     if None in matches:
         raise UserError(f"--group_by {regex!r} does not match the name of {images[matches.index(None)]}")
     return np.unique([match[1] for match in matches], return_inverse=True)[1]
+
+
+def shared_subjects(splits, regex):
+    """{(split, other): number of subjects that have images in both} for each two of {split: image files}.
+
+    The splits may be the data set's own, so names without a subject are skipped.
+    """
+    names = {split: [re.search(regex, os.path.basename(path)) for path in images] for split, images in splits.items()}
+    found = {split: {match[1] for match in matches if match} for split, matches in names.items()}
+    return {(split, other): len(found[split] & found[other]) for split, other in itertools.combinations(splits, 2)}
 
 
 def evaluated_split(columns):
