@@ -196,9 +196,10 @@ class FolderImages:
                 raise unreadable_image(error)
             if path and path not in self.skipped:
                 self.skipped[path] = error
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                if len(self) > 1:
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
         if len(self.skipped) == len(self):
-            raise UserError(f"none of the {len(self)} images can be read")
+            raise UserError(f"none of the {len(self)} images can be read" if len(self) > 1 else error)
         if errors and errors[-1][0] is None:
             raise UserError(errors[-1][1])
 
