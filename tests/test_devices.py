@@ -1,6 +1,7 @@
 """Apple's GPUs (MPS): what is chosen and avoided there. No such GPU is used: tensors of the CPU pretend to be there."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,7 @@ CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 @pytest.fixture
 def mac(monkeypatch):
     """A machine with an Apple GPU and no other."""
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", functools.cache(lambda: True))  # cached, as it is
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("CUDA_VISIBLE_DEVICES", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -68,6 +69,11 @@ class PretendMPS(TorchFunctionMode):
                 assert device == CPU or tensor.dtype != torch.float64, f"{function.__name__} in float64"
                 tensor.is_on_cpu = device == CPU
         return result
+
+
+def on_cpu(tensor):
+    tensor.is_on_cpu = True
+    return tensor
 
 
 def test_the_gpu_of_apple_is_chosen_where_there_is_no_other(mac, monkeypatch):
@@ -155,6 +161,7 @@ def test_pretend_mps_finds_what_it_forbids():
             images.cpu().to(MPS, non_blocking=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits", "images"])
 def test_a_run_on_mps_has_the_losses_of_the_cpu(data, mac, image_folder, tiny_flags, monkeypatch):
     """With every change of the images, dropout and an average; the run is then resumed."""
@@ -164,6 +171,8 @@ def test_a_run_on_mps_has_the_losses_of_the_cpu(data, mac, image_folder, tiny_fl
     flags += ["--num_workers", 0, "--num_steps", 4, "--eval_every", 2, "--optimizer", "adamw"]
     if data == "images":
         flags += ["--dataset", "imagenet", "--data_dir", image_folder]
+    from_numpy = torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda array: on_cpu(from_numpy(array)))  # which no mode sees
     losses = {}
     for name, mode in (("cpu", contextlib.nullcontext()), ("mps", PretendMPS())):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if name == "mps" else "")
