@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a run, of Google or of another library on a data set, or classify single images."""
+"""Evaluate a checkpoint of a run, of Google or of another library on a data set, or classify images."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,13 @@ import torch
 from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.checkpoint_files import folder_of
-from utils.checks import check_figure_path
+from utils.checks import check_figure_path, check_output_path
 from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
-from utils.data.images import read_image
+from utils.data.images import images_of
 from utils.data.splits import DIVISION, NAMES, SPLITS, shares_that_apply
 from utils.errors import UserError, run_script
 from utils.evaluation import check_classes, evaluate_model
+from utils.features import features_text, save_features
 from utils.flag_groups import (
     add_checkpoint_flags,
     add_data_flags,
@@ -30,8 +31,8 @@ from utils.metrics import (
     wilson_interval,
 )
 from utils.mistakes import count_mistakes, draw_mistakes, find_mistakes
-from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes
+from utils.predictions import classification_text, classify, image_files, labelled_by_folder
 
 MANY_CLASSES = 20  # of more classes the text has the hardest only
 FREQUENT = 10  # errors that the report names
@@ -41,19 +42,23 @@ FIGURES = {
     "reliability_diagram": "reliability_diagram.png",
     "mistakes_figure": "mistakes.png",
 }
+FILES = {"csv": ".csv", "features": ".npz"}
 MEAN_METRICS = ("balanced_accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 
 def main():
     args = parse_flags()
+    args.images = images_of(args.images)
     with join_processes() as processes, torch.no_grad():
         reduction = token_reduction_of({}, vars(args))
-        saved = SavedModel.load(
-            *(args.checkpoint, args.model_type, args.img_size, args.download, reduction), vars(args), needs_head=True
-        )
-        if args.images:
-            report = classify(saved.to(processes.device), args)
-            text = classification_text(report)
+        given = (args.checkpoint, args.model_type, args.img_size, args.download, reduction, vars(args))
+        saved = SavedModel.load(*given, needs_head=not args.features)
+        if args.features:
+            report = extract(saved, args, processes)
+            text = features_text(report)
+        elif args.images:
+            report = classify(saved.to(processes.device), args, processes)
+            text = classification_text(report, args)
         else:
             report = evaluate_on_dataset(saved, args, processes)
             text = evaluation_text(report)
@@ -63,7 +68,12 @@ def main():
 
 def parse_flags():
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files to classify, instead of a data set.")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="Image files, folders of them or glob patterns in quotes to classify, instead of a data set.",
+    )
     group = parser.add_argument_group("model")
     add_checkpoint_flags(group, canonical_model_type, required=True)
     add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
@@ -77,8 +87,24 @@ def parse_flags():
     )
     data.add_argument("--eval_batch_size", type=positive, default=64, metavar="N", help="Images per batch.")
     add_precision_flags(parser.add_argument_group("precision"))
-    output = parser.add_argument_group("output")
+    add_output_flags(parser.add_argument_group("output"))
+    args = parser.parse_args()
+    check_flags(args)
+    return args
+
+
+def add_output_flags(output):
+    """What is printed and written."""
     output.add_argument("--json", action="store_true", help="Print the results as JSON, for scripts.")
+    output.add_argument(
+        "--csv", metavar="CSV", help="Write the classes of the image files to this file, one row per image."
+    )
+    output.add_argument(
+        "--features",
+        metavar="NPZ",
+        help="Write the features before the head, the labels and the file names to this file, in place of the "
+        "evaluation or the classes.",
+    )
     output.add_argument(
         "--confusion_matrix",
         metavar="PNG",
@@ -100,13 +126,19 @@ def parse_flags():
         metavar="PNG",
         help="The file for the images of --mistakes; default: mistakes.png in the same folder.",
     )
-    args = parser.parse_args()
-    check_mistakes(args)
-    return args
 
 
-def check_mistakes(args):
-    """Whether the flags of the wrong predictions suit the others."""
+def check_flags(args):
+    """Whether the flags of the output suit the others."""
+    if args.csv and args.features:
+        raise UserError("--csv and --features exclude each other")
+    if args.csv and not args.images:
+        raise UserError("--csv is for the classes of image files; name them, or use --json for a data set")
+    for flag, path in {"csv": args.csv, "features": args.features}.items():
+        if path:
+            check_output_path(path, f"--{flag}", FILES[flag])
+    if args.mistakes and args.features:
+        raise UserError("--mistakes needs the evaluation, which --features replaces; omit one of them")
     if args.mistakes_figure and not args.mistakes:
         raise UserError("--mistakes_figure needs --mistakes, the number of images; for example --mistakes 24")
     if args.mistakes and args.images:
@@ -196,7 +228,7 @@ def load_split(saved, args, processes):
         dataset, data_dir = saved.flags["dataset"], data_dir or saved.flags["data_dir"]
     dataset, data_dir = dataset or "cifar10", data_dir or "data"
     count = DATASETS[dataset].count_classes(data_dir)
-    if count != len(saved.classes):
+    if count != len(saved.classes) and not args.features:
         raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
     divided = {
         name: saved.flags[name] for name in DIVISION if dataset == saved.flags.get("dataset") and name in saved.flags
@@ -209,7 +241,7 @@ def load_split(saved, args, processes):
         raise UserError(f"--split {args.split}: {dataset} has {', '.join(found)} only")
     split = args.split or found[-1]
     images = load_dataset(dataset, split, options, processes)
-    if saved.flags:  # an .npz file has no names of its own classes
+    if saved.flags and not args.features:  # an .npz file has no names of its own classes
         check_classes(args.checkpoint, saved.classes, dataset, readable_names(images.classes))
     return dataset, split, images
 
@@ -297,27 +329,16 @@ def mistake_lines(report):
     return lines
 
 
-def classify(saved, args):
-    """[{"image": path, "classes": [{"class": name, "probability": p}, ...]}, ...], the five best classes first."""
-    precision = make_precision(args, next(saved.model.parameters()).device)
-    precision.cast(saved.model)
-    report = []
-    for path in args.images:
-        images = saved.prepare(read_image(path))
-        with precision.autocast():
-            logits = saved.model(precision.inputs(images))
-        best = logits.float().softmax(dim=1)[0].topk(min(5, len(saved.classes)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        report.append({"image": path, "classes": [{"class": saved.classes[i], "probability": p} for i, p in pairs]})
-    return report
-
-
-def classification_text(report):
-    lines = []
-    for item in report:
-        lines.append(item["image"])
-        lines += [f"  {100 * best['probability']:6.2f} %  {best['class']}" for best in item["classes"]]
-    return "\n".join(lines)
+def extract(saved, args, processes):
+    """Write the features of the image files or of a split, and return the report."""
+    if args.images:
+        labels, classes = labelled_by_folder(args.images)
+        options = (args.eval_batch_size, args.num_workers, processes)
+        what, images = "the image files", image_files(saved, args.images, labels, classes, *options)
+    else:
+        dataset, split, images = load_split(saved, args, processes)
+        what = f"the {NAMES[split]} images of {dataset}"
+    return save_features(args.features, saved, images, what, args, processes)
 
 
 if __name__ == "__main__":

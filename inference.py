@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from models.formats.runs import is_run
 from utils.checkpoint_files import holds_npz, read_checkpoint
 from utils.data.augmentation import normalise
 from utils.data.datasets import DATASETS
-from utils.data.images import centre_crop, centre_square, stretch
+from utils.data.images import centre_crop, centre_square, images_of, stretch
 from utils.errors import UserError
 from utils.flag_groups import mean_std, token_reduction_of
 from utils.hub import is_hub_name, local_folder
+from utils.parallel.precision import Precision
+from utils.parallel.processes import one_process
+from utils.predictions import predict
 from utils.pretrained import download as download_published
 from utils.pretrained import load_pretrained, model_type_of, open_npz
 from utils.records.run_folder import read_config
@@ -29,6 +33,7 @@ NUMERIC_OF_TOKENS = ("gelu", "layer_norm_eps")
 NUMERIC = (*NUMERIC_OF_TOKENS, *STANDARDISATION)  # fields that the shapes of weights do not show
 # SHA-256 of ImageNet-1k's sorted class ids (wnids), joined by spaces; torchvision lists the names in this order.
 IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
+IMAGENET_21K_CLASSES = 21843  # of Google's and timm's models
 
 
 @dataclass
@@ -81,9 +86,30 @@ class SavedModel:
 
     def prepare(self, image):
         """The model's input, as in the run's evaluation: uint8 (3, H, W) -> float32 (1, 3, img_size, img_size)."""
-        resize = DATASETS[self.flags["dataset"]].prepare if self.flags else stretch
-        images = resize(image, (self.img_size, self.img_size))[None]
-        return normalise(images.to(next(self.model.parameters()).device), self.mean_std)
+        images = self.resize(image, (self.img_size, self.img_size))[None]
+        return normalise(images.to(self.device), self.mean_std)
+
+    @property
+    def resize(self):
+        """How images are resized: a function (uint8 (3, H, W), img_size) -> uint8 (3, *img_size)."""
+        return DATASETS[self.flags["dataset"]].prepare if self.flags else stretch
+
+    @property
+    def device(self):
+        """The device of the model's weights."""
+        return next(self.model.parameters()).device
+
+    def predict(self, paths, batch_size=64, num_workers=None):
+        """The most probable classes of images: [{"image": path, "classes": [{"class", "probability"}, ...]}, ...].
+
+        `paths` is the path of an image or of a folder, a glob pattern, or a list of them. At most five classes are
+        returned, the most probable first. An image that can't be read has no classes and an "error". Images are read by
+        `num_workers` processes, by default one per core, if they are more than one batch. Raises UserError for a path
+        that does not exist, and if no image can be read.
+        """
+        paths = images_of([paths] if isinstance(paths, str | os.PathLike) else paths)
+        precision = Precision("O0", torch.float32, self.device)
+        return predict(self, paths, batch_size, num_workers, precision, one_process(self.device))
 
     def class_number(self, name):
         """The number of the class with this name, or whose number this is, counted from 0. Raises UserError."""
@@ -250,11 +276,21 @@ def make_model(*arguments, **keywords):
 
 
 def class_names(num_classes):
-    """ImageNet's names for 1000 classes, from torchvision; otherwise "class 0", "class 1", ..."""
+    """ImageNet's names for 1000 classes, from torchvision; ImageNet-21k's for 21,843, from timm, if it is installed.
+
+    Other classes are "class 0", "class 1", ...
+    """
     if num_classes == 1000:
         from torchvision.models import ResNet50_Weights
 
         return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    if num_classes == IMAGENET_21K_CLASSES:
+        try:
+            from timm.data import ImageNetInfo
+
+            return ImageNetInfo("imagenet-21k-goog").label_descriptions()
+        except ImportError:
+            say_on_stderr("the classes of ImageNet-21k are numbers; timm has their names: pip install timm")
     return [f"class {number}" for number in range(num_classes)]
 
 

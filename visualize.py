@@ -4,7 +4,6 @@ Without a flag from --rollout to --filters, all of these figures that are possib
 for each image it gets the Grad-CAM of the class that it predicts.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from utils.attention import (
 from utils.checkpoint_files import folder_of
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
-from utils.data.images import check_image, images_below, read_image, unique_stems
+from utils.data.images import check_image, images_of, read_image, unique_stems
 from utils.errors import UserError, run_script
 from utils.figures import (
     MEAN,
@@ -96,7 +95,7 @@ def parse_flags():
         raise UserError(f"--{kinds[0] if kinds else 'image'} needs --checkpoint")
     if not args.image and KINDS_OF_IMAGES.intersection(kinds):
         raise UserError(f"--{next(kind for kind in kinds if kind in KINDS_OF_IMAGES)} needs --image")
-    args.image = [path for given in args.image for path in (images_below(given) if os.path.isdir(given) else [given])]
+    args.image = images_of(args.image)
     for path in args.image:
         check_image(path)
     return args

@@ -25,7 +25,7 @@ LONGEST_NAME = 90
 def main():
     args = parse_flags()
     device = choose_device()
-    if args.compile and device.type == "cpu":
+    if args.compile and device.type != "cuda":
         raise UserError("--compile needs a GPU here: compiled operators of a CPU can't be timed one by one")
     model = make_model(args.model_type, args.img_size, NUM_CLASSES)
     images, labels = random_batch(args.batch_size, args.img_size, device)

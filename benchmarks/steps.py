@@ -98,9 +98,9 @@ def clock_of(args, device):
 
 
 def check_precision(name, device):
-    """Raises UserError for float16 on a CPU."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; use --precision bf16 for 16 bits on a CPU")
+    """Raises UserError for float16 on a CPU or an Apple GPU."""
+    if name == "fp16" and device.type != "cuda":
+        raise UserError("--precision fp16 needs an NVIDIA GPU; use --precision bf16 for 16 bits elsewhere")
 
 
 def forward_flops(model_type, img_size, **keywords):

@@ -163,11 +163,11 @@ def check(args, device):
             )
     elif args.runs or args.figure:
         raise UserError("--runs and --figure need --compare models")
-    if LARGEST in args.batch_sizes and device.type == "cpu":
+    if LARGEST in args.batch_sizes and device.type != "cuda":
         args.batch_sizes = [size for size in args.batch_sizes if size != LARGEST]
         if not args.batch_sizes:
-            raise UserError(f"--batch_size {LARGEST} needs a GPU; give a number")
-        print(f"--batch_size {LARGEST} is skipped: it needs a GPU", file=sys.stderr)
+            raise UserError(f"--batch_size {LARGEST} needs an NVIDIA GPU; give a number")
+        print(f"--batch_size {LARGEST} is skipped: it needs an NVIDIA GPU", file=sys.stderr)
     if args.figure:
         check_figure_path(args.figure, "--figure")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):

@@ -17,7 +17,7 @@ from torch import nn
 
 from models import npz
 from models.configs import resnet
-from models.convolution import StdConv2d, to_fast_layout
+from models.convolution import StdConv2d, to_channels_last, to_fast_layout
 from models.formats import arrays_of
 from models.norms import GroupNorm
 
@@ -44,7 +44,7 @@ class BiTResNet(nn.Module):
         self.head = Head(channels, num_classes)
 
     def forward(self, images):
-        x = to_fast_layout(self.stem(images.contiguous(memory_format=torch.channels_last)))  # the stem has no GroupNorm
+        x = to_fast_layout(self.stem(to_channels_last(images)))  # the stem has no GroupNorm
         for stage in self.stages:
             x = stage.blocks(x)
         return self.head(F.relu(self.norm(x), inplace=True))

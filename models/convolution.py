@@ -66,12 +66,20 @@ def to_fast_layout(x):
 
     On a CPU, the backward pass of a channels-last GroupNorm takes many times as long, and loses a digit in float32.
     """
-    return x.contiguous(memory_format=torch.contiguous_format if x.is_cpu else torch.channels_last)
+    return x.contiguous() if x.is_cpu else to_channels_last(x)
+
+
+def to_channels_last(x):
+    """Feature maps (B, C, H, W) in channels-last memory format, but contiguous on Apple's GPUs.
+
+    There channels-last tensors have given wrong gradients (github.com/pytorch/pytorch/issues/175189).
+    """
+    return x.contiguous(memory_format=torch.contiguous_format if x.device.type == "mps" else torch.channels_last)
 
 
 def max_pool(x):
     """3x3 max-pooling with stride 2, without padding, in x's memory format; CPUs are fast in channels-last only."""
-    pooled = F.max_pool2d(x.contiguous(memory_format=torch.channels_last), kernel_size=3, stride=2)
+    pooled = F.max_pool2d(to_channels_last(x), kernel_size=3, stride=2)
     return pooled.contiguous() if x.is_contiguous() else pooled
 
 

@@ -169,7 +169,8 @@ def facility_clusters(keys, k):
     s = similarity(keys)
     # Two tokens that are nearest to each other gain the same. In float64, sums of float32 values do not depend on their
     # order, so the index decides; in float32, rounding would decide, and it differs with the size of the batch.
-    kept = facility_location(s.double(), k).sort(dim=1).values
+    exact = (s.cpu() if s.device.type == "mps" else s).double()  # Apple's GPUs have no float64
+    kept = facility_location(exact, k).to(s.device).sort(dim=1).values
     assignment = gather_rows(s, kept).argmax(dim=1)
     # Each kept token is in its own cluster, also if two kept tokens are equal, so no cluster is empty.
     return kept, assignment.scatter(1, kept, torch.arange(k, device=s.device).expand_as(kept))

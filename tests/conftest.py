@@ -1,10 +1,15 @@
 """Settings and fixtures of all tests."""
 
+import os
+import sys
+
 import pytest
 import torch
 
 from helpers import TINY, call_main, fails, write_images
 
+if sys.platform == "darwin":  # GitHub's machines show an Apple GPU that has no memory
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)  # several test processes share the cores; more threads than cores are slow
 
 

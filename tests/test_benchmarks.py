@@ -53,8 +53,8 @@ def test_every_benchmark_is_tested():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--precision", "bf16", "fp16"), "--precision fp16 needs a GPU"),
-        (("--batch_size", "max"), "--batch_size max needs a GPU"),
+        (("--precision", "bf16", "fp16"), "--precision fp16 needs an NVIDIA GPU"),
+        (("--batch_size", "max"), "--batch_size max needs an NVIDIA GPU"),
         (("--json", "nowhere/speed.json"), "can't be written"),
         (("--img_size", 100), "image size 100"),
         (("--compare", "norms", "--model_type", "BiT-M-R50x1"), "BiT-M-R50x1 always has GroupNorm"),

@@ -180,9 +180,14 @@ def check_files(args):
 
 def check_figure_path(path, flag):
     """Whether a figure can be written to `path`, before it takes hours to compute."""
+    check_output_path(path, flag, ".png")
+
+
+def check_output_path(path, flag, suffix):
+    """Whether a file with this suffix can be written to `path`."""
     path = Path(path)
-    if path.suffix != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path} can't be written; give a .png file in a folder that exists")
+    if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path} can't be written; give a {suffix} file in a folder that exists")
 
 
 def make_output_folder(folder, flag):

@@ -38,7 +38,9 @@ def run_script(main):
         leave(f"error: {error}", 2, first_process_only=not error.only_this_process)
     except RunStoppedError as stop:
         leave(str(stop), stop.status)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+            raise
         what = ". ".join(str(error).split(". ")[:2])  # how much of which device; advice for programmers follows
         leave(f"error: {what or 'out of memory'}; {LESS_MEMORY}", 2, first_process_only=False)
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
 from utils.data.splits import NAMES
 from utils.errors import UserError
 from utils.metrics import BINS, calibration_sums, mean_metrics, percent
+from utils.parallel.devices import device_of_sums
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import join_processes, sum_over_processes
 from utils.pretrained import load_pretrained_flag
@@ -93,8 +94,9 @@ def evaluate(model, eval_set, img_size, batch_size, precision, processes, per_cl
     was_training = model.training
     model.eval()
     num_classes = len(eval_set.classes)
-    totals = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1 correct, top-5 correct
-    confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=processes.device)
+    device = device_of_sums(processes.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1 correct, top-5 correct
+    confusion = torch.zeros(num_classes**2 if per_class else 0, dtype=torch.int64, device=device)
     calibration = totals.new_zeros(BINS, 3)
     predicted, confidences = [confusion[:0]], [totals[:0].float()]
     count = 0
@@ -105,7 +107,8 @@ def evaluate(model, eval_set, img_size, batch_size, precision, processes, per_cl
             images, labels = next(batches, (None, ()))  # a process may have less images than the first one
             if len(labels):
                 with precision.autocast():
-                    logits = model(precision.inputs(images)).float()
+                    logits = model(precision.inputs(images)).float().to(device)
+                labels = labels.to(device)
                 predictions = logits.topk(min(5, logits.shape[1])).indices  # (B, 5), the most probable class first
                 correct = predictions == labels[:, None]
                 loss = F.cross_entropy(logits, labels, reduction="sum")

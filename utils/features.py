@@ -60,6 +60,32 @@ def extract_features(saved, data_set, args, processes):
     return features[rows].numpy(), torch.as_tensor(data_set.labels).cpu().numpy()[rows]
 
 
+def save_features(path, saved, data_set, what, args, processes):
+    """Write `extract_features` as an .npz file; returns a report, in which the data set is called `what`.
+
+    Its arrays are features float32 (n, d), labels int64 (n,), files (n,), the paths of the images, "" for an image that
+    is not a file, and classes, the names of the labels. None of them is pickled.
+    """
+    features, labels = extract_features(saved, data_set, args, processes)
+    files = [data_set.path_of(row) or "" for row in readable_rows(data_set)]
+    if processes.is_first:
+        np.savez(path, features=features, labels=labels, files=np.array(files), classes=np.array(data_set.classes))
+    return {
+        "checkpoint": str(args.checkpoint),
+        "features": path,
+        "of": what,
+        "images": len(features),
+        "skipped": len(data_set) - len(features),
+        "dimension": features.shape[1],
+    }
+
+
+def features_text(report):
+    """The report of `save_features` for a terminal."""
+    skipped = f"; {report['skipped']} more could not be read" if report["skipped"] else ""
+    return f"{report['features']}: {report['images']} x {report['dimension']} features of {report['of']}{skipped}"
+
+
 def readable_rows(data_set):
     """Indices of the images that no process has skipped."""
     unreadable = union_over_processes(data_set.unreadable)

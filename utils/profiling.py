@@ -74,6 +74,8 @@ def time_calls(function, count, device, clock=time.perf_counter):
 def synchronise(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def speedup(reference, seconds):

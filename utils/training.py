@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.evaluation import check_classes, run_evaluation
 from utils.losses import class_weights, cross_entropy
 from utils.parallel.cpu import restore_threads
+from utils.parallel.devices import widest_float
 from utils.parallel.processes import StopSignal, barrier, gradients_summed, join_processes, union_over_processes
 from utils.pretrained import load_pretrained_flag
 from utils.records.checkpoint import load_checkpoint
@@ -153,7 +154,8 @@ def train_step(run, batches):
             batch_loss = batch_loss / args.gradient_accumulation_steps
             precision.backward(batch_loss)
         loss += batch_loss.detach()
-        accuracy += (logits.argmax(dim=1) == labels).double().mean() / args.gradient_accumulation_steps
+        correct = (logits.argmax(dim=1) == labels).to(widest_float(labels.device))
+        accuracy += correct.mean() / args.gradient_accumulation_steps
     grad_norm = precision.step(run.optimizer, args.max_grad_norm)  # before clipping
     run.step += 1
     if run.average:
@@ -241,7 +243,7 @@ def description(run, splits):
         f"{steps} of {args.train_batch_size} images at {args.img_size}x{args.img_size}, {run.processes}{shards}",
     ]
     if args.compile and not run.compiled:
-        lines.append("--compile: on a CPU only transformer blocks in bfloat16 are faster compiled; this run is eager")
+        lines.append(why_eager(run.processes.device))
     warnings = {
         f"the run ends within the warm-up of {args.warmup_steps} steps; see --warmup_steps": (
             args.warmup_steps >= num_steps
@@ -258,6 +260,13 @@ def description(run, splits):
     }
     lines += [f"warning: {text}" for text, applies in warnings.items() if applies]
     return "\n".join([*lines, *overlaps(splits)])
+
+
+def why_eager(device):
+    """A line on a --compile that compiles nothing on the device."""
+    if device.type == "mps":
+        return "--compile does nothing on Apple's GPUs; this run is eager"
+    return "--compile: on a CPU only transformer blocks in bfloat16 are faster compiled; this run is eager"
 
 
 def counts_text(counts):

@@ -15,6 +15,7 @@ import torch
 from utils.data.images import transforms
 from utils.data.policies import apply_policy
 from utils.data.stream import AUGMENTATION, COLOR_JITTER, ERASING, POLICY, random_bits, random_uniform, samples_at
+from utils.parallel.devices import to_device, widest_float
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a crop
 ATTEMPTS = 10  # to find a box
@@ -91,7 +92,7 @@ def resized_crops(images, boxes, out_size, flips=None):
     Bilinear with antialiasing, with the weights of torchvision's `resized_crop`, but each image has its own box. Both
     axes are matrix products, since resizing is linear and separable.
     """
-    top, left, height, width = boxes.to(images.device, non_blocking=True).unbind(1)
+    top, left, height, width = to_device(boxes, images.device).unbind(1)
     rows = resize_weights(top, height, images.shape[2], out_size[0])  # (B, H, h)
     columns = resize_weights(left, width, images.shape[3], out_size[1], flips)  # (B, W, w)
     return resample(images, rows, columns)
@@ -109,7 +110,7 @@ def resize_weights(start, length, in_size, out_size, flips=None):
     scale = (length.float() / out_size)[:, None, None]
     pixels = torch.arange(out_size, device=device).expand(len(start), -1)
     if flips is not None:
-        pixels = torch.where(flips.to(device, non_blocking=True)[:, None], out_size - 1 - pixels, pixels)
+        pixels = torch.where(to_device(flips, device)[:, None], out_size - 1 - pixels, pixels)
     centres = scale * (pixels[:, :, None] + 0.5)
     inputs = torch.arange(in_size, device=device) - start[:, None]  # counted from the box's first pixel
     weights = (1 - (inputs[:, None] + 0.5 - centres).abs() / scale.clamp(min=1)).clamp(min=0)
@@ -161,9 +162,9 @@ def black(images):
 
 
 def mean_grey(images):
-    """What contrast is relative to, float64 (B, 1, 1, 1); a sum of integers does not depend on its order."""
+    """What contrast is relative to, (B, 1, 1, 1) in float64; a sum of integers does not depend on its order."""
     levels = grey(images)
-    return levels.sum(dim=(1, 2, 3), keepdim=True).double() / levels[0].numel()
+    return levels.sum(dim=(1, 2, 3), keepdim=True).to(widest_float(images.device)) / levels[0].numel()
 
 
 def grey(images):
@@ -192,7 +193,7 @@ def erase_boxes(images, seed, samples, probability):
     for row in np.flatnonzero(found & (draws[:, -1] < probability)):
         top, left, height, width = boxes[row].astype(int)
         noise = torch.randn(3, height, width, generator=torch.Generator().manual_seed(int(seeds[row])))
-        images[row, :, top : top + height, left : left + width] = noise.to(images.device, non_blocking=True)
+        images[row, :, top : top + height, left : left + width] = to_device(noise, images.device)
 
 
 def normalise(images, mean_std="half"):

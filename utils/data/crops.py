@@ -9,6 +9,7 @@ import torch
 
 from utils.data.augmentation import random_crops, resample, resize_weights, resized_crops
 from utils.data.stream import AUGMENTATION, random_uniform
+from utils.parallel.devices import to_device
 
 
 def crop_batch(images, augmentation, epochs, indices, num_samples):
@@ -86,6 +87,6 @@ def crops_of_resized(images, resized, corners, out_size, flips=None, border=0):
         whole = whole[bordered(resized[axis], border).to(device)]
         pixels = torch.arange(out_size[axis], device=device).expand(len(images), -1)
         if axis == 1 and flips is not None:
-            pixels = torch.where(flips.to(device, non_blocking=True)[:, None], pixels.flip(1), pixels)
-        weights.append(whole[corners[:, axis, None].to(device, non_blocking=True) + pixels])
+            pixels = torch.where(to_device(flips, device)[:, None], pixels.flip(1), pixels)
+        weights.append(whole[to_device(corners[:, axis, None], device) + pixels])
     return resample(images, *weights)

@@ -1,6 +1,7 @@
 """Image files: which files are images, how one is read, whole or a crop of it, and how evaluation resizes it."""
 
 import contextlib
+import glob
 import io
 import os
 import sys
@@ -40,6 +41,27 @@ ORIENTATIONS = {
 }
 
 ignore_warnings_of_pillow()
+
+
+def images_of(given):
+    """Paths of the images that files, folders and glob patterns name, in the order given.
+
+    What a pattern matches is sorted, and a folder stands for all images below it, except that `**` matches the files
+    below a folder itself. Raises UserError for a name without a file and for a folder without images.
+    """
+    paths = []
+    for name in map(os.fspath, given):
+        if os.path.isdir(name):
+            paths += images_below(name)
+        elif os.path.exists(name):
+            paths.append(name)
+        else:
+            found = [match for match in sorted(glob.glob(name, recursive=True)) if os.path.exists(match)]
+            found = [match for match in found if "**" not in name or os.path.isfile(match)]
+            if not found:
+                raise UserError(f"no file matches {name}" if glob.has_magic(name) else f"{name} does not exist")
+            paths += images_of(found)
+    return paths
 
 
 def images_below(folder):

@@ -21,6 +21,7 @@ from utils.data.crops import crop_batch, crop_file
 from utils.data.images import ImageFile, read_image, transforms
 from utils.data.stream import samples_at
 from utils.errors import UserError
+from utils.parallel.devices import to_device
 
 IN_MEMORY_BYTES = 2 * 2**30
 IN_MEMORY_SIDE = 256  # pixels; a batch of larger images would be large itself before it is cropped
@@ -76,7 +77,7 @@ class TensorImages:
         """For each array of stream positions: images float32 (B, 3, *img_size), normalised, and labels int64 (B,)."""
         for positions in batches:
             epochs, indices = samples_at(augmentation.seed, positions, len(self), augmentation.repeats)
-            rows = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
+            rows = to_device(torch.from_numpy(indices), self.images.device)
             images = crop_batch(self.images[rows], augmentation, epochs, indices, len(self))
             if augmentation.changes_pixels:
                 samples = epochs * len(self) + indices
@@ -111,8 +112,8 @@ class TensorImages:
 class FolderImages:
     """Image files, decoded, cropped and resized by worker processes.
 
-    `prepare` is that of the DataSource, `options` are DataOptions. `unreadable` holds the paths of the images that this
-    process has skipped because of `skip_broken`.
+    `prepare` is that of the DataSource, `options` are DataOptions. `skipped` is {path: why it can't be read} of the
+    images that this process has skipped because of `skip_broken`.
     """
 
     def __init__(self, paths, labels, classes, device, prepare, options):
@@ -125,10 +126,15 @@ class FolderImages:
         self.device = device
         self.num_workers = default_workers() if options.num_workers is None else options.num_workers
         self.prepare, self.mean_std = prepare, options.mean_std
-        self.skip_broken, self.unreadable = options.skip_broken, set()
+        self.skip_broken, self.skipped = options.skip_broken, {}
 
     def __len__(self):
         return len(self.paths)
+
+    @property
+    def unreadable(self):
+        """The paths of the images in `skipped`, as a set."""
+        return self.skipped.keys()
 
     def train_batches(self, batches, augmentation):
         """As TensorImages.train_batches; the next readable image takes the place of one that is skipped."""
@@ -188,11 +194,12 @@ class FolderImages:
         for path, error in errors:
             if not self.skip_broken:
                 raise unreadable_image(error)
-            if path and path not in self.unreadable:
-                self.unreadable.add(path)
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-        if len(self.unreadable) == len(self):
-            raise UserError(f"none of the {len(self)} images can be read")
+            if path and path not in self.skipped:
+                self.skipped[path] = error
+                if len(self) > 1:
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+        if len(self.skipped) == len(self):
+            raise UserError(f"none of the {len(self)} images can be read" if len(self) > 1 else error)
         if errors and errors[-1][0] is None:
             raise UserError(errors[-1][1])
 
@@ -233,8 +240,12 @@ def default_workers():
 
 def on_device(batches, device):
     """Batches of CPU tensors as tensors on `device`; a GPU copies the next batch while it computes on this one."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         yield from batches
+        return
+    if device.type != "cuda":
+        for batch in batches:
+            yield [to_device(tensor, device) for tensor in batch]
         return
     copies = torch.cuda.Stream(device)
     ready = None

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.data.images import transforms
+from utils.parallel.devices import to_device
 
 MAX_MAGNITUDE = 30  # of RandAugment and TrivialAugment, on RandAugment's scale
 AUTO_AUGMENT = ("trivial", "imagenet", "cifar10", "svhn")
@@ -136,7 +137,7 @@ def apply_operations(images, operations):
     for row, operation in enumerate(operations):
         together = operation[0] in MOVES and images[0, 0].numel() <= SMALL
         groups.setdefault(MOVES if together else operation, []).append(row)
-    order = torch.tensor(list(itertools.chain(*groups.values()))).to(images.device, non_blocking=True)
+    order = to_device(torch.tensor(list(itertools.chain(*groups.values()))), images.device)
     changed = []
     for group, part in zip(groups, images[order].split([len(rows) for rows in groups.values()]), strict=True):
         if group is MOVES:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.parallel.devices import to_device
+
 # The purposes, each with a stream of its own. New ones are added at the end, so that the others keep their bits.
 ORDER, AUGMENTATION, DROPOUT, MIXING, POLICY, COLOR_JITTER, ERASING = range(7)
 
@@ -82,4 +84,4 @@ def dropout_keys(seed, positions, num_layers, device):
     """Random bits for the samples at these positions, int32 (layers, B, 2), from which dropout masks derive."""
     bits = np.ascontiguousarray(random_bits(seed, DROPOUT, positions, num_layers).T)
     keys = torch.from_numpy(bits.view(np.int32))  # (layers, 2 B): one uint64 is two int32
-    return keys.unflatten(1, (-1, 2)).to(device, non_blocking=True)
+    return to_device(keys.unflatten(1, (-1, 2)), device)

@@ -18,10 +18,12 @@ def restore_threads(number):
 
 
 def is_compiled(args, model, device):
-    """Whether --compile compiles the model: on a CPU the blocks of a transformer in 16 bits.
+    """Whether --compile compiles the model: on a CPU the blocks of a transformer in 16 bits, on Apple's GPUs nothing.
 
-    There convolutions and float32 do not become faster (benchmarks/NOTES.md).
+    On a CPU convolutions and float32 do not become faster (benchmarks/NOTES.md).
     """
+    if device.type == "mps":
+        return False
     on_cpu = device.type == "cpu"
     return args.compile and not (on_cpu and (not (args.fp16 or args.bf16) or not hasattr(model, "blocks")))
 

@@ -5,7 +5,8 @@ O1  float32 weights, autocast, dynamic loss scaling
 O2  16-bit weights with float32 master weights, norms in float32, dynamic loss scaling
 O3  16-bit throughout
 
-16-bit is float16 on a GPU unless --bf16 is given, and bfloat16 on a CPU. Loss scaling is for float16.
+16-bit is float16 on a GPU unless --bf16 is given, and bfloat16 on a CPU. Loss scaling is for float16. On Apple's GPUs
+each level but O0 is autocast in bfloat16.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ AMP_BACKENDS = ("torch", "apex")
 def make_precision(args, device, amp_backend="torch", loss_scale=0.0, sharded=False):
     """The precision of the flags --fp16, --bf16 and --fp16_opt_level; `sharded` as in Precision."""
     level = args.fp16_opt_level if args.fp16 or args.bf16 else "O0"
+    if device.type == "mps" and level != "O0":
+        level = "O1"
     if amp_backend == "apex" and level != "O0":
         return ApexPrecision(level, loss_scale)
     dtype = torch.float16 if device.type == "cuda" and not args.bf16 else torch.bfloat16

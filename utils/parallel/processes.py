@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import RunStoppedError, UserError
+from utils.parallel.devices import has_apple_gpu
 from utils.parallel.memory import keep_freed_memory
 from utils.terminal import say_on_stderr
 
@@ -50,8 +51,10 @@ def one_process(device=None):
 
 
 def choose_device(local_rank=0):
-    """The GPU of this rank, or the CPU if there is none; also sets how this process computes on it."""
+    """The GPU of this rank, or Apple's, or the CPU without one; also sets how this process computes on it."""
     if not torch.cuda.is_available():
+        if has_apple_gpu():
+            return torch.device("mps")
         keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
@@ -65,6 +68,8 @@ def device_name():
     """The GPU's name, or the processor's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    if has_apple_gpu():
+        return "Apple GPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

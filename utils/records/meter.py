@@ -5,9 +5,10 @@ import time
 
 import torch
 
+from utils.parallel.devices import device_of_sums
 from utils.parallel.processes import sum_over_processes
 
-READ_EVERY = {"cpu": 1, "cuda": 20}  # steps after which the metrics are read, which waits for the device
+READ_EVERY = {"cpu": 1, "cuda": 20, "mps": 20}  # steps after which the metrics are read, which waits for the device
 
 
 class Meter:
@@ -42,7 +43,8 @@ class Meter:
         if not self.unread:
             return {}
         names = list(self.unread[0])
-        table = torch.stack([torch.stack([step[name].double() for name in names]) for step in self.unread])
+        device = device_of_sums(self.processes.device)
+        table = torch.stack([torch.stack([step[name].to(device).double() for name in names]) for step in self.unread])
         columns = (sum_over_processes(table) / self.processes.size).t().tolist()
         metrics = dict(zip(names, columns, strict=True))
         for name, values in metrics.items():
