@@ -218,13 +218,13 @@ def test_a_name_at_hugging_face_is_read_from_the_cache(tmp_path, monkeypatch, ca
     args, _ = parsed("--pretrained_dir", "timm:vit_tiny.mine", "--img_size", "8")
     assert (args.model_type, args.model_fields) == ("ViT-Nano_4", ["num_heads=1", "num_layers=2"])
     capsys.readouterr()
-    flags = ["--checkpoint", "hf:nobody/nothing", "image.png"]
+    flags = ["--checkpoint", "hf:nobody/nothing", str(ROOT / "img" / "digits" / "9.png")]
     assert "hf:nobody/nothing is not downloaded yet; add --download" in fails(evaluate, flags, monkeypatch, capsys)
 
 
 def test_a_missing_huggingface_hub_is_explained(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    flags = ["--checkpoint", "hf:nobody/nowhere", "--download", "image.png"]
+    flags = ["--checkpoint", "hf:nobody/nowhere", "--download", str(ROOT / "img" / "digits" / "9.png")]
     expected = "hf:nobody/nowhere needs huggingface_hub: pip install huggingface_hub"
     assert expected in fails(evaluate, flags, monkeypatch, capsys)
 
