@@ -1,14 +1,7 @@
 """Flags of the augmentation: crop and flip, and what changes the pixels after them."""
 
 from utils.data.policies import AUTO_AUGMENT, MAX_MAGNITUDE
-from utils.flag_types import (
-    natural,
-    one_of,
-    positive,
-    probability,
-    share,
-    switch,
-)
+from utils.flag_types import natural, one_of, positive, probability, share, switch
 
 
 def add_crop_flags(group):

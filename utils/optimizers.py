@@ -112,8 +112,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for group, parts in zip(self.muon_groups(), self.muon.param_groups, strict=True):
             parts.update(lr=group["lr"], weight_decay=group["weight_decay"])
             for weight in group["params"]:
-                contiguous = torch.zeros_like(weight, memory_format=torch.contiguous_format)  # so parts are views
-                self.state[weight].setdefault("momentum_buffer", contiguous)
+                if "momentum_buffer" not in self.state[weight]:  # contiguous, so that its parts are views
+                    momentum = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+                    self.state[weight]["momentum_buffer"] = momentum
             gradients = self.split(group, lambda weight: weight.grad.contiguous())
             buffers = self.split(group, lambda weight: self.state[weight]["momentum_buffer"])
             for part, gradient, buffer in zip(parts["params"], gradients, buffers, strict=True):

@@ -58,9 +58,9 @@ def sides(resized, border):
     return tuple(side + 2 * border for side in resized)
 
 
-def bordered(size, border):
+def bordered(size, border, device=None):
     """The row of an image of `size` rows in each row with its mirrored border: int64 (size + 2 * border,)."""
-    rows = torch.arange(-border, size + border).abs()
+    rows = torch.arange(-border, size + border, device=device).abs()
     return size - 1 - (size - 1 - rows).abs()
 
 
@@ -84,7 +84,7 @@ def crops_of_resized(images, resized, corners, out_size, flips=None, border=0):
     for axis, in_size in enumerate(images.shape[2:]):
         start, length = torch.tensor([[0], [in_size]], device=device)
         whole = resize_weights(start, length, in_size, resized[axis])[0]  # (resized[axis], in_size)
-        whole = whole[bordered(resized[axis], border).to(device)]
+        whole = whole[bordered(resized[axis], border, device)]
         pixels = torch.arange(out_size[axis], device=device).expand(len(images), -1)
         if axis == 1 and flips is not None:
             pixels = torch.where(to_device(flips, device)[:, None], pixels.flip(1), pixels)

@@ -11,14 +11,7 @@ from utils.data.duplicates import count_copies
 from utils.data.folders import class_folders, image_folders, list_folder
 from utils.data.images import centre_crop, stretch
 from utils.data.loading import FolderImages, TensorImages, read_images_of_one_size
-from utils.data.splits import (
-    NAMES,
-    available_splits,
-    check_shares,
-    divided_rows,
-    draw_per_class,
-    shared_subjects,
-)
+from utils.data.splits import NAMES, available_splits, check_shares, divided_rows, draw_per_class, shared_subjects
 from utils.data.torchvision_datasets import PUBLISHED, read_published
 from utils.errors import UserError
 from utils.parallel.processes import first_on_each_machine
@@ -114,8 +107,8 @@ def load_splits(name, options, processes):
     """The LoadedSplits of a data set. Raises UserError."""
     splits = read_splits(name, training_splits(name, options), options, processes)
     images = {split: found.images for split, found in splits.items()}
-    copies = count_copies(images) if processes.is_first else {}  # the first process reports them
-    shared = shared_subjects(images, options.group_by) if options.group_by else {}
+    copies = count_copies(images) if processes.is_first else {}  # the first process reports both
+    shared = shared_subjects(images, options.group_by) if options.group_by and processes.is_first else {}
     loaded = {split: make_data_set(name, found, options, processes) for split, found in splits.items()}
     evaluated_on = "val" if "val" in loaded else "test"
     return LoadedSplits(loaded.pop("train"), loaded.pop(evaluated_on), loaded.get("test"), evaluated_on, copies, shared)

@@ -22,10 +22,9 @@ def is_compiled(args, model, device):
 
     On a CPU convolutions and float32 do not become faster (benchmarks/NOTES.md).
     """
-    if device.type == "mps":
+    if not args.compile or device.type == "mps":
         return False
-    on_cpu = device.type == "cpu"
-    return args.compile and not (on_cpu and (not (args.fp16 or args.bf16) or not hasattr(model, "blocks")))
+    return device.type != "cpu" or ((args.fp16 or args.bf16) and hasattr(model, "blocks"))
 
 
 def compile_in_place(model, device):

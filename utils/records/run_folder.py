@@ -142,7 +142,7 @@ def best_weights(args):
     return folder_of(args) / BEST
 
 
-def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled=False):
+def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled):
     """Write config.json; `images` are {split: number}, `compiled` tells whether --compile had an effect.
 
     Before, delete an earlier run that is not resumed.
