@@ -13,7 +13,9 @@ MAX_SAVED_TOKENS = 128  # in sequences up to this length the weights take less m
 
 
 def attend(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(head_dim) + bias) v; q, k and v are (B, heads, N, head_dim), `bias` (B, 1, 1, N).
+    """softmax(q k^T / sqrt(head_dim) + bias) v; k and v are (B, heads, N, head_dim), `bias` (B, 1, 1, N).
+
+    The queries q are as many, or one of each image.
 
     Holds all of the (N, N) weights only in bfloat16 training on a CPU, and only if N is at most MAX_SAVED_TOKENS. No
     gradient flows into `bias`.
@@ -21,7 +23,7 @@ def attend(q, k, v, bias=None):
     if CHUNKED_ATTENTION and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # otherwise each product would copy them
         if torch.compiler.is_compiling():
-            return bfloat16_attention(q, k, v, bias, saves_weights(q) and torch.is_grad_enabled())[0]
+            return bfloat16_attention(q, k, v, bias, saves_weights(k) and torch.is_grad_enabled())[0]
         return BFloat16Attention.apply(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -36,7 +38,7 @@ class BFloat16Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias):
-        out, weights = attention_forward(q, k, v, bias, saves_weights(q) and any(ctx.needs_input_grad))
+        out, weights = attention_forward(q, k, v, bias, saves_weights(k) and any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, bias, weights)
         return out
 
@@ -45,9 +47,9 @@ class BFloat16Attention(torch.autograd.Function):
         return *attention_backward(*ctx.saved_tensors, grad_out), None
 
 
-def saves_weights(q):
+def saves_weights(k):
     """Whether the weights are kept for the backward pass."""
-    return q.shape[2] <= MAX_SAVED_TOKENS
+    return k.shape[2] <= MAX_SAVED_TOKENS
 
 
 def attention_forward(q, k, v, bias, save):
@@ -85,7 +87,7 @@ def attention_weights(q, k, bias=None):
 
 def chunks_of_images(*tensors):
     """Iterate over tensors (B, heads, N, ...), each of which may be None, a few images at a time."""
-    heads, tokens = tensors[0].shape[1:3]
+    heads, tokens = tensors[1].shape[1:3]
     size = max(1, MAX_SCORES // (heads * tokens**2))
     parts = [repeat(None) if tensor is None else tensor.split(size) for tensor in tensors]
     return zip(*parts, strict=False)  # None repeats without end
@@ -108,7 +110,7 @@ def bfloat16_attention_backward(
 
 @bfloat16_attention.register_fake
 def _(q, k, v, bias, save):
-    return torch.empty_like(q), q.new_empty((*q.shape[:3], q.shape[2]) if save else 0)
+    return torch.empty_like(q), q.new_empty((*q.shape[:3], k.shape[2]) if save else 0)
 
 
 @bfloat16_attention_backward.register_fake

@@ -32,6 +32,8 @@ from models.vision_transformer import VisionTransformer
 class Conformer(VisionTransformer):
     """Images (B, 3, H, W) -> logits (B, num_classes), read from the mean of the CNN's features."""
 
+    reads_class_token = False
+
     def __init__(
         self,
         config,

@@ -20,6 +20,8 @@ from models.token_reduction import cluster_tokens, make_reduction, merge_tokens,
 class VisionTransformer(nn.Module):
     """Images (B, 3, H, W) -> logits (B, num_classes), read from the class token."""
 
+    reads_class_token = True  # and no other token
+
     def __init__(
         self,
         config,
@@ -68,9 +70,11 @@ class VisionTransformer(nn.Module):
     def encode(self, x, attention=None):
         """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters or None).
 
-        Each block's attention weights are appended to the list `attention`, if given.
+        Each block's attention weights are appended to the list `attention`, if given. Otherwise, in training, the last
+        block computes the class token only, if nothing reads the other tokens; the gradients are the same.
         """
         clusters = bias = None
+        skips_patches = self.training and torch.is_grad_enabled() and self.reads_class_token and self.has_token_norms()
         for layer, block in enumerate(self.blocks, start=1):
             reduces = self.reduction is not None and layer == self.reduction.layer
             if attention is not None:
@@ -79,12 +83,16 @@ class VisionTransformer(nn.Module):
             elif reduces:
                 x, keys = block(x, bias, with_keys=True)
             else:
-                x = block(x, bias)
+                x = block(x, bias, class_token_only=skips_patches and layer == len(self.blocks))
             if reduces:
                 clusters = cluster_tokens(keys, self.reduction)
                 x, sizes = merge_tokens(x, clusters)  # (B, 1 + keep, hidden)
                 bias = size_bias(sizes, keys.dtype)
         return x, clusters
+
+    def has_token_norms(self):
+        """Whether the norms after the last attention normalise each token alone."""
+        return self.blocks[-1].norm2.per_token and self.norm.per_token
 
     def embed(self, images):
         """Patches with position embeddings, class token first: (B, 3, H, W) -> (B, N, hidden)."""
@@ -180,10 +188,13 @@ class Block(nn.Module):
         self.drop_path2 = StochasticDepth(drop_path_rate)
         self.add2 = residual(norm_type, 2 * index + 2)
 
-    def forward(self, x, bias=None, with_keys=False):
-        """The output, and if `with_keys` the attention's keys (B, heads, N, head_dim); `bias` as in `attend`."""
-        out, keys = self.attn.forward_with_keys(self.norm1(x), bias)
-        x = self.add_branches(x, out)
+    def forward(self, x, bias=None, with_keys=False, class_token_only=False):
+        """The output, and if `with_keys` the attention's keys (B, heads, N, head_dim); `bias` as in `attend`.
+
+        With `class_token_only` the output is (B, 1, hidden).
+        """
+        out, keys = self.attn.forward_with_keys(self.norm1(x), bias, class_token_only)
+        x = self.add_branches(x[:, :1] if class_token_only else x, out)
         return (x, keys) if with_keys else x
 
     def forward_with_attention(self, x, bias=None):
@@ -216,9 +227,9 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         return self.forward_with_keys(x, bias)[0]
 
-    def forward_with_keys(self, x, bias=None):
-        """The output and the keys (B, heads, N, head_dim)."""
-        q, k, v = self.project(x)
+    def forward_with_keys(self, x, bias=None, class_token_only=False):
+        """The output, (B, 1, hidden) with `class_token_only`, and the keys (B, heads, N, head_dim)."""
+        q, k, v = self.project_class_query(x) if class_token_only else self.project(x)
         return self.merge_heads(attend(q, k, v, bias)), k
 
     def forward_with_weights(self, x, bias=None):
@@ -232,6 +243,14 @@ class Attention(nn.Module):
         # unbound from (B, N, 3, heads, head_dim), next to each other in memory: their gradients need one copy, not two
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def project_class_query(self, x):
+        """As `project` with the class token's query only: (B, heads, 1, head_dim)."""
+        sizes = (x.shape[-1], 2 * x.shape[-1])
+        (query, keys_values), (query_bias, other_biases) = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
+        q = linear(x[:, 0], query, query_bias).unflatten(-1, (self.num_heads, 1, -1))
+        k, v = linear(x, keys_values, other_biases).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return q, k.transpose(1, 2), v.transpose(1, 2)
 
     def merge_heads(self, x):
         """(B, heads, N, head_dim) -> (B, N, hidden), through the output projection."""

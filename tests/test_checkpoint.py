@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import shutil
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_a_state_of_one_file_is_not_resumed_but_overwritten(finished, monkeypatc
     assert "state-2 is missing, so" in message
     train_run([*finished, "--overwrite", "--num_steps", "3"], monkeypatch)
     assert [path.name for path in folder.glob("state-*")] == ["state-3"]
+
+
+def test_a_state_of_a_newer_torch_is_named_where_it_can_not_be_read(finished, monkeypatch, capsys):
+    folder = run_dir(finished)
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"]["torch"] = "99.1.0"
+    (folder / "config.json").write_text(json.dumps(config))
+    flip_bit(folder / "state-2" / ".metadata")
+    message = fails(train, [*finished, "--resume", "--num_steps", 4], monkeypatch, capsys)
+    assert "torch 99.1.0 wrote it, resume with that version in place of torch" in message
 
 
 def test_a_half_written_checkpoint_is_never_loaded(finished, monkeypatch, capsys):

@@ -73,13 +73,25 @@ def test_an_earlier_run_is_resumed_and_ends_as_its_own_code_ended_it(earlier_run
     given = [text for text in given if not text.startswith(("--output_dir", "--wandb_project"))]
     call_main(train, [*given, "--output_dir", earlier_run.parent, "--resume"], monkeypatch)
     assert "resuming at step 5 of 8" in capsys.readouterr().out
-    weights, expected = (load_file(path) for path in (earlier_run / "last.safetensors", FINISHED))
+    weights, expected = (without_key_biases(load_file(path)) for path in (earlier_run / "last.safetensors", FINISHED))
+    assert weights.keys() == expected.keys()
     assert all(torch.allclose(weights[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
     metrics, expected = read_metrics(earlier_run), read_csv(FINISHED.with_suffix(".csv"))
     for name in ("step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5_accuracy", "lr"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     assert math.isnan(metrics["grad_norm"][0])  # which the earlier version did not measure
     assert metrics["grad_norm"][1] > 0
+
+
+def without_key_biases(weights):
+    """The weights without the biases of the keys, which no logit depends on.
+
+    Their gradients are rounding errors, which differ between processors and which AdamW scales to its step size.
+    """
+    for name in [name for name in weights if name.endswith("qkv.bias")]:
+        query, _, value = weights.pop(name).chunk(3)
+        weights |= {f"{name}/query": query, f"{name}/value": value}
+    return weights
 
 
 def test_an_earlier_run_can_not_be_resumed_with_a_part_of_its_weights(earlier_run, monkeypatch, capsys):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from models import NORM_TYPES, build_model
 from synthetic import make_images, randomised
 
 TINY = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 2}
@@ -25,6 +26,55 @@ def test_attention_rows_sum_to_one_and_the_logits_are_those_of_forward(model_typ
     tokens = model.pos_embed.shape[1]
     assert [weights.shape for weights in attention] == [(2, 2, tokens, tokens)] * 2
     torch.testing.assert_close(torch.stack(attention).sum(-1), torch.ones(2, 2, 2, tokens))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keywords"),
+    [
+        *(("ViT-Mini_4", {"norm_type": norm_type}) for norm_type in NORM_TYPES),
+        ("ViT-Mini_4", {"dropout_rate": 0.3, "drop_path_rate": 0.5}),
+        ("ViT-Mini_4", {"token_reduction": "facility", "keep_tokens": 0.25, "reduction_layer": 1}),
+        ("R26-ViT-S_32", {}),
+        ("Conformer-Mini_4", {}),
+    ],
+)
+def test_training_computes_the_logits_and_gradients_of_all_tokens(model_type, keywords):
+    """forward_with_attention computes all tokens in every block."""
+    model = randomised(tiny(model_type, img_size=64, **keywords)).train()
+    images = torch.from_numpy(make_images(64))
+    logits, gradients = logits_and_gradients(model, lambda: model(images))
+    expected, expected_gradients = logits_and_gradients(model, lambda: model.forward_with_attention(images)[0])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients.values())
+    for name, expected in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-6 * largest)
+
+
+def logits_and_gradients(model, forward):
+    """The logits, and {name: gradient of a nonlinear function of them}; the same samples are dropped in each call."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "seed_samples"):
+            module.seed_samples(torch.randint(-(2**31), 2**31, (2, 2), dtype=torch.int64, generator=generator).int())
+    model.zero_grad()
+    logits = forward()
+    logits.square().sum().backward()
+    return logits.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+def test_the_last_block_skips_patches_in_training_only_and_only_if_no_norm_needs_them():
+    flops = {}
+    for norm_type in NORM_TYPES:
+        with torch.device("meta"):
+            model, image = tiny(norm_type=norm_type, num_layers=1), torch.zeros(1, 3, 32, 32)
+        for training in (True, False):
+            with FlopCounterMode(display=False) as counter:
+                model.train(training)(image)
+            flops[norm_type, training] = counter.get_total_flops()
+    assert len({flops[norm_type, False] for norm_type in NORM_TYPES}) == 1
+    assert flops["BN", True] == flops["GN", True] == flops["BN", False]
+    skipped = 64 * 2 * (2 * 32 * 32 + 2 * 32 * 64 + 2 * 65 * 32)  # query, projection, MLP, scores, weighted sum
+    assert flops["LN", True] == flops["Rescale", True] == flops["LN", False] - skipped
 
 
 def test_a_model_for_images_that_are_not_square_accepts_no_other_shape():

@@ -14,8 +14,11 @@ def count_parameters(model):
 
 
 def count_flops(model, img_size):
-    """FLOPs of the forward pass for one image, 2 per multiply-add, of a model built on the meta device."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of the forward pass for one image, 2 per multiply-add, of a model built on the meta device.
+
+    All tokens are counted, also those that the last block of a ViT skips in training.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, img_size, img_size, device="meta"))
     return counter.get_total_flops()
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch.torch_version import TorchVersion
 
 from utils.errors import RunStoppedError, UserError
 from utils.parallel.processes import barrier, from_first_process, union_over_processes
@@ -200,8 +201,19 @@ def readable_state(run_dir, step):
     try:
         yield folder
     except Exception as error:  # damaged files raise nearly every type
-        what = f"can't be read ({' '.join(str(error).split())})" if folder.exists() else "is missing"
-        raise UserError(f"{folder} {what}") from error
+        if not folder.exists():
+            raise UserError(f"{folder} is missing") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} can't be read ({reason}){written_by_newer_torch(run_dir)}") from error
+
+
+def written_by_newer_torch(run_dir):
+    """What an error adds if the run's torch is newer, since a release of torch reads states up to its own only."""
+    with contextlib.suppress(Exception):  # config.json may be damaged too
+        written = json.loads((Path(run_dir) / "config.json").read_text())["versions"]["torch"]
+        if TorchVersion(written) > TorchVersion(torch.__version__):
+            return f"; torch {written} wrote it, resume with that version in place of torch {torch.__version__}"
+    return ""
 
 
 @contextlib.contextmanager
