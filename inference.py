@@ -1,23 +1,27 @@
 """A saved model ready for use: its module, its classes, and how it prepares an image."""
 
+import copy
 import difflib
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models import MODEL_TYPES, RESNETS, build_model, canonical_model_type, num_classes_of
+from models import MODEL_TYPES, RESNETS, build_model, canonical_model_type, num_classes_of, pixels_per_patch
 from models.configs import STANDARDISATION, config_of, fields_of_flags, format_fields, parse_fields
 from models.formats import FAMILIES, family_of, identify
+from models.formats.exports import TARGETS, Card
 from models.formats.runs import is_run
+from models.norms import norm_type_of
 from utils.checkpoint_files import holds_npz, read_checkpoint
-from utils.data.augmentation import normalise
+from utils.data.augmentation import mean_and_std, normalise
 from utils.data.datasets import DATASETS
-from utils.data.images import centre_crop, centre_square, images_of, stretch
+from utils.data.images import VALIDATION_RESIZE, centre_crop, centre_square, images_of, stretch
 from utils.errors import UserError
+from utils.exports import write_checked
 from utils.flag_groups import mean_std, token_reduction_of
 from utils.hub import is_hub_name, local_folder
 from utils.parallel.precision import Precision
@@ -34,6 +38,7 @@ NUMERIC = (*NUMERIC_OF_TOKENS, *STANDARDISATION)  # fields that the shapes of we
 # SHA-256 of ImageNet-1k's sorted class ids (wnids), joined by spaces; torchvision lists the names in this order.
 IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
 IMAGENET_21K_CLASSES = 21843  # of Google's and timm's models
+CHECK_IMAGES = Path(__file__).parent / "img" / "digits"  # on which an exported model is compared with this one
 
 
 @dataclass
@@ -124,8 +129,23 @@ class SavedModel:
 
     def visible_part(self, image):
         """The part of an image (3, H, W) that `prepare` keeps: all of it, or its centre if the run evaluates crops."""
-        crops = self.flags and DATASETS[self.flags["dataset"]].prepare is centre_crop
-        return centre_square(image) if crops else image
+        return centre_square(image) if self.resize is centre_crop else image
+
+    def export(self, target, path, images=CHECK_IMAGES, overwrite=False):
+        """Write the model for another library, a key of models.formats.exports.TARGETS; return a report, a dictionary.
+
+        `path` is a folder for "timm" and "hf", a file for "npz" and "onnx". The result is loaded by its library and
+        compared on the CPU, on `images` as those of `predict`. Raises UserError for a model that the format can't
+        express, for an existing `path` unless `overwrite`, and if the logits differ; then no file is left.
+        """
+        if not self.has_head:
+            raise UserError(f"{self.title} has no head, so it can't classify; fine-tune it with train.py")
+        mean, std = mean_and_std(self.mean_std)
+        shorter_side = round(self.img_size * VALIDATION_RESIZE) if self.resize is centre_crop else None
+        card = Card(self.img_size, list(self.classes), mean, std, shorter_side)
+        images = images_of([images] if isinstance(images, str | os.PathLike) else images)
+        on_cpu = self if self.device.type == "cpu" else replace(self, model=copy.deepcopy(self.model).cpu())
+        return write_checked(TARGETS[target], on_cpu, card, path, images, overwrite)
 
 
 def distinct_labels(models, paths):
@@ -179,8 +199,11 @@ def load_npz(path, given, img_size, token_reduction):
     num_classes = num_classes_of(arrays)
     if num_classes is None:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
-    img_size = img_size or pretrained_img_size(arrays, model_type)
-    model = make_model(model_type, img_size, num_classes, **token_reduction, **fields_of_flags(given))
+    keywords = {**token_reduction, **fields_of_flags(given)}
+    if norm_type := norm_type_of(arrays):
+        keywords["norm_type"] = norm_type
+    img_size = img_size or pretrained_img_size(arrays, model_type, fields_of_flags(given))
+    model = make_model(model_type, img_size, num_classes, **keywords)
     load_pretrained(model, path, model_type, head="keep")
     return {"model": model, "classes": class_names(num_classes), "img_size": img_size, "flags": {}}
 
@@ -257,14 +280,18 @@ def text_of(value):
     return " ".join(value) if isinstance(value, list) else value
 
 
-def pretrained_img_size(arrays, model_type):
-    """The side in pixels of the square images that the checkpoint's position embeddings are for, or 224 without any."""
+def pretrained_img_size(arrays, model_type, fields):
+    """The side in pixels of the square images that the checkpoint's position embeddings are for, or 224 without any.
+
+    `fields` are those of the model's config that differ. Raises UserError for a wrong one.
+    """
     key = "Transformer/posembed_input/pos_embedding"
     if key not in arrays:
         return 224
-    with torch.device("meta"):
-        rows, _ = make_model(model_type, img_size=224).patch_embed.grid_size
-    return 224 // rows * round((arrays[key].shape[1] - 1) ** 0.5)
+    try:
+        return pixels_per_patch(model_type, **fields) * round((arrays[key].shape[1] - 1) ** 0.5)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_model(*arguments, **keywords):

@@ -54,7 +54,8 @@ GELUS = {"tanh": linear_gelu, "exact": linear_exact_gelu}
 
 def gelu(x):
     """The tanh approximation of GELU, Flax's default."""
-    if torch.compiler.is_compiling():  # compiled exponentials are faster than tanh
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # compiled exponentials are faster than tanh; exported graphs keep the operator
         return x * torch.sigmoid(LINEAR * x + CUBIC * x**3)
     if (
         DETECTS_TRANSFORMS

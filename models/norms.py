@@ -260,6 +260,12 @@ def with_array_names(norm_type, module):
     return module
 
 
+def norm_type_of(keys):
+    """The norm type of the blocks in a checkpoint with these keys; None if there is none."""
+    modules = {key.split("/")[2].rpartition("_")[0] for key in keys if key.startswith("Transformer/encoderblock_")}
+    return next((name for name in TOKEN_NORMS if norm_class(name).block_key in modules), None)
+
+
 def is_token_norm(key):
     """Whether a checkpoint's key belongs to any of TOKEN_NORMS, in a block or after the last one."""
     match key.split("/"):

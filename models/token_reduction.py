@@ -119,8 +119,7 @@ def similarity(keys):
     keys = F.normalize(keys, dim=-1)
     s = (0.5 + 0.5 * keys @ keys.transpose(1, 2)).clamp(min=0)
     s = torch.maximum(s, s.transpose(1, 2))
-    s.diagonal(dim1=1, dim2=2).fill_(1)
-    return s
+    return s.masked_fill(torch.eye(s.shape[1], dtype=torch.bool, device=s.device), 1)
 
 
 def coverage(s, kept):
@@ -147,7 +146,7 @@ def facility_location(s: torch.Tensor, k: int) -> torch.Tensor:
 
 @facility_location.register_fake
 def _(s, k):
-    return s.new_empty(len(s), k, dtype=torch.long)
+    return s.new_empty(s.shape[0], k, dtype=torch.long)
 
 
 def upper_bound(s, k):

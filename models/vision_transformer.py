@@ -97,7 +97,8 @@ class VisionTransformer(nn.Module):
     def embed(self, images):
         """Patches with position embeddings, class token first: (B, 3, H, W) -> (B, N, hidden)."""
         x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        # shape[0], because len() would make the batch size of an exported graph a constant
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
     def classify(self, x, clusters=None):

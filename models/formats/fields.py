@@ -3,7 +3,7 @@
 import math
 import re
 
-from models.configs import RESNETS, VITS, resnet, vit
+from models.configs import CONFORMERS, RESNETS, VITS, resnet, vit
 from models.npz import CheckpointError
 
 HEADS = {1280: 16, 1408: 16, 1664: 16}  # of the published hidden sizes that do not have heads of 64 channels
@@ -84,8 +84,8 @@ def grid_side(pos_embed):
 
 
 def nearest_model_type(config):
-    """The model type that differs in the fewest fields from a ViT's or ResNet's config, and {field: value} of these."""
-    candidates = {name: other for name, other in {**VITS, **RESNETS}.items() if set(other) == set(config)}
+    """The model type that differs in the fewest fields from a model's config, and {field: value} of these."""
+    candidates = {name: other for name, other in {**VITS, **CONFORMERS, **RESNETS}.items() if set(other) == set(config)}
     differences = {
         name: changed_fields(config, other) for name, other in candidates.items() if not other.get("cut_from")
     }

@@ -1,7 +1,9 @@
-"""What other Vision Transformers have and this model does not, recognised by the names of weights."""
+"""What other Vision Transformers have and this model does not, by the names of weights, and the other way round."""
 
 import re
 
+from models.configs import format_fields
+from models.norms import TOKEN_NORMS
 from models.npz import CheckpointError
 
 OWNERS = ("DINOv3", "DINOv2", "DeiT-3", "CaiT", "BEiT", "SigLIP", "CLIP", "EVA", "Swin", "MobileViT")
@@ -51,3 +53,34 @@ def check_vit(state, owner="the checkpoint"):
         raise CheckpointError(f"{owner} has no learned position embeddings (pos_embed)")
     if "blocks.0.attn.qkv.weight" in state and "blocks.0.attn.qkv.bias" not in state:
         raise CheckpointError(f"{owner} has queries, keys and values without bias, which this model does not have")
+
+
+def refuse_for_export(model, library):
+    """Raise CheckpointError that names what this ViT, hybrid, Conformer or ResNet has and another `library` lacks."""
+    if "hidden_size" not in model.config:
+        return
+    norm_type = next(name for name, norm in TOKEN_NORMS.items() if type(model.blocks[0].norm1) is norm)
+    parts = {
+        "a Conformer's CNN": "cnn_units" in model.config,
+        f"the norm {norm_type} of tokens": norm_type != "LN",
+        "a token reduction": model.reduction is not None,
+        "the layer pre_logits before the head": model.pre_logits is not None,
+    }
+    if part := next((part for part, is_present in parts.items() if is_present), None):
+        raise CheckpointError(f"{library} has no model with {part}; export it to onnx or npz")
+
+
+def refuse_fields(config, expected, owner, numeric=()):
+    """Raise CheckpointError unless the config has the `expected` {field: value}, which all models of the `owner` have.
+
+    The error suggests to set the fields in `numeric`, if no other one differs.
+    """
+    differing = {name: value for name, value in expected.items() if config[name] != value}
+    if not differing:
+        return
+    name, value = next(iter(differing.items()))
+    way_out = "export it to onnx or npz"
+    if set(differing) <= set(numeric):
+        flag = f"--model_fields {' '.join(format_fields(differing))}"
+        way_out += f", or accept their rule, which changes the logits, by {flag}"
+    raise CheckpointError(f"{owner} have {name} {value}, this model has {config[name]}; {way_out}")

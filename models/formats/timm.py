@@ -8,9 +8,10 @@ import re
 
 import torch
 
-from models.formats.fields import grid_side, resnet_config, vit_config
-from models.formats.names import mean_std_text, table, to_ours
-from models.formats.refused import check_vit, owner_of, refuse_unsupported
+from models.configs import STANDARDISATION as NUMERIC
+from models.formats.fields import grid_side, nearest_model_type, resnet_config, vit_config
+from models.formats.names import mean_std_text, table, to_ours, to_theirs
+from models.formats.refused import check_vit, owner_of, refuse_fields, refuse_for_export, refuse_unsupported
 from models.npz import CheckpointError
 
 STEM, UNIT = "patch_embed.stem.", "patch_embed.stem.block{n+1}.unit{n+1}."
@@ -30,6 +31,24 @@ STANDARDISATION = {"standardisation": "var", "standardisation_eps": 1e-8, "group
 GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}  # {act_layer: our name}
 HEADS = {"test_vit": 2}  # of architectures without the usual number
 ENTRIES = {"model": "DeiT", "teacher": "DINO"}  # of a pickle
+
+VIT = "vit_base_patch16_224"  # for all ViTs: its arguments replace every size
+HYBRIDS = {  # {units of the stages: an architecture}; its arguments replace the sizes of the blocks
+    (): "vit_tiny_r_s16_p8_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+}
+STEM_FIELDS = {"root_width": 64, "root_stride": 4, "num_groups": 32, **STANDARDISATION}
+RESNET_FIELDS = {"root_stride": 4, "num_groups": 32, **STANDARDISATION}
+RESNETS = {  # {(units of the stages, width of the root): the architecture}
+    ((3, 4, 6, 3), 64): "resnetv2_50x1_bit",
+    ((3, 4, 6, 3), 192): "resnetv2_50x3_bit",
+    ((3, 4, 23, 3), 64): "resnetv2_101x1_bit",
+    ((3, 4, 23, 3), 192): "resnetv2_101x3_bit",
+    ((3, 8, 36, 3), 128): "resnetv2_152x2_bit",
+    ((3, 8, 36, 3), 256): "resnetv2_152x4_bit",
+}
 
 
 def is_vit(tensors):
@@ -102,3 +121,75 @@ def with_class_position(pos_embed):
         grid_side(padded)
         return padded
     return pos_embed
+
+
+def exported(model, card):
+    """({name: tensor}, config.json) of a model for `timm.create_model("local-dir:...")`. Raises CheckpointError."""
+    refuse_for_export(model, "timm")
+    is_vit = "hidden_size" in model.config
+    architecture, arguments = vit_arguments(model.config, card.img_size) if is_vit else (resnet_name(model.config), {})
+    tensors = model.state_dict()
+    first = "stem.conv"
+    if is_vit:
+        stages = model.config.resnet_layers
+        tensors = to_theirs(tensors, (*(ROOT if stages else ROOT_WITHOUT_STAGES), *UNITS))
+        first = "patch_embed.proj" if stages is None else f"{BACKBONE}{'stem.' if stages else ''}conv"
+    published = {
+        "num_classes": model.num_classes,
+        "input_size": [3, card.img_size, card.img_size],
+        "fixed_input_size": is_vit,
+        "interpolation": "bilinear",
+        "crop_pct": card.img_size / card.shorter_side if card.shorter_side else 1.0,
+        "crop_mode": "center" if card.shorter_side else "squash",
+        "mean": card.mean,
+        "std": card.std,
+        "first_conv": first,
+        "classifier": "head" if is_vit else "head.fc",
+    }
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": tensors[f"{published['classifier']}.weight"].shape[1],
+        "global_pool": "token" if is_vit else "avg",
+        "label_names": card.classes,
+        "model_args": arguments,
+        "pretrained_cfg": published,
+    }
+    return tensors, config
+
+
+def vit_arguments(config, img_size):
+    """(architecture, arguments) of timm's ViT or hybrid. Raises CheckpointError."""
+    refuse_fields(config, {"layer_norm_eps": 1e-6}, "timm's ViTs", numeric=("layer_norm_eps",))
+    architecture, ratio = VIT, config.mlp_dim / config.hidden_size
+    if config.resnet_layers is not None:
+        refuse_fields(config, STEM_FIELDS, "timm's hybrids", NUMERIC)
+        architecture = architecture_of(HYBRIDS, tuple(config.resnet_layers), config)
+    return architecture, {
+        "img_size": img_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_layers,
+        "num_heads": config.num_heads,
+        "mlp_ratio": ratio if int(config.hidden_size * ratio) == config.mlp_dim else ratio + 0.5 / config.hidden_size,
+        "act_layer": next(theirs for theirs, ours in GELUS.items() if ours == config.gelu),
+    }
+
+
+def resnet_name(config):
+    """The architecture of a BiT. Raises CheckpointError."""
+    refuse_fields(config, RESNET_FIELDS, "timm's BiTs", NUMERIC)
+    widths = tuple(4 * config.root_width * 2**stage for stage in range(len(config.resnet_layers)))
+    refuse_fields(config, {"stage_widths": widths}, "timm's BiTs")
+    return architecture_of(RESNETS, (tuple(config.resnet_layers), config.root_width), config)
+
+
+def architecture_of(names, key, config):
+    """The entry of a table. Raises CheckpointError that names the model without one."""
+    if key not in names:
+        model_type, _ = nearest_model_type(config)
+        raise CheckpointError(
+            f"timm has no architecture with {tuple(config.resnet_layers)} units and a root of {config.root_width} "
+            f"channels (nearest model type: {model_type}); export it to onnx or npz"
+        )
+    return names[key]

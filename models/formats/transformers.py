@@ -6,9 +6,10 @@ kernels by sqrt(variance + 1e-8) (transformers/models/bit/modeling_bit.py).
 
 import re
 
+from models.configs import STANDARDISATION as NUMERIC
 from models.formats.fields import resnet_config, vit_config
-from models.formats.names import mean_std_text, table, to_ours
-from models.formats.refused import check_vit, owner_of, refuse_unsupported
+from models.formats.names import mean_std_text, table, to_ours, to_theirs
+from models.formats.refused import check_vit, owner_of, refuse_fields, refuse_for_export, refuse_unsupported
 from models.npz import CheckpointError
 
 LAYER, LATER = "encoder.layer.{n}.", "layers.{n}."
@@ -45,6 +46,9 @@ GELUS = {
 }
 STANDARDISATION = {"standardisation": "var", "standardisation_eps": 1e-8, "group_norm_eps": 1e-5}
 DEFAULT_EPS = 1e-12  # ViTConfig's
+HIDDEN_ACT = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}  # to write
+BILINEAR = 2  # of Pillow
+CHANNEL_DIVISOR = 32  # of a BiT's stages: a bottleneck has a quarter of the channels, rounded to a multiple of 8
 
 
 def is_vit(tensors):
@@ -119,3 +123,86 @@ def classes_of(config):
     if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
         return None
     return [names[number] for number in sorted(names)]
+
+
+def exported(model, card):
+    """({name: tensor}, config.json, preprocessor_config.json) for transformers. Raises CheckpointError."""
+    refuse_for_export(model, "transformers")
+    is_vit = "hidden_size" in model.config
+    architecture, fields = vit_settings(model, card.img_size) if is_vit else bit_settings(model.config)
+    tensors = to_theirs(model.state_dict(), VIT_NAMES if is_vit else BIT_NAMES)
+    prefix = f"{fields['model_type']}."
+    tensors = {name if name.startswith("classifier.") else prefix + name: each for name, each in tensors.items()}
+    if not is_vit:
+        tensors["classifier.1.weight"] = tensors["classifier.1.weight"].flatten(1)
+    config = {
+        "architectures": [architecture],
+        **fields,
+        "id2label": {str(number): name for number, name in enumerate(card.classes)},
+        "label2id": {name: number for number, name in enumerate(card.classes)},
+    }
+    return tensors, config, preprocessor_of(card)
+
+
+def vit_settings(model, img_size):
+    """(class, fields of ViTConfig). Raises CheckpointError for a hybrid."""
+    config = model.config
+    if config.resnet_layers is not None:
+        raise CheckpointError("transformers' ViT has no ResNet stem (hybrid); export it to onnx or npz")
+    return "ViTForImageClassification", {
+        "model_type": "vit",
+        "image_size": img_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": HIDDEN_ACT[config.gelu],
+        "layer_norm_eps": config.layer_norm_eps,
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def bit_settings(config):
+    """(class, fields of BitConfig). Raises CheckpointError."""
+    refuse_fields(config, {"root_stride": 4, **STANDARDISATION}, "transformers' BiTs", NUMERIC)
+    if width := next((width for width in config.stage_widths if width % CHANNEL_DIVISOR), None):
+        raise CheckpointError(
+            f"transformers' BiTs have multiples of {CHANNEL_DIVISOR} channels, this model has {width}; export it to "
+            "onnx or npz"
+        )
+    return "BitForImageClassification", {
+        "model_type": "bit",
+        "layer_type": "preactivation",
+        "embedding_size": config.root_width,
+        "hidden_sizes": list(config.stage_widths),
+        "depths": list(config.resnet_layers),
+        "num_groups": config.num_groups,
+    }
+
+
+def preprocessor_of(card):
+    """preprocessor_config.json: images are resized as here, without or with a centre crop."""
+    square = {"height": card.img_size, "width": card.img_size}
+    resize = {"image_processor_type": "ViTImageProcessor", "size": square}
+    if card.shorter_side:
+        resize = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": card.shorter_side},
+            "do_center_crop": True,
+            "crop_size": square,
+        }
+    return {
+        **resize,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": card.mean,
+        "image_std": card.std,
+    }

@@ -12,6 +12,11 @@ def replace_file(path, write):
     """Write a file atomically: `write` fills a temporary file, which is synced to the disk and renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
+    move_file(temporary, path)
+
+
+def move_file(temporary, path):
+    """Sync a file to the disk and rename it, within a folder or a file system."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     if os.name == "posix":
