@@ -222,8 +222,11 @@ def add_token_reduction_flags(group, names, default):
     )
 
 
-def add_token_reduction_grid_flags(group, reduction_layer):
-    """The flags of a comparison of several token reductions after one block, by default `reduction_layer`."""
+def add_token_reduction_grid_flags(group, reduction_layer, tome_r):
+    """The flags of a comparison of several token reductions: after one block, or of ToMe in every block.
+
+    `reduction_layer` and `tome_r` are defaults.
+    """
     group.add_argument(
         "--keep_tokens",
         type=count_or_share,
@@ -238,6 +241,14 @@ def add_token_reduction_grid_flags(group, reduction_layer):
         default=reduction_layer,
         metavar="N",
         help="Number of blocks before the token reduction.",
+    )
+    group.add_argument(
+        "--tome_r",
+        type=natural,
+        nargs="*",
+        default=tome_r,
+        metavar="R",
+        help="The numbers of tokens that ToMe merges in every block, in one model each.",
     )
 
 
