@@ -315,7 +315,7 @@ def reduction_grid(model_type, keep_tokens, reduction_layer, tome_r):
         for method in REDUCTION_METHODS:
             grid[method, keep] = (model_type, {"token_reduction": method, "keep_tokens": keep, **layer})
     for r in tome_r:
-        grid[EVERY_BLOCK, f"r = {r}"] = (model_type, {"token_reduction": "tome", "tome_r": r})
+        grid[EVERY_BLOCK, f"r={r}"] = (model_type, {"token_reduction": "tome", "tome_r": r})
     conformer = model_type.replace("ViT", "Conformer")
     if conformer in CONFORMERS:
         grid[conformer, CONFORMERS[conformer].keep_tokens] = (conformer, layer)

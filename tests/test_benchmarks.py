@@ -272,7 +272,7 @@ def test_token_reduction_speed_has_all_methods_and_facility_location_covers_best
     name = r"(none|facility|tome|random|tome in every block|Conformer-Mini_4)"
     rows = re.findall(rf"^\| {name} \| ([^|]+) \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
     reduced = [(name, keep) for keep in ("0.5", "4") for name in REDUCTION_METHODS]
-    assert rows == [("none", "all"), *reduced, ("tome in every block", "r = 2"), ("Conformer-Mini_4", "0.25")]
+    assert rows == [("none", "all"), *reduced, ("tome in every block", "r=2"), ("Conformer-Mini_4", "0.25")]
     ratios = re.findall(r"\| (\d+) of 64 " + 4 * r"\| ([\d.]+) \(.*?\) ", printed)
     assert [row[0] for row in ratios] == ["32", "4"]
     for _, facility, *others in ratios:

@@ -108,7 +108,7 @@ def token_reduction_cells(names, seconds, batch_size):
     (name, "step") and, where tokens are chosen, of the choice alone (name, "choice").
     """
     titles = ["token reduction", "patches kept or r", "relative to none", "images/s", "slowest to fastest round"]
-    titles += ["selection alone (ms)", "share of the step"]
+    titles += ["selection alone (ms)", "share of the time"]
     rows = {}
     for name in names:
         step, choice = seconds[name, "step"], seconds.get((name, "choice"))
