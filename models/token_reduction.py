@@ -26,9 +26,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from models.dropout import random_order
+from models.dropout import Dropout, random_order
 
 
 class Clusters(NamedTuple):
@@ -310,23 +309,14 @@ def without_autocast(device):
     return contextlib.nullcontext()
 
 
-class RandomChoice(nn.Module):
-    """Random bits for the patches of `random`: in training different ones for each image, in evaluation none.
-
-    `rate` and `seed_samples` are those of models/dropout.py, so that a step remains a function of seed and step.
-    """
+class RandomChoice(Dropout):
+    """Draws the random bits of `random_clusters`, with the keys of Dropout: in training only."""
 
     def __init__(self):
-        super().__init__()
-        self.rate = 1.0
-        self.keys = None
-
-    def seed_samples(self, keys):
-        """`keys` are random bits, int32 (B, 2): one row per sample."""
-        self.keys = keys
+        super().__init__(rate=1.0)
 
     def forward(self, x):
-        """`seeds` of `cluster_tokens` for a batch x (B, ...)."""
+        """`seeds` of `cluster_tokens` for a batch x (B, ...); None in evaluation."""
         if not self.training or self.rate == 0.0:
             return None
         if self.keys is not None:
