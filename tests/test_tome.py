@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train
+from command_line import train_parser
 from helpers import assert_same_bits, call_main, read_config, run_dir, stop_after, train_run, write_images
 from inference import SavedModel
 from models import NORM_TYPES, build_model
@@ -275,6 +276,19 @@ def test_given_flags_replace_those_of_the_run_that_they_exclude():
     assert token_reduction_of(every_block, one_layer) == one_layer
     assert token_reduction_of(every_block, {"tome_r": 2}) == {**every_block, "tome_r": 2}
     assert token_reduction_of(every_block, {"token_reduction": "none"}) == {"token_reduction": "none"}
+
+
+def test_given_flags_replace_recorded_ones_that_they_exclude(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"flags": {"token_reduction": "tome", "tome_r": 4}}')
+    given = ["--config", str(path), "--name", "again"]
+    parser = train_parser()
+    assert parser.parse_args(given).tome_r == 4
+    args = parser.parse_args([*given, "--keep_tokens", "0.5", "--reduction_layer", "2"])
+    assert (args.token_reduction, args.tome_r, args.keep_tokens, args.reduction_layer) == ("tome", None, 0.5, 2)
+    path.write_text('{"flags": {"token_reduction": "tome", "keep_tokens": 0.5, "reduction_layer": 2}}')
+    args = parser.parse_args([*given, "--tome_r", "3"])
+    assert (args.tome_r, args.keep_tokens, args.reduction_layer) == (3, None, None)
 
 
 def test_a_run_is_resumed_repeated_and_restored_with_its_reduction(tiny_flags, monkeypatch, tmp_path, capsys):
