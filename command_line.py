@@ -17,7 +17,7 @@ from utils.arguments import training_parser
 from utils.checkpoint_files import holds_npz
 from utils.checks import check_training_flags
 from utils.errors import UserError
-from utils.flag_groups import add_model_flags, token_reduction_of
+from utils.flag_groups import TOKEN_REDUCTION_FLAGS, add_model_flags, token_reduction_of
 from utils.hub import is_hub_name
 from utils.pretrained import download_missing
 from utils.recipes import parse_with_recipe
@@ -28,7 +28,7 @@ from utils.training import run_mode
 # The flags that a checkpoint decides if they are not given.
 DECIDED = (
     *("model_type", "model_fields", "gelu", "mean_std"),
-    *("norm_type", "token_reduction", "keep_tokens", "reduction_layer"),
+    *("norm_type", *TOKEN_REDUCTION_FLAGS),
 )
 
 

@@ -66,9 +66,9 @@ class SavedModel:
         """Load a checkpoint of any format; `download` fetches one of Google or of Hugging Face if it does not exist.
 
         `model_type` and `img_size` are found in the run or in the file unless given. `token_reduction` has keywords of
-        `build_model` that replace those of the run: token_reduction, keep_tokens, reduction_layer. `given` may have
-        values of the flags gelu, model_fields and mean_std, which replace the checkpoint's. Raises UserError, also for
-        a checkpoint of another library without a head if it `needs_head`.
+        `build_model` that replace those of the run: token_reduction, keep_tokens, reduction_layer, tome_r. `given` may
+        have values of the flags gelu, model_fields and mean_std, which replace the checkpoint's. Raises UserError, also
+        for a checkpoint of another library without a head if it `needs_head`.
         """
         given = {name: (given or {}).get(name) for name in ("gelu", "model_fields", "mean_std")}
         given = {name: value for name, value in {**given, "model_type": model_type}.items() if value is not None}

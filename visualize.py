@@ -199,6 +199,8 @@ def kinds_to_draw(model, args, has_head=True):
         return kinds
     if args.clusters and args.token_reduction in (None, "none"):
         raise UserError(f"--clusters: {args.checkpoint[0]} merges no tokens; give --token_reduction")
+    if args.clusters and args.tome_r == 0:
+        raise UserError("--clusters: --tome_r 0 merges no tokens; give a larger number")
     if args.clusters:
         raise UserError(f"--clusters: --keep_tokens {args.keep_tokens} keeps all patches; give a smaller number")
     return kinds - {"clusters"}
@@ -234,7 +236,7 @@ def draw_attention_of_images(saved, kinds, blocks, args):
             draw_mask(prediction, {"attention rollout": mask}, args, "rollout")
             rollouts = [*rollouts, (prediction.image, mask, prediction.caption)][:MAX_GRID]
         if "clusters" in kinds:
-            part = (prediction.image, cluster_grid(clusters, patch_embed.grid_size), prediction.caption)
+            part = (prediction.image, cluster_grid(clusters[-1], patch_embed.grid_size), prediction.caption)
             draw_clusters([part], clusters_title(saved), args, f"{stem}-clusters")
             merged = [*merged, part][:MAX_GRID]
         if "class" in kinds:
@@ -259,7 +261,7 @@ def draw_attention_of_images(saved, kinds, blocks, args):
         write(plot_attention_distance(sum(distances) / len(distances), title), args, "distance")
 
 
-def draw_classes(saved, prediction, images, logits, args, clusters=None):
+def draw_classes(saved, prediction, images, logits, args, clusters=()):
     """The figure of one image with the maps of each --class, by default of the predicted one, one row per class."""
     numbers = args.class_numbers or [logits.argmax().item()]
     maps = class_maps(saved.model, images, torch.tensor(numbers, device=images.device), clusters)
@@ -329,9 +331,8 @@ def draw_clusters(parts, title, args, name):
 
 
 def clusters_title(saved):
-    method, keep, layer = saved.model.reduction
     rows, columns = saved.model.patch_embed.grid_size
-    return f"{saved.title}: {rows * columns} patches merged into {keep} after block {layer} ({method})"
+    return f"{saved.title}: {rows * columns} patches merged into {saved.model.reduction}"
 
 
 def first_images(parts, args):

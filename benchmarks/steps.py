@@ -18,7 +18,7 @@ from command_line import train_parser
 from inference import make_model
 from models import CONFORMERS, MODEL_TYPES, REDUCTION_METHODS, canonical_model_type
 from models.bit_resnet import BiTResNet
-from models.token_reduction import cluster_tokens
+from models.token_reduction import EveryBlock, cluster_tokens, match_tokens
 from utils.data.stream import MicroBatch
 from utils.errors import UserError
 from utils.flag_types import argument, one_of, positive
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_CLASSES = 10
 LEARNING_RATE = 1e-3
+EVERY_BLOCK = "tome in every block"
 FORWARD, TRAINING = "forward", "training step"
 FIRST_TRIED, LAST_TRIED = 64, 2**14  # batch sizes
 PRODUCTS_PER_CALL = 20
@@ -302,16 +303,19 @@ def matrix_product(model_type, precision, batch_size, img_size, device):
     return multiply, PRODUCTS_PER_CALL * 2 * rows * inputs * outputs, [rows, inputs, outputs]
 
 
-def reduction_grid(model_type, keep_tokens, reduction_layer):
+def reduction_grid(model_type, keep_tokens, reduction_layer, tome_r):
     """{(method, patches kept): (model type, keywords of `build_model`)} to compare the reductions of a ViT.
 
-    The ViT without reduction is ("none", "all"); the last one is the ViT's Conformer, if there is one.
+    The ViT without reduction is ("none", "all"); ToMe as published has each of `tome_r` in place of the patches kept.
+    The last one is the ViT's Conformer, if there is one.
     """
     layer = {"reduction_layer": reduction_layer}
     grid = {("none", "all"): (model_type, {})}
     for keep in keep_tokens:
         for method in REDUCTION_METHODS:
             grid[method, keep] = (model_type, {"token_reduction": method, "keep_tokens": keep, **layer})
+    for r in tome_r:
+        grid[EVERY_BLOCK, f"r={r}"] = (model_type, {"token_reduction": "tome", "tome_r": r})
     conformer = model_type.replace("ViT", "Conformer")
     if conformer in CONFORMERS:
         grid[conformer, CONFORMERS[conformer].keep_tokens] = (conformer, layer)
@@ -323,4 +327,8 @@ def choice_of_tokens(model, batch_size):
     weight, attention = model.blocks[0].attn.qkv.weight, model.blocks[0].attn
     size = (batch_size, attention.num_heads, model.pos_embed.shape[1], weight.shape[1] // attention.num_heads)
     keys = torch.randn(size, device=weight.device).to(weight.dtype)
-    return lambda: cluster_tokens(keys, model.reduction)
+    if not isinstance(model.reduction, EveryBlock):
+        return lambda: cluster_tokens(keys, model.reduction)
+    merged = model.reduction.merged
+    left = [keys[:, :, sum(merged[:block]) :].contiguous() for block in range(len(merged))]
+    return lambda: [match_tokens(tokens, count) for tokens, count in zip(left, merged, strict=True)]

@@ -1,8 +1,9 @@
 """The training step with and without token reduction, and how well the kept tokens cover all of them.
 
-A ViT without reduction, with each method at each number of tokens, and the ViT's Conformer are timed interleaved in
-one process. The second table is f(S) relative to an upper bound: for the tokens of facility location, for those that
-ToMe merges the others into, and for random ones. scripts/token_study.py compares the accuracy of such models.
+A ViT without reduction, with each method at each number of tokens, with ToMe in every block, and the ViT's Conformer
+are timed interleaved in one process. The second table is f(S) relative to an upper bound: for the tokens of facility
+location, for those that ToMe merges the others into, and for random ones. scripts/token_study.py compares the accuracy
+of such models.
 
     python benchmarks/token_reduction_speed.py --model_type ViT-B_16 --batch_size 8 --reduction_layer 4
     python benchmarks/token_reduction_speed.py --batch_size 128 --compile       # on a GPU
@@ -15,7 +16,6 @@ from steps import NUM_CLASSES, add_step_flags, choice_of_tokens, machine, random
 from inference import SavedModel, make_model
 from models.configs import VITS
 from models.token_reduction import (
-    REDUCTION_METHODS,
     Reduction,
     cluster_tokens,
     coverage,
@@ -36,7 +36,7 @@ RANDOM_DRAWS = 20
 def main():
     args = parse_flags()
     device = choose_device()
-    grid = reduction_grid(args.model_type, args.keep_tokens, args.reduction_layer)
+    grid = reduction_grid(args.model_type, args.keep_tokens, args.reduction_layer, args.tome_r)
     with torch.device("meta"):  # reports wrong flags before the work
         for model_type, keywords in grid.values():
             make_model(model_type, args.img_size, NUM_CLASSES, **keywords)
@@ -54,7 +54,7 @@ def parse_flags():
     group.add_argument(
         "--model_type", type=one_of("ViT", VITS), default="ViT-B_16", metavar="NAME", help=", ".join(VITS)
     )
-    add_token_reduction_grid_flags(group, reduction_layer=4)
+    add_token_reduction_grid_flags(group, reduction_layer=4, tome_r=[11, 16])  # about as fast as 50 and 25 % kept
     add_step_flags(group, batch_size=8, rounds=5)
     tokens = parser.add_argument_group("coverage")
     tokens.add_argument(
@@ -116,7 +116,7 @@ def coverage_table(args, device):
 def coverage_cells(s, keys, k):
     """Mean and lowest f(S) / upper bound of k tokens by each choice, of similarities (B, N, N) and keys."""
     bound = upper_bound(s, k)
-    clusters = {method: cluster_tokens(keys, Reduction(method, k, 0)) for method in REDUCTION_METHODS}
+    clusters = {method: cluster_tokens(keys, Reduction(method, k, 0)) for method in ("facility", "tome")}
     chosen = [found.kept[:, 1:] - 1 for found in clusters.values()]
     chosen.append(medoids(s, clusters["tome"].assignment[:, 1:] - 1))
     ratios = [coverage(s, kept) / bound for kept in chosen]

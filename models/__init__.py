@@ -49,15 +49,17 @@ def build_model(
     token_reduction=None,
     keep_tokens=None,
     reduction_layer=None,
+    tome_r=None,
     **overrides,
 ):
     """A model with newly initialised weights: (B, 3, H, W) images -> (B, num_classes) logits.
 
     `img_size` is the side in pixels or (height, width); ResNets accept any size. `norm_type` is the norm of a ViT's
-    tokens. With a `token_reduction`, "facility" or "tome", a ViT keeps `keep_tokens` of its patches after
-    `reduction_layer` blocks: an int is a number of patches, a float a share of them like 0.25. A Conformer uses
-    "facility" by default, and the other two values from its config; "none" keeps all patches. `overrides` replace
-    fields of the model's config (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
+    tokens. With a `token_reduction`, "facility", "tome" or "random", a ViT keeps `keep_tokens` of its patches after
+    `reduction_layer` blocks: an int is a number of patches, a float a share of them like 0.25. "tome" can have `tome_r`
+    in place of both, the number of tokens to merge in every block. A Conformer uses "facility" by default, and the
+    other two values from its config; "none" keeps all patches. `overrides` replace fields of the model's config
+    (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
     Raises ValueError for an unknown model type, field, norm type or token reduction, for a field's value of another
     type, and for an image size that is not a multiple of the patch size.
     """
@@ -67,7 +69,7 @@ def build_model(
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
     set_fields(config, overrides)
     reduction = {"token_reduction": token_reduction, "keep_tokens": keep_tokens, "reduction_layer": reduction_layer}
-    reduction = {name: value for name, value in reduction.items() if value is not None}
+    reduction = {name: value for name, value in {**reduction, "tome_r": tome_r}.items() if value is not None}
     if model_type not in RESNETS:
         network = VisionTransformer if model_type in VITS else Conformer
         return network(config, img_size, num_classes, norm_type, **reduction)

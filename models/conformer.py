@@ -43,15 +43,18 @@ class Conformer(VisionTransformer):
         token_reduction="facility",
         keep_tokens=None,
         reduction_layer=None,
+        tome_r=None,
     ):
         """`keep_tokens`, a square number, and `reduction_layer`, a number of blocks, are the config's if None.
 
         A share of the patches is rounded to the nearest square. `token_reduction="none"` keeps all patches.
         """
         super().__init__(config, img_size, num_classes, norm_type)
+        if tome_r is not None:
+            raise ValueError(f"tome_r {tome_r} is for ViTs; a Conformer keeps a square number of patches, keep_tokens")
         layer = config.reduction_layer if reduction_layer is None else reduction_layer
         num_patches = math.prod(self.patch_embed.grid_size)
-        self.reduction, self.grid_size = None, self.patch_embed.grid_size
+        self.grid_size = self.patch_embed.grid_size
         if token_reduction == "none":
             check_layer(layer, config.num_layers)
             make_reduction(
@@ -59,7 +62,7 @@ class Conformer(VisionTransformer):
             )  # raises ValueError for keep_tokens
         else:
             side = grid_side(config.keep_tokens if keep_tokens is None else keep_tokens, num_patches)
-            self.reduction = make_reduction(token_reduction, side**2, layer, num_patches, config.num_layers)
+            self.set_reduction(make_reduction(token_reduction, side**2, layer, num_patches, config.num_layers))
         if self.reduction:
             self.grid_size = (side, side)
         self.blocks = self.blocks[:layer]
@@ -72,7 +75,7 @@ class Conformer(VisionTransformer):
         self.cnn_norm = GroupNorm(channels, config.group_norm_eps, config.num_groups)
         self.head = Head(channels, num_classes)
 
-    def classify(self, x, clusters=None):
+    def classify(self, x, clusters=()):
         x = self.to_grid(x[:, 1:], clusters)  # (B, hidden, g, g)
         return self.head(F.relu(self.cnn_norm(self.cnn(x)), inplace=True))
 
@@ -83,8 +86,8 @@ class Conformer(VisionTransformer):
 
     def to_grid(self, x, clusters):
         """The kept patches (B, g * g, hidden), in their order in the image -> (B, hidden, g, g)."""
-        if clusters is not None:
-            columns = (clusters.kept[:, 1:] - 1) % self.patch_embed.grid_size[1]
+        if clusters:
+            columns = (clusters[-1].kept[:, 1:] - 1) % self.patch_embed.grid_size[1]
             within_row = columns.unflatten(1, self.grid_size).argsort(dim=2, stable=True)  # (B, g, g)
             row_starts = torch.arange(0, x.shape[1], self.grid_size[1], device=x.device)
             order = (within_row + row_starts[:, None]).flatten(1)

@@ -49,10 +49,20 @@ def dropout_mask(keys, count, rate):
     Row b is factor * e + offset modulo 2**32 with scrambled element indices e: two-universal hashing
     (Dietzfelbinger et al., 1997), with two integer operations per element on every device.
     """
-    elements = scramble(torch.arange(count, dtype=torch.int32, device=keys.device))
-    factor, offset = keys[:, :1] | 1, keys[:, 1:]
     threshold = int(rate * 2**32) - 2**31
-    return torch.addcmul(offset, factor, elements) < threshold
+    return random_numbers(keys, count) < threshold
+
+
+def random_order(keys, count):
+    """A random permutation of `count` indices for each row of keys: int64 (B, count)."""
+    # Scrambled once more: the sums below are in almost the same order for keys that are almost proportional.
+    return scramble(random_numbers(keys, count)).argsort(dim=1)
+
+
+def random_numbers(keys, count):
+    """int32 (B, count): see `dropout_mask`. No row has a number twice."""
+    elements = scramble(torch.arange(count, dtype=torch.int32, device=keys.device))
+    return torch.addcmul(keys[:, 1:], keys[:, :1] | 1, elements)
 
 
 def scramble(x):

@@ -5,10 +5,14 @@ Facility location  f(S) = sum_i max_{j in S} s(i, j) over the patches i measures
 ToMe               bipartite soft matching (Bolya et al., 2023): every second token is matched with the most similar of
                    the other tokens, and the best matches are merged. This is repeated with the means of the merged
                    tokens' keys until k tokens remain. Each round merges at most a quarter of the tokens: more would
-                   merge nearly every second token, independent of the image. (The original ToMe merges a few tokens
-                   in each block.)
+                   merge nearly every second token, independent of the image.
+random             k patches at random, the baseline: in training others for each image in each step, in evaluation the
+                   same positions in all images. The other patches are merged as by facility location, so that only
+                   the choice differs.
 
-Both compare the keys of the attention in the block before the reduction, averaged over the heads as in ToMe:
+ToMe also merges as published, r tokens in every block between its attention and its MLP (`EveryBlock`).
+
+All compare the keys of the attention in the block before the reduction, averaged over the heads as in ToMe:
 s(i, j) = (1 + cos(key_i, key_j)) / 2, which is not negative. Of exactly equal choices the one of lowest index is taken.
 No gradient flows through the choice. The class token is always kept, and no token is merged into it.
 
@@ -23,11 +27,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from models.dropout import Dropout, random_order
+
 
 class Clusters(NamedTuple):
     """Which tokens were merged, including the class token (token 0, cluster 0)."""
 
-    kept: torch.Tensor  # (B, K) the token that represents each cluster, ascending
+    kept: torch.Tensor  # (B, K) the token that represents each cluster, ascending except in EveryBlock
     assignment: torch.Tensor  # (B, N) the cluster of each token, 0 to K - 1
 
 
@@ -38,25 +44,69 @@ class Reduction(NamedTuple):
     keep: int
     layer: int
 
+    def __str__(self):
+        return f"{self.keep} after block {self.layer} ({self.method})"
+
+
+class EveryBlock(NamedTuple):
+    """Each block merges tokens by one matching of ToMe; after all blocks `keep` patches are kept."""
+
+    r: int
+    merged: tuple  # the number of tokens that each block merges: r, or as many as its matching can
+    keep: int
+
+    def __str__(self):
+        return f"{self.keep}, {self.r} in every block (tome)"
+
 
 def make_reduction(token_reduction, keep_tokens, reduction_layer, num_patches, last_layer):
     """The Reduction for the keywords of `build_model`; None if all patches are kept. Raises ValueError.
 
     `reduction_layer` is 1 to `last_layer`.
     """
-    if token_reduction not in TOKEN_REDUCTIONS:
-        raise ValueError(f"unknown token reduction {token_reduction!r}; there is {', '.join(TOKEN_REDUCTIONS)}")
+    check_name(token_reduction)
     given = {"keep_tokens": keep_tokens, "reduction_layer": reduction_layer}
     for name, value in given.items():
         if token_reduction == "none" and value is not None:
             raise ValueError(f"{name} {value} needs a token_reduction: {' or '.join(REDUCTION_METHODS)}")
         if token_reduction != "none" and value is None:
-            raise ValueError(f"token_reduction {token_reduction} needs {name}")
+            instead = ", or tome_r instead of keep_tokens and reduction_layer" if token_reduction == "tome" else ""
+            raise ValueError(f"token_reduction {token_reduction} needs {name}{instead}")
     if token_reduction == "none":
         return None
     check_layer(reduction_layer, last_layer)
     keep = patches_to_keep(keep_tokens, num_patches)
     return Reduction(token_reduction, keep, reduction_layer) if keep < num_patches else None
+
+
+def merge_in_every_block(tome_r, others, num_patches, num_layers):
+    """The EveryBlock for the keyword `tome_r` of `build_model`; None if no tokens are merged. Raises ValueError.
+
+    `others` are the further keywords of the reduction, {name: value}.
+    """
+    method = others["token_reduction"]
+    check_name(method)
+    if method != "tome":
+        raise ValueError(f"tome_r {tome_r} needs token_reduction tome, not {method}")
+    for name in ("keep_tokens", "reduction_layer"):
+        if others[name] is not None:
+            raise ValueError(
+                f"tome_r {tome_r} and {name} {others[name]} exclude each other: ToMe merges tome_r tokens in every "
+                "block, or after reduction_layer blocks all but keep_tokens"
+            )
+    if tome_r < 0:
+        raise ValueError(f"tome_r {tome_r} is not a number of tokens, 0 or above")
+    merged, patches = [], num_patches
+    for _ in range(num_layers):
+        merged.append(min(tome_r, patches // 2))  # of 1 + patches tokens, the half without the class token at most
+        patches -= merged[-1]
+    return EveryBlock(tome_r, tuple(merged), patches) if patches < num_patches else None
+
+
+def check_name(token_reduction):
+    """Raises ValueError for an unknown token reduction."""
+    if token_reduction not in TOKEN_REDUCTIONS:
+        raise ValueError(f"unknown token reduction {token_reduction!r}; there is {', '.join(TOKEN_REDUCTIONS)}")
 
 
 def check_layer(reduction_layer, last_layer):
@@ -78,20 +128,41 @@ def patches_to_keep(keep_tokens, num_patches):
 
 
 @torch.no_grad()
-def cluster_tokens(keys, reduction):
-    """The attention's keys (B, heads, 1 + patches, head_dim), class token first -> 1 + `keep` Clusters."""
+def cluster_tokens(keys, reduction, seeds=None):
+    """The attention's keys (B, heads, 1 + patches, head_dim), class token first -> 1 + `keep` Clusters.
+
+    `seeds` are those of a RandomChoice, if the model has one.
+    """
+    choose = REDUCTION_METHODS[reduction.method]
+    drawn = {} if seeds is None else {"seeds": seeds}
     with without_autocast(keys.device):
-        kept, assignment = REDUCTION_METHODS[reduction.method](
-            keys[:, :, 1:].mean(dim=1, dtype=torch.float32), reduction.keep
-        )
+        kept, assignment = choose(keys[:, :, 1:].mean(dim=1, dtype=torch.float32), reduction.keep, **drawn)
     return Clusters(F.pad(kept + 1, (1, 0)), F.pad(assignment + 1, (1, 0)))
+
+
+@torch.no_grad()
+def match_tokens(keys, count):
+    """The attention's keys (B, heads, N, head_dim), class token first -> N - count Clusters by one matching of ToMe.
+
+    As published, the tokens of even index, then those of odd index remain.
+    """
+    with without_autocast(keys.device):
+        return merge_matches(keys.mean(dim=1, dtype=torch.float32), count, as_published=True)
+
+
+def compose(first, second):
+    """The Clusters of two merges, the second one of the tokens that the first one left; `first` may be None."""
+    if first is None:
+        return second
+    return Clusters(first.kept.gather(1, second.kept), second.assignment.gather(1, first.assignment))
 
 
 def merge_tokens(x, clusters, sizes=None):
     """Tokens (B, N, C) -> (the clusters' means (B, K, C), their sizes (B, K)).
 
     `sizes` (B, N) is the number of patches that each token represents already, by default 1; it is the token's weight
-    in the mean. The means are a matrix product: differentiable and deterministic.
+    in the mean. The means are a matrix product: differentiable and deterministic. Sizes are integers, which mixed
+    precision does not round.
     """
     indices = torch.arange(clusters.kept.shape[1], device=x.device)
     weights = (clusters.assignment[:, None] == indices[:, None]).float()  # (B, K, N)
@@ -100,7 +171,7 @@ def merge_tokens(x, clusters, sizes=None):
     totals = weights.sum(dim=-1)
     with without_autocast(x.device):
         # Divided before the product, because a sum of many tokens may overflow in float16.
-        return (weights / totals[..., None]).to(x.dtype) @ x, totals
+        return (weights / totals[..., None]).to(x.dtype) @ x, totals.long()
 
 
 def unmerge_tokens(x, clusters):
@@ -110,8 +181,11 @@ def unmerge_tokens(x, clusters):
 
 
 def size_bias(sizes, dtype):
-    """ToMe's proportional attention: a bias (B, 1, 1, K) of the scores that weights a token of size n as n tokens."""
-    return sizes.log().to(dtype)[:, None, None]
+    """ToMe's proportional attention: a bias (B, 1, 1, K) of the scores that weights a token of size n as n tokens.
+
+    None without sizes.
+    """
+    return None if sizes is None else sizes.log().to(dtype)[:, None, None]
 
 
 def similarity(keys):
@@ -170,31 +244,56 @@ def facility_clusters(keys, k):
     # order, so the index decides; in float32, rounding would decide, and it differs with the size of the batch.
     exact = (s.cpu() if s.device.type == "mps" else s).double()  # Apple's GPUs have no float64
     kept = facility_location(exact, k).to(s.device).sort(dim=1).values
+    return kept, assign(s, kept)
+
+
+def random_clusters(keys, k, seeds=None):
+    """As `facility_clusters`, of random patches: by `seeds`, int32 (B, 2), or without them the same for all images."""
+    batch, n, _ = keys.shape
+    seeds = torch.zeros(1, 2, dtype=torch.int32, device=keys.device) if seeds is None else seeds
+    kept = random_order(seeds, n)[:, :k].sort(dim=1).values.expand(batch, -1)
+    return kept, assign(similarity(keys), kept)
+
+
+def assign(s, kept):
+    """The most similar of the patches `kept` (B, k) to each patch, as its index in `kept`: (B, N)."""
     assignment = gather_rows(s, kept).argmax(dim=1)
     # Each kept token is in its own cluster, also if two kept tokens are equal, so no cluster is empty.
-    return kept, assignment.scatter(1, kept, torch.arange(k, device=s.device).expand_as(kept))
+    return assignment.scatter(1, kept, torch.arange(kept.shape[1], device=s.device).expand_as(kept))
 
 
 def tome_clusters(keys, k):
     """As `facility_clusters`, by bipartite soft matching; a cluster's token is the one others merge into."""
     batch, n, _ = keys.shape
-    assignment = kept = torch.arange(n, device=keys.device).expand(batch, -1)
-    sizes = None
+    indices = torch.arange(n, device=keys.device).expand(batch, -1)
+    clusters, sizes = Clusters(indices, indices), None
     while n > k:
         count = min(n - k, max(1, n // 4))  # merged in this round
-        unit = F.normalize(keys, dim=-1)
-        score, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)  # (B, even tokens)
-        # A stable sort, because topk leaves open which of several equal matches it takes.
-        best_matches = score.argsort(dim=1, descending=True, stable=True)[:, :count]
-        indices = torch.arange(n, device=keys.device).expand(batch, -1)
-        target = indices.scatter(1, 2 * best_matches, 2 * partner.gather(1, best_matches) + 1)  # (B, n)
-        is_merged = (target != indices).int()
-        remaining = is_merged.argsort(dim=1, stable=True)[:, : n - count]  # (B, n - count), ascending
-        new_assignment = ((1 - is_merged).cumsum(dim=1) - 1).gather(1, target)
-        keys, sizes = merge_tokens(keys, Clusters(remaining, new_assignment), sizes)
-        assignment, kept = new_assignment.gather(1, assignment), kept.gather(1, remaining)
+        merged = merge_matches(keys, count)
+        keys, sizes = merge_tokens(keys, merged, sizes)
+        clusters = compose(clusters, merged)
         n -= count
-    return kept, assignment
+    return clusters
+
+
+def merge_matches(keys, count, as_published=False):
+    """Keys (B, N, C) -> N - count Clusters: of the tokens of even index `count` merge into the most similar odd one.
+
+    `as_published` token 0 is not merged, and all tokens of even index come before those of odd index.
+    """
+    n = keys.shape[1]
+    unit = F.normalize(keys, dim=-1)
+    score, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)  # (B, even tokens)
+    if as_published:
+        score[:, 0] = -torch.inf
+    # A stable sort, because topk leaves open which of several equal matches it takes.
+    best_matches = score.argsort(dim=1, descending=True, stable=True)[:, :count]
+    indices = torch.arange(n, device=keys.device).expand(len(keys), -1)
+    target = indices.scatter(1, 2 * best_matches, 2 * partner.gather(1, best_matches) + 1)  # (B, N)
+    rank = 2 * (target != indices).long()  # what is merged comes last
+    order = (rank + indices % 2 if as_published else rank).argsort(dim=1, stable=True)
+    number = order.scatter(1, order, indices)  # the place of each token in this order
+    return Clusters(order[:, : n - count], number.gather(1, target))
 
 
 def gather_rows(s, indices):
@@ -209,5 +308,20 @@ def without_autocast(device):
     return contextlib.nullcontext()
 
 
-REDUCTION_METHODS = {"facility": facility_clusters, "tome": tome_clusters}
+class RandomChoice(Dropout):
+    """Draws the random bits of `random_clusters`, with the keys of Dropout: in training only."""
+
+    def __init__(self):
+        super().__init__(rate=1.0)
+
+    def forward(self, x):
+        """`seeds` of `cluster_tokens` for a batch x (B, ...); None in evaluation."""
+        if not self.training or self.rate == 0.0:
+            return None
+        if self.keys is not None:
+            return self.keys
+        return torch.randint(-(2**31), 2**31, (len(x), 2), device=x.device).int()
+
+
+REDUCTION_METHODS = {"facility": facility_clusters, "tome": tome_clusters, "random": random_clusters}
 TOKEN_REDUCTIONS = ("none", *REDUCTION_METHODS)

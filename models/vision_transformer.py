@@ -8,13 +8,22 @@ from torch import nn
 
 from models import npz
 from models.attention import attend, attention_weights
-from models.convolution import lecun_normal_
 from models.dropout import Dropout, StochasticDepth
 from models.formats import arrays_of
-from models.hybrid_stem import ResNetStem
 from models.linear import GELUS, Linear, linear
 from models.norms import final_norm, residual, token_norm
-from models.token_reduction import cluster_tokens, make_reduction, merge_tokens, size_bias
+from models.patch_embed import PatchEmbed
+from models.token_reduction import (
+    EveryBlock,
+    RandomChoice,
+    cluster_tokens,
+    compose,
+    make_reduction,
+    match_tokens,
+    merge_in_every_block,
+    merge_tokens,
+    size_bias,
+)
 
 
 class VisionTransformer(nn.Module):
@@ -31,24 +40,37 @@ class VisionTransformer(nn.Module):
         token_reduction="none",
         keep_tokens=None,
         reduction_layer=None,
+        tome_r=None,
     ):
-        """`token_reduction` merges the patches after `reduction_layer` blocks; see models/token_reduction.py."""
+        """`token_reduction` merges the patches after `reduction_layer` blocks, or ToMe merges `tome_r` in each block.
+
+        See models/token_reduction.py.
+        """
         super().__init__()
         self.config = config
         self.num_classes = num_classes
         self.patch_embed = PatchEmbed(config, img_size)
         num_patches = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1]
-        last_layer = config.num_layers - 1  # a reduction after the last block would save nothing
-        self.reduction = make_reduction(token_reduction, keep_tokens, reduction_layer, num_patches, last_layer)
+        asked = {"token_reduction": token_reduction, "keep_tokens": keep_tokens, "reduction_layer": reduction_layer}
+        if tome_r is not None:
+            self.set_reduction(merge_in_every_block(tome_r, asked, num_patches, config.num_layers))
+        else:  # a reduction after the last block would save nothing
+            self.set_reduction(make_reduction(**asked, num_patches=num_patches, last_layer=config.num_layers - 1))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size).normal_(std=0.02))
         self.pos_drop = Dropout(config.dropout_rate)
-        self.blocks = nn.ModuleList(Block(config, norm_type, index) for index in range(config.num_layers))
+        block = MergingBlock if isinstance(self.reduction, EveryBlock) else Block
+        self.blocks = nn.ModuleList(block(config, norm_type, index) for index in range(config.num_layers))
         self.norm = final_norm(norm_type, config.hidden_size, config.layer_norm_eps)
         self.pre_logits = None  # Linear and tanh, only with a pretrained head that was trained with it
         self.head = nn.Linear(config.hidden_size, num_classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def set_reduction(self, reduction):
+        """Merge tokens by a Reduction, EveryBlock or None of models/token_reduction.py."""
+        self.reduction = reduction
+        self.random_choice = RandomChoice() if getattr(reduction, "method", None) == "random" else None
 
     def forward(self, images):
         return self.classify(*self.encode(self.embed(images)))
@@ -62,33 +84,52 @@ class VisionTransformer(nn.Module):
         return logits, attention
 
     def forward_with_clusters(self, images):
-        """Logits, attention weights, and the Clusters of the token reduction (models/token_reduction.py) or None."""
+        """Logits, attention weights, and a list with the Clusters (models/token_reduction.py) after each merge.
+
+        The Clusters are of the model's own tokens, also after several merges.
+        """
         attention = []
         x, clusters = self.encode(self.embed(images), attention)
         return self.classify(x, clusters), attention, clusters
 
     def encode(self, x, attention=None):
-        """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters or None).
+        """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters after each merge).
 
         Each block's attention weights are appended to the list `attention`, if given. Otherwise, in training, the last
         block computes the class token only, if nothing reads the other tokens; the gradients are the same.
         """
-        clusters = bias = None
         skips_patches = self.training and torch.is_grad_enabled() and self.reads_class_token and self.has_token_norms()
+        if isinstance(self.reduction, EveryBlock):
+            return self.encode_merging(x, attention, skips_patches)
+        sizes, merges = None, []
         for layer, block in enumerate(self.blocks, start=1):
             reduces = self.reduction is not None and layer == self.reduction.layer
             if attention is not None:
-                x, keys, weights = block.forward_with_attention(x, bias)
+                x, keys, weights = block.forward_with_attention(x, sizes)
                 attention.append(weights)
             elif reduces:
-                x, keys = block(x, bias, with_keys=True)
+                x, keys = block(x, sizes, with_keys=True)
             else:
-                x = block(x, bias, class_token_only=skips_patches and layer == len(self.blocks))
+                x = block(x, sizes, class_token_only=skips_patches and layer == len(self.blocks))
             if reduces:
-                clusters = cluster_tokens(keys, self.reduction)
-                x, sizes = merge_tokens(x, clusters)  # (B, 1 + keep, hidden)
-                bias = size_bias(sizes, keys.dtype)
-        return x, clusters
+                seeds = self.random_choice(x) if self.random_choice is not None else None
+                merges.append(cluster_tokens(keys, self.reduction, seeds))
+                x, sizes = merge_tokens(x, merges[-1])  # (B, 1 + keep, hidden)
+        return x, merges
+
+    def encode_merging(self, x, attention, skips_patches):
+        """`encode` through blocks that merge tokens; the Clusters are composed only if there is a list `attention`."""
+        sizes, merges, clusters = None, [], None
+        for block, count in zip(self.blocks, self.reduction.merged, strict=True):
+            if attention is None:
+                x, sizes, _ = block(x, sizes, count, skips_patches and block is self.blocks[-1])
+                continue
+            x, sizes, merged, weights = block.forward_with_attention(x, sizes, count)
+            attention.append(weights)
+            if count:
+                clusters = compose(clusters, merged)
+                merges.append(clusters)
+        return x, merges
 
     def has_token_norms(self):
         """Whether the norms after the last attention normalise each token alone."""
@@ -101,15 +142,15 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.pos_drop(x + self.pos_embed)
 
-    def classify(self, x, clusters=None):
-        """Encoded tokens (B, N, hidden) -> logits (B, num_classes); a Conformer needs the `clusters`."""
+    def classify(self, x, clusters=()):
+        """Encoded tokens (B, N, hidden) -> logits (B, num_classes); a Conformer needs the `clusters` of `encode`."""
         x = self.norm(x[:, 0]) if self.norm.per_token else self.norm(x)[:, 0]  # (B, hidden)
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
         return self.head(x)
 
     def compile(self, **options):
-        """As torch.nn.Module.compile, but part by part: one compiled block serves all, because the blocks are equal."""
+        """As torch.nn.Module.compile, but part by part: a compiled block serves all that compute the same."""
         for part in (self.patch_embed, *self.blocks):
             part.compile(**options)
 
@@ -139,39 +180,6 @@ class VisionTransformer(nn.Module):
         return npz.export(self, npz.vit_rows(self))
 
 
-class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> embedded patches (B, N, hidden), row by row."""
-
-    def __init__(self, config, img_size):
-        super().__init__()
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.stem = None if config.resnet_layers is None else ResNetStem(config)
-        self.patch_size = config.patch_size
-        stride = self.patch_size * (self.stem.stride if self.stem else 1)
-        if any(size < stride or size % stride for size in self.img_size):
-            raise ValueError(f"image size {img_size} is not a multiple of the model's patch size {stride}")
-        self.grid_size = tuple(size // stride for size in self.img_size)
-        in_channels = self.stem.out_channels if self.stem else 3
-        self.proj = nn.Conv2d(in_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
-        lecun_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
-
-    def forward(self, images):
-        if images.shape[-2:] != self.img_size:
-            raise ValueError(f"images are {tuple(images.shape[-2:])}, the model was built for {self.img_size}")
-        x = self.stem(images) if self.stem else images
-        return linear(split_into_patches(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
-
-
-def split_into_patches(x, size):
-    """(B, C, H, W) -> (B, N, C * size * size), row by row, each patch ordered as a convolution's kernel.
-
-    Patches do not overlap, so one matrix product embeds them; cuDNN's convolution takes eight times as long.
-    """
-    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
 class Block(nn.Module):
     """Pre-norm encoder block: attention, then MLP, each added to the residual stream (B, N, hidden)."""
 
@@ -189,24 +197,54 @@ class Block(nn.Module):
         self.drop_path2 = StochasticDepth(drop_path_rate)
         self.add2 = residual(norm_type, 2 * index + 2)
 
-    def forward(self, x, bias=None, with_keys=False, class_token_only=False):
-        """The output, and if `with_keys` the attention's keys (B, heads, N, head_dim); `bias` as in `attend`.
+    def forward(self, x, sizes=None, with_keys=False, class_token_only=False):
+        """The output, (B, 1, hidden) with `class_token_only`, and if `with_keys` the keys (B, heads, N, head_dim).
 
-        With `class_token_only` the output is (B, 1, hidden).
+        `sizes` (B, N) is the number of patches that each token represents; None: all are single.
         """
-        out, keys = self.attn.forward_with_keys(self.norm1(x), bias, class_token_only)
-        x = self.add_branches(x[:, :1] if class_token_only else x, out)
+        out, keys = self.attn.forward_with_keys(self.norm1(x), sizes, class_token_only)
+        x = self.add_mlp(self.add_attention(x[:, :1] if class_token_only else x, out))
         return (x, keys) if with_keys else x
 
-    def forward_with_attention(self, x, bias=None):
+    def forward_with_attention(self, x, sizes=None):
         """The output, the keys and the attention weights (B, heads, N, N)."""
-        out, keys, weights = self.attn.forward_with_weights(self.norm1(x), bias)
-        return self.add_branches(x, out), keys, weights
+        out, keys, weights = self.attn.forward_with_weights(self.norm1(x), sizes)
+        return self.add_mlp(self.add_attention(x, out)), keys, weights
 
-    def add_branches(self, x, out):
-        """Add the attention's output and the MLP to the residual stream x."""
-        x = self.add1(x, self.drop_path1(out))
+    def add_attention(self, x, out):
+        """Add the attention's output to the residual stream x."""
+        return self.add1(x, self.drop_path1(out))
+
+    def add_mlp(self, x):
+        """Add the MLP to the residual stream x."""
         return self.add2(x, self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class MergingBlock(Block):
+    """A block that merges `count` tokens between attention and MLP, as published for ToMe."""
+
+    def forward(self, x, sizes, count, class_token_only=False):
+        """(tokens (B, N - count, hidden), their sizes, Clusters); sizes and Clusters may be None if count is 0.
+
+        With `class_token_only` nothing is merged, because a merge does not change the class token.
+        """
+        if class_token_only:
+            return super().forward(x, sizes, class_token_only=True), sizes, None
+        out, keys = self.attn.forward_with_keys(self.norm1(x), sizes)
+        return self.merge_and_add(x, out, keys, sizes, count)
+
+    def forward_with_attention(self, x, sizes, count):
+        """As `forward`, and the attention weights (B, heads, N, N)."""
+        out, keys, weights = self.attn.forward_with_weights(self.norm1(x), sizes)
+        return *self.merge_and_add(x, out, keys, sizes, count), weights
+
+    def merge_and_add(self, x, out, keys, sizes, count):
+        """Add the attention's output to the residual stream x, merge tokens, and add the MLP."""
+        x, clusters = self.add_attention(x, out), None
+        if count:
+            clusters = match_tokens(keys, count)
+            x, sizes = merge_tokens(x, clusters, sizes)
+        return self.add_mlp(x), sizes, clusters
 
 
 class Attention(nn.Module):
@@ -225,18 +263,18 @@ class Attention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x, bias=None):
-        return self.forward_with_keys(x, bias)[0]
+    def forward(self, x, sizes=None):
+        return self.forward_with_keys(x, sizes)[0]
 
-    def forward_with_keys(self, x, bias=None, class_token_only=False):
+    def forward_with_keys(self, x, sizes=None, class_token_only=False):
         """The output, (B, 1, hidden) with `class_token_only`, and the keys (B, heads, N, head_dim)."""
         q, k, v = self.project_class_query(x) if class_token_only else self.project(x)
-        return self.merge_heads(attend(q, k, v, bias)), k
+        return self.merge_heads(attend(q, k, v, size_bias(sizes, q.dtype))), k
 
-    def forward_with_weights(self, x, bias=None):
+    def forward_with_weights(self, x, sizes=None):
         """The output, the keys and the attention weights (B, heads, N, N), which the fused kernel never computes."""
         q, k, v = self.project(x)
-        weights = attention_weights(q, k, bias)
+        weights = attention_weights(q, k, size_bias(sizes, q.dtype))
         return self.merge_heads(weights @ v), k, weights
 
     def project(self, x):

@@ -290,7 +290,7 @@ def test_patches_have_the_grad_cam_of_their_cluster():
     image = torch.from_numpy(make_images(16))[:1]
     clusters = model.forward_with_clusters(image)[2]
     maps = class_maps(model, image, torch.tensor([0, 3]), clusters)["Grad-CAM"].flatten(1)
-    numbers = clusters.assignment[0, 1:]
+    numbers = clusters[0].assignment[0, 1:]
     for cluster in range(1, 5):
         members = maps[:, numbers == cluster]
         assert (members == members[:, :1]).all()
@@ -300,7 +300,8 @@ def test_tokens_share_the_attention_of_their_cluster():
     """Two blocks: among 4 tokens, and among 3 clusters, of which the second has the tokens 1 and 3."""
     full = torch.rand(1, 2, 4, 4).softmax(dim=-1)
     merged = torch.rand(1, 2, 3, 3).softmax(dim=-1)
-    first, second = expand_attention([full, merged], torch.tensor([[0, 1, 2, 1]]))
+    clusters = Clusters(torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 2, 1]]))
+    first, second = expand_attention([full, merged], [clusters])
     assert first is full
     clusters, members = [0, 1, 2, 1], [1, 2, 1, 2]
     expected = merged[:, :, clusters][..., clusters] / torch.tensor(members)

@@ -268,11 +268,11 @@ def test_kernels_refuses_compiled_operators_of_a_cpu(main_fails):
 def test_token_reduction_speed_has_all_methods_and_facility_location_covers_best(run_main, main_fails):
     """Each row is there, and facility location covers the tokens best."""
     flags = ["--model_type", "ViT-Mini_4", "--img_size", 16, "--batch_size", 2, "--rounds", 1]
-    printed = run_main(token_reduction_speed, *flags, "--reduction_layer", 2, "--keep_tokens", 0.5, 4)
-    name = r"(none|facility|tome|Conformer-Mini_4)"
-    rows = re.findall(rf"^\| {name} \| (\S+) \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
+    printed = run_main(token_reduction_speed, *flags, "--reduction_layer", 2, "--keep_tokens", 0.5, 4, "--tome_r", 2)
+    name = r"(none|facility|tome|random|tome in every block|Conformer-Mini_4)"
+    rows = re.findall(rf"^\| {name} \| ([^|]+) \| [\d.]+ \| [\d.]+ \|", printed, re.MULTILINE)
     reduced = [(name, keep) for keep in ("0.5", "4") for name in REDUCTION_METHODS]
-    assert rows == [("none", "all"), *reduced, ("Conformer-Mini_4", "0.25")]
+    assert rows == [("none", "all"), *reduced, ("tome in every block", "r=2"), ("Conformer-Mini_4", "0.25")]
     ratios = re.findall(r"\| (\d+) of 64 " + 4 * r"\| ([\d.]+) \(.*?\) ", printed)
     assert [row[0] for row in ratios] == ["32", "4"]
     for _, facility, *others in ratios:

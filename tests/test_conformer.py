@@ -37,7 +37,7 @@ def test_the_grid_keeps_the_spatial_order():
     model = build_model("Conformer-Mini_4", (24, 40), keep_tokens=9)  # patches: 6 x 10
     kept = torch.rand(5, 60, generator=torch.Generator().manual_seed(0)).topk(9).indices.sort(dim=1).values
     clusters = Clusters(torch.nn.functional.pad(kept + 1, (1, 0)), None)
-    grid = model.to_grid(kept[..., None].float(), clusters)[:, 0].long()  # each cell holds its patch's number
+    grid = model.to_grid(kept[..., None].float(), [clusters])[:, 0].long()  # each cell holds its patch's number
     assert grid.shape == (5, 3, 3)
     for found, patches in zip(grid.tolist(), kept.tolist(), strict=True):
         ranked = sorted(patches, key=lambda patch: (patch // 10, patch % 10))
@@ -83,7 +83,7 @@ def test_attention_is_that_of_the_vit_part():
     model = randomised(build_model("Conformer-Mini_4", 32))
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
-        logits, attention, clusters = model.forward_with_clusters(images)
+        logits, attention, [clusters] = model.forward_with_clusters(images)
         torch.testing.assert_close(logits, model(images), rtol=1e-5, atol=1e-5)
     assert [weights.shape for weights in attention] == [(2, 4, 65, 65)] * 2
     assert clusters.kept.shape == (2, 17)

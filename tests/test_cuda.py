@@ -198,6 +198,13 @@ def test_fewer_tokens_train_in_sixteen_bits(method, model_type, tiny_flags):
     assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
 
 
+@pytest.mark.parametrize("flag", ["--compile", "--grad_checkpointing"])
+def test_merging_in_every_block_trains_in_sixteen_bits(flag, tiny_flags):
+    flags = ["--model_type", "ViT-Mini_4", "--img_size", 16, "--token_reduction", "tome", "--tome_r", 3, "--bf16", flag]
+    metrics = train_on_the_gpu(tiny_flags, *flags)
+    assert metrics["train_loss"][1] < metrics["train_loss"][0] < 2.5
+
+
 def test_images_arrive_on_the_gpu_as_on_the_cpu(image_folder, device):
     """With the next batch copied on a stream of its own while the GPU is busy with the last one."""
     augmentation = Augmentation(0, (16, 16), 0.1, flip=True, random_erasing=0.5)

@@ -124,6 +124,8 @@ def test_the_default_on_mps_is_float32():
         ("ViT-Mini_4", {"norm_type": "GN"}),
         ("ViT-Mini_4", {"token_reduction": "facility", "keep_tokens": 4, "reduction_layer": 1}),
         ("ViT-Mini_4", {"token_reduction": "tome", "keep_tokens": 4, "reduction_layer": 1}),
+        ("ViT-Mini_4", {"token_reduction": "tome", "tome_r": 3}),
+        ("ViT-Mini_4", {"token_reduction": "random", "keep_tokens": 4, "reduction_layer": 1}),
         ("R26-ViT-Mini_4", {}),
         ("ResNet-Mini_Flops", {}),
         ("Conformer-Mini_4", {}),

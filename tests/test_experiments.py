@@ -83,13 +83,15 @@ def test_the_token_study_plans_one_run_per_model_and_seed(monkeypatch, tmp_path)
     monkeypatch.setattr(token_study, "finish_runs", planned.extend)
     monkeypatch.setattr(token_study, "time_steps", lambda runs: sys.exit(0))  # ends main() after the plan
     figure = tmp_path / "figure.png"
-    flags = [*TINY_EXPERIMENT, "--keep_tokens", 0.25, "--seeds", 0, 3, "--figure", figure]
+    flags = [*TINY_EXPERIMENT, "--keep_tokens", 0.25, "--tome_r", 3, "--seeds", 0, 3, "--figure", figure]
     with pytest.raises(SystemExit, match="0"):
         call_main(token_study, flags, monkeypatch)
-    names = ["ViT-Mini_4", "ViT-Mini_4-facility-0.25", "ViT-Mini_4-tome-0.25", "Conformer-Mini_4"]
+    reduced = [f"ViT-Mini_4-{parts}" for parts in ("facility-0.25", "tome-0.25", "random-0.25", "tome-r3")]
+    names = ["ViT-Mini_4", *reduced, "Conformer-Mini_4"]
     assert [run.flags.name for run in planned] == [f"{name}-seed{n}" for n in (0, 3) for name in names]
-    assert [run.flags.token_reduction for run in planned[:4]] == [None, "facility", "tome", None]
-    assert [run.flags.reduction_layer for run in planned[:4]] == [None, 2, 2, 2]
+    methods = [None, "facility", "tome", "random", "tome", None]
+    assert [run.flags.token_reduction for run in planned[:6]] == methods
+    assert [run.flags.reduction_layer for run in planned[:6]] == [None, 2, 2, 2, None, 2]
     for run in planned:
         assert str(ROOT / "train.py") in run.command
         assert (run.flags.optimizer, run.flags.bf16, run.flags.fp16_opt_level) == ("adamw", True, "O1")
@@ -112,12 +114,12 @@ def test_the_figure_of_the_token_study_has_one_line_per_method():
 
 @pytest.mark.slow
 def test_the_token_study_resumes(tmp_path):
-    command = ["scripts/token_study.py", *TINY_EXPERIMENT, "--keep_tokens", 0.25]
+    command = ["scripts/token_study.py", *TINY_EXPERIMENT, "--keep_tokens", 0.25, "--tome_r"]
     command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
     printed = succeed(*command)
-    assert printed.count("20 training and 360 test images") == 4
+    assert printed.count("20 training and 360 test images") == 5
     rows = re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", printed, re.MULTILINE)
-    assert [name for name, _ in rows] == ["none", "facility", "tome", "Conformer-Mini_4"]
+    assert [name for name, _ in rows] == ["none", "facility", "tome", "random", "Conformer-Mini_4"]
     (tmp_path / "figure.png").unlink()
     again = succeed(*command)  # no run is repeated
     assert "training and" not in again

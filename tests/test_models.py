@@ -51,6 +51,8 @@ def test_every_vit_maps_images_to_logits(model_type):
         ("ViT-Nano_4", {}),
         ("ViT-Nano_4", {"token_reduction": "facility", "keep_tokens": 4, "reduction_layer": 1}),
         ("ViT-Nano_4", {"token_reduction": "tome", "keep_tokens": 4, "reduction_layer": 1}),
+        ("ViT-Nano_4", {"token_reduction": "tome", "tome_r": 9}),
+        ("ViT-Nano_4", {"token_reduction": "random", "keep_tokens": 4, "reduction_layer": 1}),
         ("ViT-Nano_4", {"norm_type": "BN"}),
         ("R26-ViT-Mini_4", {}),
         ("Conformer-Mini_4", {}),

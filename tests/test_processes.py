@@ -179,6 +179,22 @@ def test_shards_of_a_hybrid_with_everything_have_the_metrics_of_one_process(imag
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow  # four processes
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "reduction",
+    [("tome", "--tome_r", 3), ("random", "--keep_tokens", 4, "--reduction_layer", 1)],
+    ids=["tome", "random"],
+)
+def test_two_processes_that_merge_tokens_have_the_metrics_of_one(reduction, parallel, tmp_path):
+    flags = [*SMALL, "--token_reduction", *reduction, "--img_size", 16, "--grad_checkpointing", "--num_steps", 5]
+    flags += ["--output_dir", tmp_path, "--dropout_rate", 0.1]
+    succeed("train.py", *flags, "--name", "one")
+    succeed("train.py", *flags, "--name", "two", "--parallel", parallel, processes=2)
+    assert len(step_metrics(tmp_path / "two", "loss")) == 5
+    assert_same_steps(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -86,6 +86,7 @@ VALUES = {
     "token_reduction": "tome",
     "keep_tokens": "1.0",
     "reduction_layer": "2",
+    "tome_r": "3",
 }
 
 

@@ -11,9 +11,19 @@ import torch._dynamo.testing
 
 import evaluate
 import train
-from helpers import call_main, read_config, script, succeed, write_images
+from helpers import (
+    assert_same_bits,
+    call_main,
+    read_config,
+    script,
+    stop_after,
+    succeed,
+    train_run,
+    write_images,
+)
 from inference import SavedModel
 from models import REDUCTION_METHODS, build_model
+from models.dropout import random_order
 from models.token_reduction import (
     Clusters,
     Reduction,
@@ -22,6 +32,7 @@ from models.token_reduction import (
     facility_clusters,
     facility_location,
     merge_tokens,
+    random_clusters,
     similarity,
     tome_clusters,
     unmerge_tokens,
@@ -29,6 +40,7 @@ from models.token_reduction import (
 )
 from synthetic import make_images, randomised
 from utils.attention import attention_of, class_token_mask, rollout
+from utils.data.stream import dropout_keys
 
 SMALL = {"hidden_size": 32, "mlp_dim": 64, "num_heads": 2, "num_layers": 4}
 
@@ -117,7 +129,7 @@ def test_no_token_is_picked_twice_where_none_gains():
     assert assignment[0, kept[0]].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("clusters_of", [facility_clusters, tome_clusters])
+@pytest.mark.parametrize("clusters_of", [facility_clusters, tome_clusters, random_clusters])
 @pytest.mark.parametrize("tokens, k", [(16, 16), (16, 9), (17, 4), (17, 1)])
 def test_clusters_partition_the_tokens_and_hold_their_representatives(clusters_of, tokens, k):
     """Each token belongs to one cluster, and its representative belongs to it; representatives ascend."""
@@ -126,12 +138,74 @@ def test_clusters_partition_the_tokens_and_hold_their_representatives(clusters_o
     assert kept.shape == (3, k) and assignment.shape == (3, tokens)
     assert (kept.diff(dim=1) > 0).all()
     assert torch.equal(assignment.gather(1, kept), torch.arange(k).expand(3, -1))
-    if clusters_of is facility_clusters:
+    if clusters_of is not tome_clusters:
         s = similarity(keys)
         own = s.gather(2, kept.gather(1, assignment)[..., None])[..., 0]
         nearest = s.gather(2, kept[:, None].expand(-1, tokens, -1)).amax(dim=-1)
         torch.testing.assert_close(own, nearest)
         torch.testing.assert_close(own.sum(dim=1), coverage(s, kept))
+
+
+def test_random_patches_are_a_uniform_choice():
+    """Each patch and each pair of patches is chosen as often as in uniform subsets, within five standard deviations."""
+    draws, n, k = 20000, 24, 6
+    order = random_order(dropout_keys(3, np.arange(draws), 1, torch.device("cpu"))[0], n)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(n).expand(draws, -1))
+    chosen = torch.zeros(draws, n, dtype=torch.float64).scatter(1, order[:, :k], 1.0)
+    for found, p in (
+        (chosen.mean(dim=0), k / n),
+        ((chosen.T @ chosen / draws)[torch.ones(n, n).triu(1) > 0], k * (k - 1) / (n * (n - 1))),
+    ):
+        assert (found - p).abs().max() < 5 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_a_random_choice_depends_on_the_key_of_the_image_and_in_evaluation_on_the_position_only():
+    """In training also without dropout; the batch and the number of processes or micro-batches do not matter."""
+    model = randomised(reduced("random")).train()
+    images = torch.from_numpy(make_images(32, batch=4))
+    positions = np.array([5, 40, 7, 1])
+
+    def clusters(*numbers):
+        keys = dropout_keys(0, positions[[*numbers]], 1, torch.device("cpu"))[0]
+        model.random_choice.seed_samples(keys)
+        return model.forward_with_clusters(images[[*numbers]])[2][0]
+
+    with torch.no_grad():
+        together, parts = clusters(0, 1, 2, 3), [clusters(1, 0), clusters(2, 3)]
+        for found, numbers in zip(parts, ([1, 0], [2, 3]), strict=True):
+            assert torch.equal(found.kept, together.kept[numbers])
+            assert torch.equal(found.assignment, together.assignment[numbers])
+        assert len({tuple(kept) for kept in together.kept.tolist()}) == 4
+        model.eval()
+        kept = model.forward_with_clusters(images)[2][0].kept
+        assert torch.equal(kept, kept[:1].expand(4, -1))
+        assert torch.equal(model.forward_with_clusters(images[2:3])[2][0].kept, kept[:1])
+
+
+def test_patches_that_a_random_choice_drops_are_merged_into_the_most_similar():
+    keys = torch.randn(2, 3, 21, 4, generator=torch.Generator().manual_seed(5))
+    clusters = cluster_tokens(keys, Reduction("random", 5, 1), dropout_keys(1, np.arange(2), 1, keys.device)[0])
+    patches = keys.mean(dim=1)
+    for image, patch in itertools.product(range(2), range(1, 21)):
+        kept = clusters.kept[image, 1:].tolist()
+        cosines = torch.cosine_similarity(patches[image, kept], patches[image, patch, None])
+        nearest = patch if patch in kept else kept[cosines.argmax()]
+        assert clusters.kept[image, clusters.assignment[image, patch]] == nearest
+
+
+def test_runs_with_random_patches_do_not_depend_on_micro_batches_and_resume(tiny_flags, monkeypatch):
+    """The losses are those of whole batches, and an interrupted run ends with the same bits; without dropout."""
+    flags = ("--token_reduction", "random", "--reduction_layer", 2, "--keep_tokens", 8, "--img_size", 16)
+    flags += ("--num_steps", 4, "--eval_every", 2, "--optimizer", "adamw", "--learning_rate", 1e-3)
+    weights, rows = train_run(tiny_flags(*flags), monkeypatch)
+    divided = train_run(tiny_flags(*flags, "--name", "b", "--gradient_accumulation_steps", 4), monkeypatch, "b")[1]
+    for name in ("train_loss", "test_loss"):
+        assert [row[name] for row in divided] == pytest.approx([row[name] for row in rows], rel=1e-4)
+    stop_after(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        train_run(tiny_flags(*flags, "--name", "c"), monkeypatch)
+    resumed, _ = train_run(tiny_flags(*flags, "--name", "c", "--resume"), monkeypatch, "c")
+    assert_same_bits(resumed, weights)
 
 
 def test_tome_merges_the_best_matches_first():
@@ -160,10 +234,15 @@ def test_tome_merges_a_quarter_at_once():
 @pytest.mark.parametrize("method", REDUCTION_METHODS)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_equal_patches_the_first_are_chosen(compiled, method, dtype):
-    """48 of 64 patches of a constant image. ToMe matches each even patch with patch 1 and merges the first 16."""
+    """48 of 64 patches of a constant image. ToMe matches each even patch with patch 1 and merges the first 16.
+
+    A random choice does not depend on the keys; the others are merged into the first one it kept.
+    """
     choose = torch.compile(cluster_tokens, fullgraph=True) if compiled else cluster_tokens
     kept, assignment = choose(torch.ones(3, 2, 65, 16, dtype=dtype), Reduction(method, 48, 1))
-    first = {"facility": [*range(48)], "tome": [*range(1, 32, 2), *range(32, 64)]}[method]
+    positions = random_order(torch.zeros(1, 2, dtype=torch.int32), 64)[0, :48]
+    first = {"facility": [*range(48)], "tome": [*range(1, 32, 2), *range(32, 64)], "random": sorted(positions.tolist())}
+    first = first[method]
     assert (kept[:, 1:] - 1).tolist() == [first] * 3
     clusters = [first.index(patch) if patch in first else 0 for patch in range(64)]
     assert (assignment[:, 1:] - 1).tolist() == [clusters] * 3
@@ -263,7 +342,7 @@ def test_merging_exact_duplicates_does_not_change_the_output(method, keep_tokens
     whole.to(dtype), model.to(dtype)
     with torch.no_grad():
         expected = whole(images.to(dtype))
-        found, attention, clusters = model.forward_with_clusters(images.to(dtype))
+        found, attention, [clusters] = model.forward_with_clusters(images.to(dtype))
         torch.testing.assert_close(found, expected, rtol=exact, atol=exact)
         torch.testing.assert_close(model(images.to(dtype)), expected, rtol=exact, atol=exact)
     assert all(image.bincount().max() == 2 for image in clusters.assignment[:, 1:])
@@ -324,7 +403,7 @@ def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
     model = randomised(reduced("facility", keep_tokens=9))
     images = torch.from_numpy(make_images(32))
     with torch.no_grad():
-        _, attention, clusters = model.forward_with_clusters(images)
+        _, attention, [clusters] = model.forward_with_clusters(images)
         _, expanded, _ = attention_of(model, images)
     assert [weights.shape for weights in expanded] == [(2, 2, 65, 65)] * 4
     torch.testing.assert_close(torch.stack(expanded).sum(dim=-1), torch.ones(4, 2, 2, 65))
@@ -338,11 +417,11 @@ def test_expanded_attention_gives_the_rollout_of_the_merged_tokens():
 @pytest.mark.parametrize(
     "keywords, message",
     [
-        ({"token_reduction": "topk"}, "unknown token reduction 'topk'; there is none, facility, tome"),
+        ({"token_reduction": "topk"}, "unknown token reduction 'topk'; there is none, facility, tome, random"),
         ({"token_reduction": "tome", "keep_tokens": 9}, "token_reduction tome needs reduction_layer"),
         ({"token_reduction": "tome", "reduction_layer": 1}, "token_reduction tome needs keep_tokens"),
-        ({"keep_tokens": 9}, "keep_tokens 9 needs a token_reduction: facility or tome"),
-        ({"reduction_layer": 2}, "reduction_layer 2 needs a token_reduction: facility or tome"),
+        ({"keep_tokens": 9}, "keep_tokens 9 needs a token_reduction: facility or tome or random"),
+        ({"reduction_layer": 2}, "reduction_layer 2 needs a token_reduction: facility or tome or random"),
     ],
 )
 def test_wrong_keywords_are_named_in_the_error(keywords, message):
@@ -380,7 +459,7 @@ GIVEN = ("--token_reduction", "facility", "--reduction_layer", 2)
             (*GIVEN[:2], "--reduction_layer", 6, "--keep_tokens", 2),
             "reduction_layer 6 is not one of the model's 1 to 5",
         ),
-        (("--keep_tokens", 0.25), "keep_tokens 0.25 needs a token_reduction: facility or tome"),
+        (("--keep_tokens", 0.25), "keep_tokens 0.25 needs a token_reduction: facility or tome or random"),
         (("--token_reduction", "facilty"), "unknown token reduction 'facilty'"),
     ],
 )
@@ -445,11 +524,12 @@ def test_figures_of_a_reduced_model(tmp_path):
 @pytest.mark.parametrize(
     "keywords, graphs",
     [
-        ({}, 2),  # the patch embedding, the blocks
-        ({"norm_type": "Rescale"}, 2),
-        ({"dropout_rate": 0.1, "drop_path_rate": 0.0}, 2),
-        # the blocks before the reduction, the block that returns its keys, the blocks after it
-        ({"token_reduction": "facility", "keep_tokens": 16, "reduction_layer": 4}, 4),
+        ({}, 3),  # the patch embedding, the blocks, the last block, which computes the class token only
+        ({"norm_type": "Rescale"}, 3),
+        ({"norm_type": "BN"}, 2),  # which needs all tokens of the last block
+        ({"dropout_rate": 0.1, "drop_path_rate": 0.0}, 3),
+        # the blocks before the reduction, the block that returns its keys, the blocks after it, the last block
+        ({"token_reduction": "facility", "keep_tokens": 16, "reduction_layer": 4}, 5),
     ],
 )
 def test_a_block_is_compiled_once_for_all(keywords, graphs):

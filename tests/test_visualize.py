@@ -71,9 +71,10 @@ def test_without_flags_all_figures_of_a_vit_are_drawn(draw, tmp_path):
     assert names == together | {f"cats-000-{kind}.png" for kind in kinds}
 
 
-def test_without_flags_all_figures_of_a_vit_with_a_token_reduction_are_drawn(draw):
+@pytest.mark.parametrize("reduction", [(*REDUCTION, 0.5), ("--token_reduction", "tome", "--tome_r", 2)])
+def test_without_flags_all_figures_of_a_vit_with_a_token_reduction_are_drawn(reduction, draw):
     together = {"grid.png", "clusters.png", "distance.png", "positions.png", "filters.png"}
-    names = draw("ViT-Mini_4", *REDUCTION, 0.5)
+    names = draw("ViT-Mini_4", *reduction)
     assert names == together | of_each_image("rollout", "class", "blocks", "heads", "matrix", "clusters")
 
 
@@ -160,6 +161,10 @@ TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
         ((*VIT, "--image", "000.png", "--blocks", 6), "--blocks 6: the model has the blocks 0 to 5"),
         ((*VIT, "--image", "000.png", "--clusters"), "ViT-Mini_4.npz merges no tokens; give --token_reduction"),
         ((*VIT, "--image", "000.png", "--clusters", *REDUCTION, 16), "--keep_tokens 16 keeps all patches"),
+        (
+            (*VIT, "--image", "000.png", "--clusters", "--token_reduction", "tome", "--tome_r", 0),
+            "--tome_r 0 merges no tokens; give a larger number",
+        ),
         ((*VIT, "--image", "nothing.png"), "nothing.png does not exist"),
         ((*VIT, "--image", "000.png", "--output_dir", "000.png"), "000.png can't be created: "),
         ((*CNN, "--image", "000.png", "--rollout"), "is a CNN without attention; omit --rollout"),

@@ -12,28 +12,33 @@ def attention_of(model, images):
     """(logits, attention, clusters) of a ViT for images (B, 3, H, W).
 
     `attention` is a list with one tensor (B, heads, N, N) per block, first block first. After a token reduction the
-    weights among clusters are expanded to all tokens. `clusters` are the Clusters of the token reduction, or None.
+    weights among clusters are expanded to all tokens. `clusters` is a list with the Clusters after each merge of
+    tokens, empty without a token reduction.
     """
     logits, attention, clusters = model.forward_with_clusters(images)
-    if clusters is not None:
-        attention = expand_attention(attention, clusters.assignment)
-    return logits, attention, clusters
+    return logits, expand_attention(attention, clusters), clusters
 
 
-def expand_attention(attention, assignment):
+def expand_attention(attention, clusters):
     """Expand a list of attention weights among N tokens or K clusters of them to weights (B, heads, N, N).
 
-    `assignment` (B, N) is the number of each token's cluster. A token has the attention of its cluster, and receives
-    an equal share of what its cluster receives. So rows still sum to 1, and the rollout of the class token is the same
-    as among clusters.
+    `clusters` is that of `attention_of`; K shows which of them a block has. A token has the attention of its cluster,
+    and receives an equal share of what its cluster receives. So rows still sum to 1, and the rollout of the class token
+    is the same as among clusters.
     """
+    factors = {each.kept.shape[1]: expansion(each.assignment) for each in clusters}
+    expanded = []
+    for weights in attention:
+        members, shares = factors.get(weights.shape[-1], (None, None))
+        expanded.append(weights if members is None else members @ weights.float() @ shares)
+    return expanded
+
+
+def expansion(assignment):
+    """Factors (B, 1, N, K) and (B, 1, K, N) that expand weights among clusters; `assignment` (B, N) as in Clusters."""
     members = F.one_hot(assignment).float()  # (B, N, K)
     shares = members / members.sum(dim=1, keepdim=True)
-    expanded = members[:, None], shares[:, None].transpose(-2, -1)
-    return [
-        weights if weights.shape[-1] == assignment.shape[1] else expanded[0] @ weights.float() @ expanded[1]
-        for weights in attention
-    ]
+    return members[:, None], shares[:, None].transpose(-2, -1)
 
 
 def rollout(attention):
@@ -82,7 +87,7 @@ def attention_distance(attention, grid_size, img_size):
 
 
 def cluster_grid(clusters, grid_size):
-    """The first image's Clusters on the grid of patches, without the class token.
+    """The first image's Clusters after one merge on the grid of patches, without the class token.
 
     Returns each patch's cluster number (rows, columns) and the [(row, column), ...] of the patches that were kept.
     """
@@ -110,7 +115,7 @@ def principal_filters(kernels, count=28):
     return 0.5 + 0.5 * images / images.abs().amax(dim=(1, 2, 3), keepdim=True)
 
 
-def class_maps(model, image, classes, clusters=None):
+def class_maps(model, image, classes, clusters=()):
     """Maps of the patches that speak for each of `classes` (C,): {name: (C, rows, columns)} relative to their mean.
 
     `image` is (1, 3, H, W). A CNN has only Grad-CAM. `clusters` are those that `attention_of` returns for the image.
@@ -137,7 +142,7 @@ def grad_cam(model, layer, images, classes):
     return maps / maps.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def token_grad_cam(model, images, classes, clusters=None):
+def token_grad_cam(model, images, classes, clusters=()):
     """Grad-CAM on the last block of a ViT for `classes` (B,), relative to its mean: (B, rows, columns).
 
     The feature map is the patches' input of the last attention, after its norm: the head reads the class token only,
@@ -154,8 +159,10 @@ def token_grad_cam(model, images, classes, clusters=None):
     with torch.enable_grad(), model.blocks[-1].norm1.register_forward_hook(replace_patches):
         images = images.detach().requires_grad_()  # so that there is a graph also if the weights are frozen
         maps = LayerGradCam(model, feature_map).attribute(images, classes, relu_attributions=True)[:, 0].detach()
-    if clusters is not None:
-        maps = maps.gather(1, clusters.assignment[:, 1:].expand(len(maps), -1) - 1)
+    for each in clusters:
+        if each.kept.shape[1] == 1 + maps.shape[1]:  # those of the last block's attention
+            maps = maps.gather(1, each.assignment[:, 1:].expand(len(maps), -1) - 1)
+            break
     maps = maps / maps.mean(dim=1, keepdim=True).clamp(min=1e-12)
     return maps.unflatten(1, model.patch_embed.grid_size)
 
@@ -176,8 +183,7 @@ def class_relevance(model, images, classes):
         (gradient * weights.detach()).clamp(min=0).mean(dim=1, keepdim=True).float()
         for gradient, weights in zip(gradients, attention, strict=True)
     ]
-    if clusters is not None:
-        products = expand_attention(products, clusters.assignment)
+    products = expand_attention(products, clusters)
     relevance = torch.eye(products[0].shape[-1], device=images.device)
     for product in products:
         relevance = relevance + product[:, 0] @ relevance

@@ -20,7 +20,8 @@ MEAN_STD_HELP = (
     "The mean and standard deviation that normalise the pixels. half: 0.5 and 0.5, as Google's checkpoints expect; "
     "imagenet: those of ImageNet's three channels; or six numbers with commas, the means and the standard deviations."
 )
-TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer")  # also keywords of `build_model`
+TOKEN_REDUCTION_FLAGS = ("token_reduction", "keep_tokens", "reduction_layer", "tome_r")  # keywords of `build_model`
+EXCLUDED_BY_TOME_R = {"keep_tokens", "reduction_layer"}
 
 
 def add_data_flags(group, default):
@@ -200,7 +201,8 @@ def add_token_reduction_flags(group, names, default):
         "--token_reduction",
         metavar="NAME",
         help=f"The token reduction of a ViT or Conformer: {', '.join(names)}. It merges all patches into those that "
-        f"facility location selects, or by ToMe's bipartite soft matching; default: {default}.",
+        "facility location selects, by ToMe's bipartite soft matching, or into random ones, the baseline; "
+        f"default: {default}.",
     )
     group.add_argument(
         "--keep_tokens",
@@ -211,10 +213,20 @@ def add_token_reduction_flags(group, names, default):
     group.add_argument(
         "--reduction_layer", type=positive, metavar="N", help="Number of blocks before the token reduction, at least 1."
     )
+    group.add_argument(
+        "--tome_r",
+        type=natural,
+        metavar="R",
+        help="With --token_reduction tome and without the two flags above: every block of a ViT merges R tokens, at "
+        "most half of them, between its attention and its MLP, as ToMe was published.",
+    )
 
 
-def add_token_reduction_grid_flags(group, reduction_layer):
-    """The flags of a comparison of several token reductions after one block, by default `reduction_layer`."""
+def add_token_reduction_grid_flags(group, reduction_layer, tome_r):
+    """The flags of a comparison of several token reductions: after one block, or of ToMe in every block.
+
+    `reduction_layer` and `tome_r` are defaults.
+    """
     group.add_argument(
         "--keep_tokens",
         type=count_or_share,
@@ -230,13 +242,26 @@ def add_token_reduction_grid_flags(group, reduction_layer):
         metavar="N",
         help="Number of blocks before the token reduction.",
     )
+    group.add_argument(
+        "--tome_r",
+        type=natural,
+        nargs="*",
+        default=tome_r,
+        metavar="R",
+        help="The numbers of tokens that ToMe merges in every block, in one model each.",
+    )
 
 
 def token_reduction_of(flags, given=None):
     """The keywords of `build_model` for a run with these flags, {name: value}; values in `given` replace them.
 
-    A given `token_reduction` of "none" removes the run's other two.
+    A given `token_reduction` of "none" removes the run's others; those that exclude each other replace each other.
     """
     given = {name: given[name] for name in TOKEN_REDUCTION_FLAGS if (given or {}).get(name) is not None}
     found = {name: flags[name] for name in TOKEN_REDUCTION_FLAGS if flags.get(name) is not None}
-    return given if given.get("token_reduction") == "none" else {**found, **given}
+    if given.get("token_reduction") == "none":
+        return given
+    replaced = EXCLUDED_BY_TOME_R if "tome_r" in given else set()
+    if EXCLUDED_BY_TOME_R.intersection(given):
+        replaced = {"tome_r"}
+    return {name: value for name, value in found.items() if name not in replaced} | given

@@ -107,11 +107,11 @@ def markdown_table(titles, rows):
 def token_reduction_cells(names, seconds, batch_size):
     """(titles, {name: cells}) of a table of training steps with token reduction, relative to those without.
 
-    The `names` are pairs of a method and the patches kept, ("none", "all") among them; `seconds` are those of (name,
-    "step") and, where tokens are chosen, of the choice alone (name, "choice").
+    The `names` are pairs of a method and the patches kept or its r, ("none", "all") among them; `seconds` are those of
+    (name, "step") and, where tokens are chosen, of the choice alone (name, "choice").
     """
-    titles = ["token reduction", "patches kept", "relative to none", "images/s", "slowest to fastest round"]
-    titles += ["selection alone (ms)", "share of the step"]
+    titles = ["token reduction", "patches kept or r", "relative to none", "images/s", "slowest to fastest round"]
+    titles += ["selection alone (ms)", "share of the time"]
     rows = {}
     for name in names:
         step, choice = seconds[name, "step"], seconds.get((name, "choice"))

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from utils.errors import UserError
+from utils.flag_groups import EXCLUDED_BY_TOME_R
 from utils.flag_types import Parser
 from utils.records.run_folder import EARLIER_FLAGS, WITHOUT_EFFECT, load_config
 
@@ -23,6 +24,8 @@ EXCLUDED_BY = {
     "fp16": {"bf16"},
     "bf16": {"fp16"},
     "test_at_end": {"val_split"},
+    "tome_r": EXCLUDED_BY_TOME_R,
+    **dict.fromkeys(EXCLUDED_BY_TOME_R, {"tome_r"}),
 }
 
 

@@ -51,7 +51,7 @@ class Found(NamedTuple):
     assumed: set
     """What the checkpoint does not say: some of gelu, num_heads, layer_norm_eps, mean_std."""
     keywords: dict
-    """Keywords of a ViT or Conformer: norm_type, token_reduction, keep_tokens, reduction_layer."""
+    """Keywords of a ViT or Conformer: norm_type, token_reduction, keep_tokens, reduction_layer, tome_r."""
 
 
 def identify(checkpoint, num_heads=None):

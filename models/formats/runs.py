@@ -4,7 +4,7 @@ from models.configs import config_of, fields_of_flags
 from models.npz import CheckpointError
 
 FORMAT = "vision-transformers"  # in the metadata, which utils/records/weights.py writes
-NORM, REDUCTION = "norm_type", ("token_reduction", "keep_tokens", "reduction_layer")
+NORM, REDUCTION = "norm_type", ("token_reduction", "keep_tokens", "reduction_layer", "tome_r")
 
 
 def is_run(checkpoint):

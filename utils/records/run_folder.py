@@ -48,6 +48,7 @@ EARLIER_FLAGS = {
     "test_at_end": False,
     "gelu": None,
     "model_fields": None,
+    "tome_r": None,
 }
 NETWORK_DISK_SECONDS = 60  # until every machine should see what another one has written
 
