@@ -36,6 +36,7 @@ from utils.study_records import (
     grid_of,
     group_name,
     grouped,
+    portable,
     portable_flags,
     read_records,
     write_record,
@@ -65,6 +66,8 @@ class Study(NamedTuple):
     reference: str  # the contender with which the others are compared
     recipe: dict = SCRATCH  # {flag of train.py: value} of all contenders
     labels: dict = {}  # what distinguishes this study's tables from others in the same folder, {"question": name}
+    grid_flags: dict = {"val_split": GRID_VALIDATION}  # flags of train.py for the short runs alone
+    seed_flags: tuple = ()  # further flags of train.py whose value is the seed of a run
     final_flags: dict = {}  # flags of train.py for the final runs alone, which their table is labelled with
 
 
@@ -76,17 +79,18 @@ class Planned(NamedTuple):
     run: Run
 
 
-def add_study_flags(parser, name, learning_rates=LEARNING_RATES):
-    """The flags of a study with results in results/<name>/."""
+def add_study_flags(parser, name, learning_rates=LEARNING_RATES, has_budget=False):
+    """The flags of a study with results in results/<name>/; one that `has_budget` sets epochs and batch size itself."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="cifar10", metavar="NAME", help="The data set, as for train.py.")
     group.add_argument("--data_dir", default="data", metavar="DIR", help="Its folder, as for train.py.")
     group.add_argument("--data_note", metavar="TEXT", help="What the data is, for the results; default: its name.")
     group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="Side of the images in pixels.")
     group = parser.add_argument_group("budget")
-    group.add_argument("--epochs", type=positive_float, default=10, metavar="N", help="Passes of a final run.")
-    group.add_argument("--grid_epochs", type=positive_float, default=3, metavar="N", help="Passes of a short run.")
-    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="Images per step.")
+    if not has_budget:
+        group.add_argument("--epochs", type=positive_float, default=10, metavar="N", help="Passes of a final run.")
+        group.add_argument("--grid_epochs", type=positive_float, default=3, metavar="N", help="Passes of a short run.")
+        group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="Images per step.")
     group.add_argument(
         "--learning_rates",
         type=positive_float,
@@ -98,7 +102,8 @@ def add_study_flags(parser, name, learning_rates=LEARNING_RATES):
     group.add_argument(
         "--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="N", help="One final run per contender and seed."
     )
-    group.add_argument("--contenders", nargs="+", metavar="NAME", help="Run these contenders only; default: all.")
+    if not has_budget:
+        group.add_argument("--contenders", nargs="+", metavar="NAME", help="Run these contenders only; default: all.")
     group.add_argument(
         "--jobs",
         type=positive,
@@ -164,8 +169,7 @@ def text_of(number):
 
 def plan_grid(study, args, name, rate):
     """The Planned short run of a contender."""
-    division = {"val_split": GRID_VALIDATION}
-    return plan(study, args, GRID, name, grid_labels(study, args), rate, 0, args.grid_epochs, division)
+    return plan(study, args, GRID, name, grid_labels(study, args), rate, 0, args.grid_epochs, study.grid_flags)
 
 
 def plan_final(study, args, name, rate, number):
@@ -178,13 +182,16 @@ def plan(study, args, kind, name, labels, rate, number, epochs, division, furthe
     """A Planned run; its number of steps is that of `epochs` over all training images."""
     own = study.contenders[name]
     flags = {key: getattr(args, key) for key in ("dataset", "data_dir", "img_size", "train_batch_size")}
-    flags |= {**study.recipe, **own, **division, "learning_rate": rate, "seed": number}
+    flags |= {**study.recipe, **own, **division, "learning_rate": rate}
+    flags |= dict.fromkeys(("seed", *study.seed_flags), number)
     options = DataOptions.from_flags(Namespace(**flags))
     steps = max(1, math.ceil(epochs * training_images(flags["dataset"], options).count / flags["train_batch_size"]))
     derived = {"num_steps": steps, "warmup_steps": max(1, round(WARMUP * steps))}
     derived["eval_every"] = max(1, math.ceil(steps / INTERVALS)) if kind == FINAL else steps
     derived["save_every"] = max(1, math.ceil(steps / SAVES))
-    own = own | {key: derived[key] for key in DERIVED if "train_batch_size" in own}
+    own = {key: portable(value, ROOT) for key, value in own.items()} | {
+        key: derived[key] for key in DERIVED if "train_batch_size" in own
+    }
     entry = {"study": study.name, "kind": kind, "contender": name, "contender_flags": own}
     entry |= {"reference": study.reference, "group": labels, "seed": number}
     entry |= {"data": args.data_note or data_name(args), "flags": {"learning_rate": rate}}

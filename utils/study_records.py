@@ -20,6 +20,7 @@ NOT_RECORDED = WITHOUT_EFFECT | {"name", "data_dir"}  # where a run was, not wha
 KEYS = ("study", "kind", "contender", "contender_flags", "reference", "group", "seed", "data", "flags", "model")
 GRID, FINAL = "grid", "final"  # kinds: short runs that choose the learning rate, and runs that are reported
 SPLIT = {GRID: "val", FINAL: "test"}  # on which a kind is judged
+SEEDS = {"seed", "split_seed"}  # flags in which the runs of a contender differ
 DIGITS = 6  # significant digits of metrics
 
 
@@ -136,11 +137,11 @@ def check_comparable(records):
     grid also in the learning rate.
     """
     for (kind, _), group in grouped(records).items():
-        varied = {"seed", "learning_rate"}.union(*(record["contender_flags"] for record in group.values()))
+        varied = {*SEEDS, "learning_rate"}.union(*(record["contender_flags"] for record in group.values()))
         check_same(group, lambda record, varied=varied: settings(record, varied))
         for contender in dict.fromkeys(record["contender"] for record in group.values()):
             own = {path: record for path, record in group.items() if record["contender"] == contender}
-            varied = {"seed", "learning_rate"} if kind == GRID else {"seed"}
+            varied = {*SEEDS, "learning_rate"} if kind == GRID else SEEDS
             check_same(own, lambda record, varied=varied: settings(record, varied))
 
 

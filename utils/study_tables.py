@@ -78,8 +78,9 @@ def hardware_text(record):
 
 
 def common_hardware(contenders):
-    """The hardware, as text, on which each of the contenders {name: [records]} has run; None if there is none."""
-    used = [dict.fromkeys(map(hardware_text, records)) for records in contenders.values()]
+    """The hardware, as text, on which each of the contenders {name: [records]} was timed; None if there is none."""
+    timed = [records for records in contenders.values() if not math.isnan(speed_of(records))] or contenders.values()
+    used = [dict.fromkeys(map(hardware_text, records)) for records in timed]
     return next((text for text in used[0] if all(text in each for each in used)), None)
 
 
@@ -113,7 +114,7 @@ def final_table(records, order=()):
             [
                 name,
                 f"{first['model']['parameters'] / 1e6:.3f} M",
-                f"{first['flags']['learning_rate']:g}",
+                f"{first['flags']['learning_rate']:g}" if first["num_steps"] else "-",
                 accuracy_text(of_name),
                 compared,
                 f"{epochs_of(first):.3g}",
