@@ -9,7 +9,7 @@ from inference import SavedModel, readable_names
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.checkpoint_files import folder_of
 from utils.checks import check_figure_path, check_output_path
-from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
+from utils.data.datasets import DATASETS, DataOptions, count_classes, find_splits, load_dataset
 from utils.data.images import images_of
 from utils.data.splits import DIVISION, NAMES, SPLITS, shares_that_apply
 from utils.errors import UserError, run_script
@@ -220,20 +220,22 @@ def calibration_bins(calibration):
 def load_split(saved, args, processes):
     """(name of the data set, of the split, its images), normalised as in the model's run.
 
-    The data set of the run is divided as it was there, another folder only into splits that it lacks. Raises UserError
-    for other classes.
+    The data set of the run is divided as it was there, another folder only into splits that it lacks, and has the
+    --classes of the run unless others are given. Raises UserError for other classes than the model's.
     """
     dataset, data_dir = args.dataset, args.data_dir
     if dataset is None and saved.flags:
         dataset, data_dir = saved.flags["dataset"], data_dir or saved.flags["data_dir"]
     dataset, data_dir = dataset or "cifar10", data_dir or "data"
-    count = DATASETS[dataset].count_classes(data_dir)
-    if count != len(saved.classes) and not args.features:
-        raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
     divided = {
         name: saved.flags[name] for name in DIVISION if dataset == saved.flags.get("dataset") and name in saved.flags
     }
+    if args.classes:
+        divided["classes"] = args.classes
     options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken, **divided)
+    count = count_classes(dataset, options)
+    if count != len(saved.classes) and not args.features:
+        raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
     if data_dir != saved.flags.get("data_dir"):
         options = shares_that_apply(DATASETS[dataset].splits(data_dir), options)
     found = find_splits(dataset, options)

@@ -68,6 +68,13 @@ def finish_runs(runs):
     raise_failures(run_unfinished(runs), len(runs))
 
 
+def own_and_further():
+    """(arguments of this script, those after `--`, which are for train.py)"""
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end + 1 :]
+
+
 def flags_in(arguments):
     """The flags among arguments of the shell, with their dashes."""
     return {text.partition("=")[0] for text in arguments if text.startswith("--")}

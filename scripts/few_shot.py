@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from experiment import seeds_text
-from matplotlib.figure import Figure
 
 from inference import SavedModel
 from models import canonical_model_type
@@ -23,7 +22,8 @@ from utils.data.splits import NAMES, draw_per_class
 from utils.errors import UserError, run_script
 from utils.features import extract_features
 from utils.few_shot import CLASSIFIERS, check_shots
-from utils.figures import OKABE_ITO, save, style_axes, wrap_text
+from utils.few_shot_figure import plot_over_images
+from utils.figures import save
 from utils.flag_groups import add_checkpoint_flags, add_data_flags, add_division_flags, add_precision_flags
 from utils.flag_types import Parser, positive, seed
 from utils.parallel.processes import device_name, join_processes
@@ -115,28 +115,9 @@ def report(accuracies, title, split, count, args):
     conditions = f"{count} {NAMES[split]} images, {seeds_text(args.seeds)}; {device_name()}, torch {torch.__version__}"
     text = f"{title}: {conditions}\n\n{markdown_table(titles, rows)}\n"
     (args.output_dir / "table.md").write_text(text)
-    figure = draw(accuracies, f"few-shot accuracy of {title}, {seeds_text(args.seeds)}", NAMES[split])
-    save(figure, args.output_dir / "accuracy.png")
+    heading = f"few-shot accuracy of {title}, {seeds_text(args.seeds)}"
+    save(plot_over_images(accuracies, heading, NAMES[split]), args.output_dir / "accuracy.png")
     print(f"{text}\nin {args.output_dir}: table.md, table.csv, accuracy.png")
-
-
-def draw(accuracies, title, split):
-    """Accuracy on a split over the shots: a line per classifier, the mean over the seeds, and a band, their range."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for colour, (name, of_shots) in zip(OKABE_ITO, accuracies.items(), strict=False):
-        values = 100 * np.array([list(of_seeds.values()) for of_seeds in of_shots.values()])  # (shots, seeds)
-        axes.plot(list(of_shots), values.mean(axis=1), marker="o", markersize=4, color=colour, label=name)
-        axes.fill_between(list(of_shots), values.min(axis=1), values.max(axis=1), color=colour, alpha=0.2, lw=0)
-    shots = sorted(set().union(*accuracies.values()))
-    axes.set_xscale("log")
-    axes.set_xticks(shots, map(str, shots))
-    axes.minorticks_off()
-    axes.set(xlabel="training images per class", ylabel=f"{split} accuracy (%)")
-    axes.legend(frameon=False)
-    style_axes(axes)
-    figure.suptitle(wrap_text(title, 90), fontsize="medium")
-    return figure
 
 
 if __name__ == "__main__":

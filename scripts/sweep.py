@@ -11,13 +11,12 @@ not repeated.
 import csv
 import shlex
 import statistics
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from experiment import OWN_FLAGS, TRAIN, flags_in, print_unfinished, refuse_flags, seeds_text
+from experiment import OWN_FLAGS, TRAIN, flags_in, own_and_further, print_unfinished, refuse_flags, seeds_text
 
 from utils.checks import make_output_folder
 from utils.curves import plot_grid
@@ -99,9 +98,7 @@ def parse_flags():
     group.add_argument(
         "--dry_run", action="store_true", help="Print the commands of the unfinished runs and start nothing."
     )
-    own, further = sys.argv[1:], []
-    if "--" in own:
-        own, further = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, further = own_and_further()
     args, unknown = parser.parse_known_args(own)
     if unknown:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}; the flags of train.py follow after --")

@@ -24,7 +24,7 @@ CODE_FOLDERS = ("models", "utils", "scripts", "benchmarks", "tests")
 FOREIGN_FLAGS = {"--max-restarts", "--nproc_per_node", "--batch", "--signal", "--logdir", "--help", "--help_all"}
 TRAINING = {"train.py": None, "train_resnet.py": "ResNet50x3_Params", "train_flops.py": "ResNet50x3_Flops"}
 FORWARDING = {"scripts/norm_study.py"}  # passes flags that it does not define to train.py
-SEPARATING = {"scripts/sweep.py"}  # passes the flags after -- to train.py
+SEPARATING = {"scripts/sweep.py", "scripts/fine_tuning_table.py"}  # pass the flags after -- to train.py
 # Phrases that plain technical English has a better word for; the second of each pair is what to write.
 REPLACED_EVERYWHERE = {  # also in code, its comments and names
     r"leaves? (\S+ )+away": "omit",

@@ -32,6 +32,7 @@ from utils.few_shot import (
     solve_ridge,
     tuned_ridge,
 )
+from utils.few_shot_figure import plot_over_images
 from utils.parallel.processes import Processes, one_process
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -346,7 +347,7 @@ def test_wrong_flags_are_errors_before_any_feature(image_folder, tmp_path, main_
 
 def test_the_figure_has_a_line_and_a_band_per_classifier():
     accuracies = {"ridge regression": {1: {0: 0.2, 1: 0.4}, 5: {0: 0.5, 1: 0.6}}, "tuned": {5: {0: 0.7, 1: 0.7}}}
-    [axes] = few_shot.draw(accuracies, "title", "test").axes
+    [axes] = plot_over_images(accuracies, "title", "test").axes
     first, second = axes.get_lines()
     assert (first.get_xdata().tolist(), second.get_xdata().tolist()) == ([1, 5], [5])
     assert first.get_ydata().tolist() == pytest.approx([30, 55])

@@ -30,6 +30,7 @@ VALUES = {
     "dataset": "digits",
     "data_dir": "-photos",
     "skip_broken": None,
+    "classes": "cat T-shirt/top",
     "val_split": "0.1",
     "test_split": "0.3",
     "split_seed": "3",
@@ -100,7 +101,7 @@ def arguments_of(name, value):
     flag = f"--{name}"
     if value is None:
         return [flag]
-    return [flag, *value.split()] if name in ("rand_augment", "decay_steps") else [f"{flag}={value}"]
+    return [flag, *value.split()] if name in ("classes", "rand_augment", "decay_steps") else [f"{flag}={value}"]
 
 
 def test_every_flag_is_taken_over_or_says_only_where_and_how():

@@ -32,7 +32,7 @@ from models import build_model
 from utils import train_state
 from utils.data.augmentation import normalise
 from utils.data.mixing import make_mixing, mix_pairs
-from utils.errors import UserError
+from utils.errors import DIVERGED, UserError
 from utils.evaluation import evaluate
 from utils.metrics import criterion_text
 from utils.records.tracker import Tracker
@@ -314,7 +314,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
     flags = tiny_flags("--learning_rate", 1e30, "--max_grad_norm", 0, "--eval_every", eval_every, "--warmup_steps", 2)
     with pytest.raises(SystemExit) as stopped:
         train_run(flags, monkeypatch)
-    assert stopped.value.code == 1
+    assert stopped.value.code == DIVERGED
     message = capsys.readouterr().err
     kept = tmp_path / "output" / "run" / "last.safetensors"
     assert re.search(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils.data.datasets import DATASETS, DataOptions, training_splits
+from utils.data.datasets import DATASETS, DataOptions, check_class_names, count_classes, training_splits
 from utils.data.folders import class_folders, image_folders
 from utils.data.policies import MAX_MAGNITUDE
 from utils.errors import UserError
@@ -159,14 +159,15 @@ def check_best_metric(args, num_classes, where):
 
 def check_files(args):
     """Whether the data and the weights exist, as far as possible without reading them."""
+    options = DataOptions.from_flags(args)
     if DATASETS[args.dataset].in_folders:
-        for folder in image_folders(args.data_dir).values():
-            class_folders(folder)
-    splits = training_splits(args.dataset, DataOptions.from_flags(args))
+        classes = {split: class_folders(folder) for split, folder in image_folders(args.data_dir).items()}
+        check_class_names(options.classes or (), classes["train"], args.data_dir)
+    splits = training_splits(args.dataset, options)
     if args.test_at_end and "val" in splits:
         raise UserError("--test_at_end is for runs without validation images; with them, the test is always at the end")
     if args.mode == "train":
-        check_best_metric(args, DATASETS[args.dataset].count_classes(args.data_dir), args.dataset)
+        check_best_metric(args, count_classes(args.dataset, options), args.dataset)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
         last = folder_of(args) / LAST

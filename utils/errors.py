@@ -13,6 +13,8 @@ LESS_MEMORY = (
     "a smaller --eval_batch_size"
 )
 
+DIVERGED = 3  # exit status of a run whose loss or weights are not finite
+
 
 class UserError(Exception):
     """Wrong flags, files or data. The message names the cause and how to fix it. Exit status 2."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
+from utils.data.datasets import DataOptions, count_classes, find_splits, load_dataset
 from utils.data.splits import NAMES
 from utils.errors import UserError
 from utils.metrics import BINS, calibration_sums, mean_metrics, percent
@@ -27,7 +27,8 @@ def run_evaluation(args, make_model):
     Writes no file. Nothing is compiled, which would take longer than it saves in one pass. Raises UserError.
     """
     with join_processes(args.local_rank) as processes:
-        model = make_model(DATASETS[args.dataset].count_classes(args.data_dir))
+        options = DataOptions.from_flags(args)
+        model = make_model(count_classes(args.dataset, options))
         path, classes = best_weights(args), None
         if path.exists():
             weights, step = load_weights(path)
@@ -37,7 +38,6 @@ def run_evaluation(args, make_model):
         else:
             load_pretrained_flag(model, args, processes, head="keep")
             origin = args.pretrained_dir
-        options = DataOptions.from_flags(args)
         split = find_splits(args.dataset, options)[-1]  # the test images, or the validation images without any
         eval_set = load_dataset(args.dataset, split, options, processes)
         if classes:

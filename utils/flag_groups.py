@@ -41,6 +41,12 @@ def add_data_flags(group, default):
         "test/, with one folder per class in each.",
     )
     group.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="Use the images of these classes alone, by their names and in the data set's order; default: all.",
+    )
+    group.add_argument(
         "--num_workers",
         type=natural,
         metavar="N",

@@ -53,12 +53,13 @@ class Run:
 def plan_run(script, flags, further=()):
     """The Run of a TrainingScript, which resumes where it was interrupted.
 
-    `flags` are {name: value}, where True is a flag without a value; `further` are flags as in the shell. Raises
-    UserError for a flag that the script does not have.
+    `flags` are {name: value}, where True is a flag without a value and a list several values; `further` are flags as in
+    the shell. Raises UserError for a flag that the script does not have.
     """
     arguments = []
     for flag, value in flags.items():
-        arguments += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        arguments += [f"--{flag}", *map(str, values)]
     arguments += [*further, "--resume"]
     parsed, _ = parse_with_recipe(script.parser, script.patch_of, arguments)
     return Run([sys.executable, str(script.path), *arguments], parsed)
@@ -89,19 +90,23 @@ def check_earlier_run(run):
         raise UserError(f"{run.folder} was made with --{flag} {found}, not {wanted}; give another --output_dir")
 
 
-def run_unfinished(runs):
-    """Finish all runs that are not finished yet; returns {name: reason} of those that failed.
+def run_unfinished(runs, jobs=1, ended=None):
+    """Finish all runs that are not finished yet, `jobs` at a time on each GPU or on the CPU.
 
-    Raises RunStoppedError when asked to stop.
+    Runs that share the CPU have an equal part of its threads each. `ended(run, exit status)` is called after each run.
+    Returns {name: reason} of those that failed. Raises RunStoppedError when asked to stop.
     """
     unfinished = [run for run in runs if not is_finished(run.folder, run.flags)]
-    devices = visible_devices()
-    order = f"spread over {len(devices)} GPUs" if len(devices) > 1 else "one after another"
+    devices = [device for device in visible_devices() for _ in range(jobs)]
+    threads = max(1, torch.get_num_threads() // jobs) if devices[0] is None and jobs > 1 else None
+    order = "one after another" if len(devices) == 1 else f"{len(devices)} at a time"
+    if len(set(devices)) > 1:
+        order = f"spread over {len(set(devices))} GPUs"
     remaining = f"; {len(unfinished)} to do, {order}" if unfinished else ""
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them already finished{remaining}", flush=True)
     if len(devices) > 1:
         download_shared_files(unfinished)
-    failed, signal_number = run_all(unfinished, devices)
+    failed, signal_number = run_all(unfinished, devices, threads, ended)
     if signal_number:
         raise RunStoppedError("stopped; the same command resumes", status=128 + signal_number)
     return failed
@@ -149,11 +154,12 @@ def visible_devices():
     return [name.strip() for name in names][:count] or [None]
 
 
-def run_all(runs, devices):
+def run_all(runs, devices, threads=None, ended=None):
     """Run all of `runs`, one at a time on each of `devices`; ({name: reason} of those that failed, stop signal or 0).
 
-    The output of a run goes to its LOG, and to the terminal as well if there is only one device. At Ctrl-C, SIGTERM or
-    when the terminal is closed, running jobs save and end, and no other is started.
+    A run has that many CPU `threads`, by default all. Its output goes to its LOG, and to the terminal as well if there
+    is only one device. `ended(run, exit status)` is called after each run. At Ctrl-C, SIGTERM or when the terminal is
+    closed, running jobs save and end, and no other is started.
     """
     waiting, free, running, failed = list(runs), list(devices), [], {}
     stop = StopSignal()
@@ -163,7 +169,7 @@ def run_all(runs, devices):
             while running or (waiting and not stop.number):
                 while waiting and free and not stop.number:
                     place = f"[{len(runs) - len(waiting) + 1}/{len(runs)}]"
-                    running.append(Job(waiting.pop(0), place, free.pop(0), echo=len(devices) == 1))
+                    running.append(Job(waiting.pop(0), place, free.pop(0), threads, echo=len(devices) == 1))
                 if stop.number and not forwarded:
                     for job in running:
                         job.send_stop(stop.number)
@@ -176,6 +182,8 @@ def run_all(runs, devices):
                         failure = job.report(asked_to_stop=bool(stop.number))
                         if failure:
                             failed[job.run.flags.name] = failure
+                        if ended:
+                            ended(job.run, job.process.returncode)
         finally:
             for job in running:  # only after an error or a second Ctrl-C
                 job.process.kill()
@@ -186,7 +194,7 @@ def run_all(runs, devices):
 class Job:
     """The process of a run."""
 
-    def __init__(self, run, place, device, echo):
+    def __init__(self, run, place, device, threads, echo):
         self.run, self.device, self.echo = run, device, echo
         self.title = f"{place} {run.flags.name}"
         self.began = time.perf_counter()
@@ -196,6 +204,8 @@ class Job:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else an error could be printed before earlier lines
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         with open(run.folder / LOG, "ab") as log:
             self.output = open(run.folder / LOG, encoding="utf-8", errors="replace")  # noqa: SIM115
             self.output.seek(0, os.SEEK_END)  # after the output of earlier attempts

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.data.augmentation import denormalise
 from utils.data.mixing import make_mixing, mix_pairs
 from utils.data.stream import dropout_keys
-from utils.errors import RunStoppedError
+from utils.errors import DIVERGED, RunStoppedError
 from utils.evaluation import evaluate
 from utils.freezing import freeze
 from utils.metrics import BEST_METRICS, Best
@@ -309,4 +309,4 @@ def not_finite(what, lr, run_dir):
     """The RunStoppedError of a run that diverges."""
     kept = f"last good checkpoint: {run_dir / LAST}" if (run_dir / LAST).exists() else "there is no checkpoint yet"
     advice = "try a lower --learning_rate or a longer --warmup_steps"
-    return RunStoppedError(f"{what} (learning rate {lr:.3g}); {kept}; {advice}", status=1)
+    return RunStoppedError(f"{what} (learning rate {lr:.3g}); {kept}; {advice}", DIVERGED)

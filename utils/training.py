@@ -10,7 +10,7 @@ import torch
 
 from utils.checks import check_best_metric, check_length
 from utils.data.augmentation import Augmentation
-from utils.data.datasets import DATASETS, DataOptions, load_splits
+from utils.data.datasets import DataOptions, count_classes, load_splits
 from utils.data.splits import DIVISION, NAMES
 from utils.data.stream import MicroBatch, stream_positions
 from utils.errors import UserError
@@ -57,10 +57,10 @@ def run_training(args, make_model):
             if processes.is_first:
                 report_finished(run_dir)
             return
-        torch.manual_seed(args.seed)
-        model = make_model(DATASETS[args.dataset].count_classes(args.data_dir))
-        saved = load_run(model, args, processes, run_dir)
         options = DataOptions.from_flags(args)
+        torch.manual_seed(args.seed)
+        model = make_model(count_classes(args.dataset, options))
+        saved = load_run(model, args, processes, run_dir)
         train(model, load_splits(args.dataset, options, processes), args, processes, run_dir, saved)
 
 

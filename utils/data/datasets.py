@@ -1,6 +1,7 @@
 """The data sets, one entry of DATASETS each, and `load_dataset`, which loads any of them by its name."""
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,6 +35,13 @@ class Split(NamedTuple):
         images = [self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows]
         return self._replace(images=images, labels=np.asarray(self.labels)[rows])
 
+    def of_classes(self, names):
+        """The images of these classes alone, which are numbered from 0 in the data set's order of the classes."""
+        kept = [number for number, name in enumerate(self.classes) if name in names]
+        found = self.subset(np.flatnonzero(np.isin(self.labels, kept)))
+        classes = [self.classes[number] for number in kept]
+        return found._replace(labels=np.searchsorted(kept, found.labels), classes=classes)
+
 
 class DataSource(NamedTuple):
     """A data set. The functions of `data_dir` raise UserError that names the folder or file at fault."""
@@ -53,6 +61,7 @@ class DataOptions(NamedTuple):
     num_workers: int | None = None
     mean_std: str = "half"
     skip_broken: bool = False
+    classes: tuple | None = None  # names; None: all
     examples_per_class: int | None = None
     val_split: float | None = None
     test_split: float | None = None
@@ -62,7 +71,32 @@ class DataOptions(NamedTuple):
     @classmethod
     def from_flags(cls, flags):
         """The options among parsed flags; a flag that is missing has its default here."""
-        return cls(**{name: getattr(flags, name) for name in cls._fields if hasattr(flags, name)})
+        options = {name: getattr(flags, name) for name in cls._fields if hasattr(flags, name)}
+        if options.get("classes"):
+            options["classes"] = tuple(options["classes"])  # hashable, as caches of the options need it
+        return cls(**options)
+
+
+def count_classes(name, options):
+    """The number of classes that the options keep of a data set, without reading an image. Raises UserError."""
+    count = DATASETS[name].count_classes(options.data_dir)
+    return len(options.classes) if options.classes else count
+
+
+def check_class_names(names, classes, where):
+    """Raise UserError if one of the `names` in --classes is given twice or is not one of the `classes`.
+
+    `where` names the data set in the error.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--classes: {name!r} is given {names.count(name)} times")
+        if name not in classes:
+            lower = {known.lower(): known for known in reversed(classes)}
+            nearest = [lower[known] for known in difflib.get_close_matches(name.lower(), lower, n=3)]
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else f"it has {', '.join(classes[:10])}"
+            more = ", ..." if not nearest and len(classes) > 10 else ""
+            raise UserError(f"--classes: {where} has no class {name!r}; {hint}{more}")
 
 
 def find_splits(name, options):
@@ -144,6 +178,8 @@ def read_split(name, split, options, processes):
 def read_splits(name, splits, options, processes):
     """{split: Split} of some of `find_splits`, of training images perhaps `examples_per_class` of each class only.
 
+    With `classes` in the options these alone are read, as if the data set had no others.
+
     Splits that are taken from the training images are read with them, once. The first process prints the notes about
     ignored files to stderr. Raises UserError.
     """
@@ -151,7 +187,7 @@ def read_splits(name, splits, options, processes):
     for split in set(splits).difference(find_splits(name, options)):
         raise UserError(f"{name} has no {NAMES[split]} images in {options.data_dir}")
     sources = dict.fromkeys(split if split in own else "train" for split in splits)
-    found = {split: read_own_split(name, split, options.data_dir, processes) for split in sources}
+    found = {split: read_own_split(name, split, options, processes) for split in sources}
     if "train" in found:
         whole = found["train"]
         rows = divided_rows(own, whole.labels, whole.images, whole.classes, options)
@@ -162,14 +198,21 @@ def read_splits(name, splits, options, processes):
     return {split: found[split] for split in splits}
 
 
-def read_own_split(name, split, data_dir, processes):
-    """A split that the data set itself has, perhaps after a download."""
+def read_own_split(name, split, options, processes):
+    """A split that the data set itself has, perhaps after a download, of the `classes` in the options."""
     source = DATASETS[name]
     with contextlib.nullcontext() if source.in_folders else first_on_each_machine(processes):
-        images, labels, classes, note = source.read(data_dir, split)
+        images, labels, classes, note = source.read(options.data_dir, split)
     if note and processes.is_first:
         print(note, file=sys.stderr)
-    return Split(images, np.asarray(labels, dtype=np.int64), list(classes), note)
+    found = Split(images, np.asarray(labels, dtype=np.int64), list(classes), note)
+    if not options.classes:
+        return found
+    check_class_names(options.classes, found.classes, options.data_dir if source.in_folders else name)
+    found = found.of_classes(options.classes)
+    if not len(found.labels):
+        raise UserError(f"--classes: there is no {NAMES[split]} image of {', '.join(options.classes)}")
+    return found
 
 
 def read_digits(data_dir, split):

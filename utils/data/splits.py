@@ -11,7 +11,8 @@ import numpy as np
 from utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
-DIVISION = ("val_split", "test_split", "split_seed", "group_by")  # the flags, and fields of DataOptions
+# The flags, and fields of DataOptions, by which images belong to a split.
+DIVISION = ("classes", "val_split", "test_split", "split_seed", "group_by")
 MAX_FOLDS = 20  # of --group_by, for shares in steps of 5 %
 NAMES = {"train": "training", "val": "validation", "test": "test"}
 

@@ -41,6 +41,7 @@ EARLIER_FLAGS = {
     "crop_padding": None,
     "train": "all",
     "layer_decay": 1.0,
+    "classes": None,
     "val_split": None,
     "test_split": None,
     "split_seed": 0,

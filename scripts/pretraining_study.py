@@ -1,0 +1,255 @@
+"""What does pretraining change? Pretrain on five classes of CIFAR-10, then learn the other five from few images.
+
+The other classes are learned from scratch, by fine-tuning, and by simple classifiers of the frozen features, from 10,
+100 and 1,000 images per class. Each run leaves one file in results/pretraining_study/, from which the tables and
+figures are drawn. The same command resumes; what has a file is not run again.
+
+    python scripts/pretraining_study.py --models ViT-Mini_4
+"""
+
+from argparse import Namespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from study import ROOT, SCRATCH, Study, add_study_flags, costs_of, draw, plan_final, run_study
+
+from inference import SavedModel
+from utils.data.datasets import DataOptions, load_dataset
+from utils.errors import UserError, run_script
+from utils.features import extract_features
+from utils.few_shot import CLASSIFIERS
+from utils.few_shot_figure import plot_over_images
+from utils.figures import save
+from utils.flag_types import Parser, one_of, positive, share
+from utils.parallel.processes import choose_device, device_name, one_process
+from utils.profiling import markdown_table
+from utils.recipes import training_images
+from utils.records.files import replace_file
+from utils.records.weights import LAST
+from utils.study_records import FINAL, commit_of, read_records, write_record
+from utils.study_tables import accuracies_of, accuracy_text, by_contender, difference_text
+
+NAME = "pretraining_study"
+SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles and three of animals, as the others
+TARGET = ("automobile", "deer", "dog", "frog", "ship")
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+PRETRAINING_RATE, PRETRAINING_SEED = 1e-3, 0
+PRETRAINING = {"epochs": 20, "train_batch_size": 128}
+GRID_SHARE = 0.5  # passes of a short run, relative to a final one
+SCRATCH_RUN, FINE_TUNED = "scratch", "fine-tuned"
+PROBES = {f"frozen, {name}": name for name in CLASSIFIERS}
+ORDER = (SCRATCH_RUN, FINE_TUNED, *PROBES)
+
+
+class Size(NamedTuple):
+    """How the runs with one number of training images per class are trained and their learning rates chosen."""
+
+    epochs: int
+    train_batch_size: int
+    grid_images: int  # training images per class of a short run
+    validation: int  # images per class that judge it
+
+
+# Short runs use four fifths of the images and are judged by the others. Of ten images two per class could not rank
+# learning rates: there 100 further ones judge.
+SIZES = {
+    10: Size(epochs=300, train_batch_size=50, grid_images=10, validation=100),
+    100: Size(epochs=100, train_batch_size=100, grid_images=80, validation=20),
+    1000: Size(epochs=20, train_batch_size=100, grid_images=800, validation=200),
+}
+MODELS = {"ViT-Mini_4": tuple(SIZES), "R26-ViT-Mini_4": (100,), "ResNet-Mini_Params": (100,)}  # {model: its sizes}
+
+
+def main():
+    args = parse_flags()
+    if not args.draw:
+        for model in args.models:
+            run_model(model, args)
+    if not args.dry_run:
+        draw(args.results, ORDER)
+        summarise(args.results)
+
+
+def parse_flags():
+    parser = Parser(__doc__)
+    add_study_flags(parser, NAME, LEARNING_RATES, has_budget=True)
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "--models",
+        type=one_of("model", MODELS),
+        nargs="+",
+        default=list(MODELS)[:1],
+        metavar="NAME",
+        help=f"The models: {', '.join(MODELS)}; default: the first.",
+    )
+    group.add_argument(
+        "--sizes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help=f"Training images per class: {', '.join(map(str, SIZES))}; default: all for the first model, else 100.",
+    )
+    for name, classes, what in (("source", SOURCE, "the pretraining"), ("target", TARGET, "the comparison")):
+        text = f"The classes of {what}; default: {' '.join(classes)}."
+        group.add_argument(f"--{name}", nargs="+", default=classes, metavar="CLASS", help=text)
+    group.add_argument(
+        "--budget", type=share, default=1.0, metavar="SHARE", help="The share of all passes, to try the script."
+    )
+    args = parser.parse_args()
+    for size in args.sizes or ():
+        if size not in SIZES:
+            raise UserError(f"--sizes {size}: there is no number of steps for it; give {', '.join(map(str, SIZES))}")
+    if common := set(args.source) & set(args.target):
+        raise UserError(f"--source and --target have {', '.join(sorted(common))} in common; give different classes")
+    return args
+
+
+def run_model(model, args):
+    """All runs of a model that have no results: its pretraining, then each size."""
+    pretraining = Study(
+        NAME,
+        {"pretraining": {}},
+        reference="pretraining",
+        recipe={**SCRATCH, "model_type": model, "classes": args.source},
+        labels={"model": model, "classes": "source"},
+    )
+    rate, number = PRETRAINING_RATE, PRETRAINING_SEED
+    of_pretraining = with_budget(args, **PRETRAINING, learning_rates=[rate], seeds=[number])
+    pretrained = plan_final(pretraining, of_pretraining, "pretraining", rate, number)
+    weights = pretrained.run.folder / LAST
+    studies = {size: transfer_study(model, size, str(weights), args) for size in args.sizes or MODELS[model]}
+    run_study(pretraining, of_pretraining)
+    for size, study in studies.items():
+        of_size = with_budget(args, SIZES[size].epochs, train_batch_size=SIZES[size].train_batch_size)
+        try:
+            run_study(study, of_size)
+            run_probes(study, weights, of_size)
+        except UserError as error:
+            if weights.exists() or not pretrained.path.exists():
+                raise
+            raise UserError(f"{weights} does not exist any more; remove {pretrained.path} to pretrain again") from error
+
+
+def with_budget(args, epochs, **values):
+    """The args with these values, and with numbers of passes scaled by --budget."""
+    epochs *= args.budget
+    return Namespace(**{**vars(args), **values, "epochs": epochs, "grid_epochs": GRID_SHARE * epochs})
+
+
+def transfer_study(model, size, weights, args):
+    """The Study of the target classes with this number of training images per class, drawn by the seed of a run."""
+    found = training_images(args.dataset, DataOptions(args.data_dir, classes=tuple(args.target))).count
+    needed = max(size, SIZES[size].grid_images + SIZES[size].validation)
+    if found < needed * len(args.target):
+        raise UserError(f"--sizes {size}: it needs {needed} training images per class, {args.dataset} has fewer")
+    validation = SIZES[size].validation * len(args.target) / found
+    return Study(
+        NAME,
+        {SCRATCH_RUN: {}, FINE_TUNED: {"pretrained_dir": weights}},
+        reference=SCRATCH_RUN,
+        recipe={**SCRATCH, "model_type": model, "classes": args.target, "examples_per_class": size},
+        labels={"model": model, "images per class": size},
+        grid_flags={"val_split": round(validation, 6), "examples_per_class": SIZES[size].grid_images},
+        seed_flags=("split_seed",),
+    )
+
+
+def run_probes(study, weights, args):
+    """Classify by the frozen features of the pretrained model: a result per classifier and seed, if it is missing."""
+    planned = [plan_probe(study, args, name, number) for number in args.seeds for name in PROBES]
+    missing = [each for each in planned if not each.path.exists()]
+    if args.dry_run:
+        print(f"# {len(missing)} of {len(planned)} probes of frozen features follow")
+    if not missing or args.dry_run:
+        return
+    saved, processes = SavedModel.load(weights), one_process(choose_device())
+    features = {}
+    for each in missing:
+        options = DataOptions.from_flags(each.run.flags)._replace(mean_std=saved.mean_std)
+        for split, key in (("test", "test"), ("train", each.entry["seed"])):
+            if key not in features:
+                images = load_dataset(args.dataset, split, options, processes)
+                flags = Namespace(eval_batch_size=250, fp16=False, bf16=False)
+                features[key] = extract_features(saved, images, flags, processes)
+        record = probe_record(each, features[each.entry["seed"]], features["test"])
+        write_record(each.path, record)
+    print(f"{len(missing)} probes of the frozen features of {weights}", flush=True)
+
+
+def plan_probe(study, args, name, number):
+    """The Planned result of a probe: that of fine-tuning, without training."""
+    own = study.contenders[FINE_TUNED]
+    planned = plan_final(study._replace(contenders={name: own}), args, name, args.learning_rates[0], number)
+    entry = planned.entry
+    probe = {"classifier": PROBES[name]}
+    flags = {**entry["flags"], "learning_rate": 0.0, **probe}
+    return planned._replace(entry={**entry, "contender_flags": entry["contender_flags"] | probe, "flags": flags})
+
+
+def probe_record(planned, train, test):
+    """The record of a probe, from pairs of features and labels."""
+    entry = planned.entry
+    predictions = CLASSIFIERS[PROBES[entry["contender"]]].predict(*train, test[0])
+    count = len(np.unique(test[1]))
+    accuracy = (predictions == test[1]).mean().item()
+    return {
+        **entry,
+        "model": costs_of(planned.run.flags, count),
+        "num_steps": 0,
+        "images": {"train": len(train[1]), "test": len(test[1])},
+        "diverged": False,
+        "result": {"last": {"step": 0, "test": {"accuracy": accuracy, "images": len(test[1])}}},
+        "hardware": {
+            "device": device_name(),
+            "threads": None if torch.cuda.is_available() else torch.get_num_threads(),
+            "runs_at_once": 1,
+        },
+        "torch": torch.__version__,
+        "commit": commit_of(ROOT),
+        "metrics": {"step": [], "train_accuracy": []},
+    }
+
+
+def summarise(folder):
+    """Write summary.md and a figure per model: accuracy over the number of training images, from the results."""
+    finals = [record for record in read_records(folder).values() if record["kind"] == FINAL]
+    parts = []
+    for model in MODELS:
+        of_model = [each for each in finals if each["group"].get("model") == model and each["contender"] in ORDER]
+        if not of_model:
+            continue
+        sizes = sorted({record["group"]["images per class"] for record in of_model})
+        of_size = {
+            size: by_contender([each for each in of_model if each["group"]["images per class"] == size], ORDER)
+            for size in sizes
+        }
+        title = f"{model} on {of_model[0]['data']}"
+        parts.append(f"## {title}\n\n{summary_table(of_size)}\n")
+        accuracies = {
+            name: {size: accuracies_of(found[name]) for size, found in of_size.items() if name in found}
+            for name in ORDER
+        }
+        path = folder / f"images-{model}.png"
+        save(plot_over_images(accuracies, f"{title}: classes that the pretraining did not see", "test"), path)
+        print(f"figure: {path}")
+    text = "\n".join(parts)
+    replace_file(folder / "summary.md", lambda path: path.write_text(text))
+    print(f"\n{text}\nsummary: {folder / 'summary.md'}")
+
+
+def summary_table(of_size):
+    """Markdown: for each size the test accuracy of each contender and its paired difference from that from scratch."""
+    titles, rows = ["contender"], {name: [name] for name in ORDER}
+    for size, contenders in of_size.items():
+        titles += [f"{size:,} images per class", "points from scratch (95 % interval)"]
+        reference = accuracies_of(contenders.get(SCRATCH_RUN, ()))
+        for name, row in rows.items():
+            found = contenders.get(name, ())
+            compared = difference_text(accuracies_of(found), reference) if found and name != SCRATCH_RUN else ""
+            row += [accuracy_text(found) if found else "", compared]
+    return markdown_table(titles, rows.values())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,189 @@
+"""What the records of a study say: one Markdown table per group, with paired comparisons and equal budgets."""
+
+import math
+import statistics
+
+from utils.profiling import markdown_table
+from utils.study_records import FINAL, GRID, SPLIT, judged_accuracy
+
+CONFIDENCE = 0.95
+BACKWARD = 3  # FLOPs of a training step relative to the forward pass: the backward pass costs twice as many
+
+
+def paired_interval(differences):
+    """(low, high) of the mean of paired differences, the 95 % interval of Student's t; None of fewer than two."""
+    if len(differences) < 2:
+        return None
+    from scipy.stats import t  # a slow import
+
+    half = t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)
+    half *= statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = statistics.mean(differences)
+    return mean - half, mean + half
+
+
+def difference_text(ours, reference):
+    """The mean difference of accuracies {seed: accuracy} from the reference's, in points, over the seeds of both."""
+    differences = [100 * (ours[seed] - reference[seed]) for seed in ours if seed in reference]
+    if not differences:
+        return "no common seeds"
+    mean, interval = statistics.mean(differences), paired_interval(differences)
+    if interval is None:
+        return f"{mean:+.2f}, one seed: no interval"
+    low, high = interval
+    shown = "" if low > 0 or high < 0 else "; no difference shown"
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}){shown}"
+
+
+def by_contender(records, order=()):
+    """{contender: [records]} with those in `order` first."""
+    found = dict.fromkeys([*order, *(record["contender"] for record in records)])
+    found = {name: [record for record in records if record["contender"] == name] for name in found}
+    return {name: of_name for name, of_name in found.items() if of_name}
+
+
+def accuracies_of(records):
+    """{seed: accuracy} of the runs that did not diverge."""
+    return {record["seed"]: judged_accuracy(record) for record in records if not record["diverged"]}
+
+
+def images_seen(record):
+    """Training images of the whole run, repeated ones included."""
+    return record["num_steps"] * record["flags"]["train_batch_size"]
+
+
+def epochs_of(record):
+    """Passes over the training images in the whole run."""
+    return images_seen(record) / record["images"]["train"]
+
+
+def training_flops(record):
+    """FLOPs of the whole training."""
+    return BACKWARD * record["model"]["flops"] * images_seen(record)
+
+
+def speed_of(records):
+    """Images/s of training: the median over all intervals of these runs; NaN if it was never measured."""
+    speeds = [value for record in records for value in record["metrics"].get("images_per_second", ())]
+    speeds = [value for value in speeds if not math.isnan(value)]
+    return statistics.median(speeds) if speeds else math.nan
+
+
+def hardware_text(record):
+    """`AMD EPYC, 1 thread per run, 2 runs at a time`"""
+    hardware = record["hardware"]
+    threads = hardware["threads"] and f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''} per run"
+    together = f"{hardware['runs_at_once']} runs at a time" if hardware["runs_at_once"] > 1 else None
+    return ", ".join(filter(None, [hardware["device"], threads, together]))
+
+
+def common_hardware(contenders):
+    """The hardware, as text, on which each of the contenders {name: [records]} was timed; None if there is none."""
+    timed = [records for records in contenders.values() if not math.isnan(speed_of(records))] or contenders.values()
+    used = [dict.fromkeys(map(hardware_text, records)) for records in timed]
+    return next((text for text in used[0] if all(text in each for each in used)), None)
+
+
+def on_hardware(records, hardware):
+    return [record for record in records if hardware_text(record) == hardware]
+
+
+def accuracy_text(records):
+    """Mean, range and number of the runs: `61.52 % (60.90 to 62.01), n = 3`"""
+    accuracies = [100 * accuracy for accuracy in accuracies_of(records).values()]
+    diverged = len(records) - len(accuracies)
+    note = f", {diverged} diverged" if diverged else ""
+    if not accuracies:
+        return f"{diverged} diverged"
+    span = f" ({min(accuracies):.2f} to {max(accuracies):.2f})" if len(accuracies) > 1 else ""
+    return f"{statistics.mean(accuracies):.2f} %{span}, n = {len(accuracies)}{note}"
+
+
+def final_table(records, order=()):
+    """Markdown of the final runs of one group: accuracy, difference from the reference, and budgets."""
+    contenders = by_contender(records, order)
+    reference = records[0]["reference"]
+    to_compare = accuracies_of(contenders.get(reference, ()))
+    hardware = common_hardware(contenders)
+    rows = []
+    for name, of_name in contenders.items():
+        first, speed = of_name[0], speed_of(on_hardware(of_name, hardware))
+        minutes = images_seen(first) / speed / 60
+        compared = "reference" if name == reference else difference_text(accuracies_of(of_name), to_compare)
+        rows.append(
+            [
+                name,
+                f"{first['model']['parameters'] / 1e6:.3f} M",
+                f"{first['flags']['learning_rate']:g}" if first["num_steps"] else "-",
+                accuracy_text(of_name),
+                compared,
+                f"{epochs_of(first):.3g}",
+                f"{training_flops(first):.3g}",
+                "-" if math.isnan(speed) else f"{1000 * first['flags']['train_batch_size'] / speed:.0f} ms",
+                "-" if math.isnan(speed) else f"{minutes:.1f} min",
+            ]
+        )
+    titles = ["contender", "parameters", "learning rate", "test accuracy: mean (range)"]
+    titles += [f"points from {reference} (95 % interval)", "epochs", "training FLOPs", "step", "training time"]
+    return markdown_table(titles, rows)
+
+
+def grid_table(records, order=()):
+    """Markdown of the short runs of one group: validation accuracy of each contender at each learning rate."""
+    rates = sorted({record["flags"]["learning_rate"] for record in records})
+    rows = []
+    for name, of_name in by_contender(records, order).items():
+        found = {record["flags"]["learning_rate"]: judged_accuracy(record) for record in of_name}
+        measured = {rate: accuracy for rate, accuracy in sorted(found.items()) if not math.isnan(accuracy)}
+        best = max(measured, key=measured.get) if measured else None
+        cells = [cell_of_grid(found.get(rate), rate == best) for rate in rates]
+        edge = ", at the edge of the grid" if best in (rates[0], rates[-1]) and len(rates) > 1 else ""
+        rows.append([name, *cells, f"{best:g}{edge}" if measured else "none"])
+    return markdown_table(["contender", *(f"{rate:g}" for rate in rates), "chosen"], rows)
+
+
+def cell_of_grid(accuracy, is_best):
+    if accuracy is None:
+        return ""
+    text = "diverged" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
+    return f"**{text}**" if is_best else text
+
+
+TABLES = {FINAL: final_table, GRID: grid_table}
+
+
+def conditions(records):
+    """A paragraph: data, budget, flags that matter, hardware and versions of the runs in a table."""
+    first = records[0]
+    flags = first["flags"]
+    seeds = sorted({record["seed"] for record in records})
+    where = sorted({hardware_text(record) for record in records})
+    precision = f"bfloat16 at level {flags['fp16_opt_level']}" if flags["bf16"] else "float32"
+    judged = "validation" if SPLIT[first["kind"]] == "val" else "test"
+    images = first["images"]
+    lines = [
+        f"{first['data']}: {images['train']:,} training images, judged by {images[SPLIT[first['kind']]]:,} {judged} "
+        f"images after the last step; {first['num_steps']:,} steps of {flags['train_batch_size']} at "
+        f"{flags['img_size']}x{flags['img_size']}, {flags['optimizer']}, {precision}; "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+    ]
+    if first["kind"] == FINAL:
+        timed = common_hardware(by_contender(records))
+        lines.append(
+            f"Training FLOPs: {BACKWARD} x forward pass x images. Times from median images/s on {timed}."
+            if timed
+            else "Times are not given: the contenders ran on different hardware."
+        )
+    lines.append(f"Hardware: {'; '.join(where)}. torch {', '.join(sorted({record['torch'] for record in records}))}.")
+    return "\n".join(lines)
+
+
+def report_of(groups, order=()):
+    """The Markdown of all groups, {(kind, group as text): {path: record}}, final runs first."""
+    parts = []
+    for kind, title in ((FINAL, "Final runs"), (GRID, "Choice of the learning rate")):
+        for (found, text), records in groups.items():
+            if found == kind:
+                records = list(records.values())
+                parts.append(f"## {title}: {text}\n\n{TABLES[kind](records, order)}\n\n{conditions(records)}\n")
+    return "\n".join(parts)
