@@ -1,40 +1,54 @@
-"""Accuracy against speed: a ViT without token reduction, with facility location, with ToMe, and its Conformer.
+"""Does choosing the kept patches beat a random choice, and does a submodular choice beat ToMe? Accuracy against speed.
 
-All are trained from scratch in the same way on a part of CIFAR-10 at 32x32, about five minutes per run on a CPU core.
-Then their training steps are timed, interleaved. The results are one table and one figure of accuracy over images/s.
-The same command resumes an interrupted experiment; finished runs are not repeated.
+Contenders: a ViT with all patches; with facility location, ToMe and random patches after one block; with ToMe in every
+block; and its Conformer. `--question trained` trains each from scratch with its reduction, `untrained` reduces the
+tokens of the trained whole ViT without training it. Training steps and forward passes are timed interleaved. Each
+question ends in a table with paired differences over the seeds and a figure of accuracy over images/s.
 
-    python scripts/token_study.py --seeds 0 1
+    python scripts/token_study.py --keep_tokens 0.5 0.25
+    python scripts/token_study.py --keep_tokens 0.5 0.25 --question untrained
 """
 
+import json
 import statistics
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import torch
-from experiment import RECIPE, add_experiment_flags, finish_runs, plan_from_scratch
 from matplotlib.figure import Figure
+from study import ROOT, SCRATCH, Study, add_study_flags, plan_final, run_studies, text_of
+from utils.study_records import FINAL, commit_of, read_records
+from utils.study_tables import accuracies_of, difference_text
 
-from benchmarks.steps import EVERY_BLOCK, TimedStep, choice_of_tokens, reduction_grid
+from benchmarks.steps import EVERY_BLOCK, TimedStep, choice_of_tokens, machine, random_batch, reduction_grid
 from command_line import model_maker
+from inference import SavedModel
 from models.configs import VITS
 from models.token_reduction import REDUCTION_METHODS
-from utils.checks import check_figure_path
-from utils.data.splits import NAMES
-from utils.errors import run_script
+from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
+from utils.errors import UserError, run_script
+from utils.evaluation import evaluate_model
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
 from utils.flag_groups import add_token_reduction_grid_flags
 from utils.flag_types import Parser, one_of
-from utils.parallel.processes import choose_device, device_name
+from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
-from utils.records.run_folder import last_accuracy, read_config
+from utils.records.files import replace_file
+from utils.records.weights import LAST
 from utils.sweeps import mean_and_range
 
+WHOLE, NO_REDUCTION = "whole", ("none", "all")
 ROUNDS = 5
-NO_REDUCTION = ("none", "all")
+PASSES = {"trained": "training step", "untrained": "forward pass"}  # {question: what its speed is measured by}
+EXPLAINED = {"trained": "each trained with its reduction", "untrained": "trained whole, then reduced without training"}
+CHOICE = "choice"
+PAIRS = (("facility", "tome"), ("facility", "random"), ("tome", "random"))
 LABELS = {
     "none": "ViT, all patches",
     "facility": "facility location",
     "tome": "ToMe",
+    "random": "random patches",
     EVERY_BLOCK: "ToMe in every block",
 }
 
@@ -42,81 +56,221 @@ LABELS = {
 def main():
     args = parse_flags()
     grid = reduction_grid(args.model_type, args.keep_tokens, args.reduction_layer, args.tome_r)
-    plan = {(name, number): plan_model(args, number, *grid[name]) for number in args.seeds for name in grid}
-    finish_runs(list(plan.values()))
-    seconds = time_steps({name: plan[name, args.seeds[0]] for name in grid})
-    last = {name: [last_accuracy(plan[name, number].folder) for number in args.seeds] for name in grid}
-    accuracies = {name: [accuracy for _, accuracy in found] for name, found in last.items()}
-    label = f"{NAMES[last[NO_REDUCTION][0][0]]} accuracy"
-    title = (
-        f"{args.model_type} at {args.img_size}x{args.img_size}, tokens reduced after block {args.reduction_layer} of "
-        f"{VITS[args.model_type].num_layers}, training step, batch {args.train_batch_size}, bf16 at level "
-        f"{RECIPE['fp16_opt_level']}\n{device_name()}, {torch.get_num_threads()} CPU threads, torch "
-        f"{torch.__version__}, median of {ROUNDS} rounds"
-    )
-    titles, cells = token_reduction_cells(grid, seconds, args.train_batch_size)
-    rows = [[*cells[name], mean_and_range(accuracies[name])] for name in grid]
-    print(f"\n{title}\n\n{markdown_table([*titles, label], rows)}")
-    speeds = {name: args.train_batch_size / statistics.median(seconds[name, "step"]) for name in grid}
-    save(draw(speeds, accuracies, title, label), args.figure)
+    models = {contender(name): {"model_type": model_type, **keywords} for name, (model_type, keywords) in grid.items()}
+    study = Study("token_study", models, WHOLE)
+    if args.question == "untrained":
+        args.contenders = [WHOLE]
+        grid = {
+            name: value for name, value in grid.items() if value[0] == args.model_type
+        }  # no Conformer: it has a CNN
+    run_studies([study], args)
+    if args.dry_run:
+        return
+    records = final_records(args)
+    if args.question == "trained":
+        accuracies = {name: accuracies_of(of_contender(records, contender(name))) for name in grid}
+    else:
+        accuracies = untrained_accuracies(records, grid, args)
+    accuracies = {name: found for name, found in accuracies.items() if found}
+    if NO_REDUCTION not in accuracies:
+        raise UserError(
+            f"{args.results} has no finished run of {WHOLE}, with which the others are compared; run it too"
+        )
+    report(accuracies, measured_times(study, list(accuracies), args), next(iter(records.values()))["data"], args)
 
 
 def parse_flags():
     parser = Parser(__doc__)
-    group = parser.add_argument_group("experiment")
+    group = parser.add_argument_group("contenders")
     group.add_argument("--model_type", type=one_of("ViT", VITS), default="ViT-Mini_4", metavar="NAME", help="The ViT.")
     add_token_reduction_grid_flags(group, reduction_layer=2, tome_r=[8, 11])  # about as fast as 50 and 25 % kept
-    add_experiment_flags(group, "token_reduction")
-    args = parser.parse_args()
-    check_figure_path(args.figure, "--figure")
-    return args
+    group.add_argument(
+        "--question",
+        type=one_of("question", PASSES),
+        default="trained",
+        metavar="NAME",
+        help=f"What is asked: {' or '.join(PASSES)}.",
+    )
+    add_study_flags(parser, "token_study")
+    return parser.parse_args()
 
 
-def plan_model(args, number, model_type, keywords):
-    """The Run of one model with one seed."""
-    parts = [str(keywords[key]) for key in ("token_reduction", "keep_tokens") if key in keywords]
-    parts += [f"r{keywords['tome_r']}"] if "tome_r" in keywords else []
-    return plan_from_scratch(args, "-".join([model_type, *parts]), number, model_type=model_type, **keywords)
+def contender(name):
+    """The contender's name of (method, patches kept)."""
+    return WHOLE if name == NO_REDUCTION else " ".join(map(str, name))
 
 
-def time_steps(runs):
-    """Seconds per round: {(name, "step"): of the training step of a run, (name, "choice"): of its choice of tokens}."""
-    device = choose_device()
-    functions = {}
-    for name, run in runs.items():
+def final_records(args):
+    """{path: record} of the final runs with this budget. Raises UserError without any."""
+    records, epochs = read_records(args.results), text_of(args.epochs)
+    found = {
+        path: each for path, each in records.items() if (each["kind"], each["group"]) == (FINAL, {"epochs": epochs})
+    }
+    if not found:
+        raise UserError(f"{args.results} has no final runs of {epochs} epochs; run the study without --draw")
+    return found
+
+
+def of_contender(records, name):
+    return [record for record in records.values() if record["contender"] == name]
+
+
+def untrained_accuracies(records, grid, args):
+    """{name: {seed: test accuracy}} of the trained whole models with each reduction; what is missing is measured.
+
+    Raises UserError without the weights of a run.
+    """
+    accuracies = {name: {} for name in grid}
+    for path, record in records.items():
+        if record["contender"] != WHOLE or record["diverged"]:
+            continue
+        file = args.results / "untrained" / path.name
+        known = json.loads(file.read_text())["accuracy"] if file.exists() else {}
+        missing = {contender(name): grid[name][1] for name in grid if contender(name) not in known}
+        if missing and not args.draw:
+            known |= evaluate_reductions(path.stem, missing, args)
+            write_json(file, {"run": path.stem, **origin(), "accuracy": known})
+        for name in grid:
+            if contender(name) in known:
+                accuracies[name][record["seed"]] = known[contender(name)]
+    return accuracies
+
+
+def evaluate_reductions(run, reductions, args):
+    """{contender: test accuracy} of a run's weights with the reductions {contender: keywords}. Raises UserError."""
+    path = Path(args.output_dir) / run / LAST
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so its tokens can't be reduced; give the --output_dir of the runs")
+    print(f"{path} with {len(reductions)} token reductions", flush=True)
+    options = DataOptions(data_dir=args.data_dir)
+    split = find_splits(args.dataset, options)[-1]
+    processes = one_process(choose_device())
+    images = load_dataset(args.dataset, split, options, processes)
+    found = {}
+    for name, keywords in reductions.items():
+        saved = SavedModel.load(path, token_reduction=keywords)
+        result = evaluate_model(saved.model, images, saved.img_size, Namespace(**saved.flags), processes)
+        found[name] = result["accuracy"]
+    return found
+
+
+def measured_times(study, names, args):
+    """{"machine", "seconds": {contender: {what: [seconds per round]}}}; all are timed unless they were already.
+
+    None with --draw if they were not.
+    """
+    file = args.results / "speed" / f"batch{args.train_batch_size}.json"
+    known = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
+    if {contender(name) for name in names} <= known["seconds"].keys():
+        return known
+    if args.draw:
+        print(f"no figure: {file} does not have the times of all contenders; run the study without --draw")
+        return None
+    known = {**origin(), "rounds": ROUNDS, "seconds": time_passes(study, names, args)}
+    write_json(file, known)
+    return known
+
+
+def time_passes(study, names, args):
+    """{contender: {what: [seconds per round]}}: of the passes of PASSES, and of the choice of tokens alone."""
+    device, functions = choose_device(), {}
+    classes = DATASETS[args.dataset].count_classes(args.data_dir)
+    for name in map(contender, names):
+        flags = plan_final(study, args, name, args.learning_rates[0], args.seeds[0]).run.flags
         torch.manual_seed(0)
-        classes = len(read_config(run.folder)["classes"])
-        model = model_maker(run.flags)(classes)
-        step = TimedStep(model, run.flags, classes, device)
-        size = (run.flags.train_batch_size, 3, run.flags.img_size, run.flags.img_size)
-        batch = torch.randn(size, device=device), torch.randint(classes, size[:1], device=device)
-        functions[name, "step"] = lambda step=step, batch=batch: step.train(*batch)
+        model = model_maker(flags)(classes)
+        step = TimedStep(model, flags, classes, device)
+        batch = random_batch(flags.train_batch_size, flags.img_size, device)
+        functions[name, PASSES["trained"]] = lambda step=step, batch=batch: step.train(*batch)
+        functions[name, PASSES["untrained"]] = lambda step=step, batch=batch: step.forward(batch[0])
         if model.reduction:
-            functions[name, "choice"] = choice_of_tokens(model, run.flags.train_batch_size)
-    return time_interleaved(functions, ROUNDS, device)
+            functions[name, CHOICE] = choice_of_tokens(model, flags.train_batch_size)
+    print(f"timing {len(names)} contenders in {ROUNDS} rounds", flush=True)
+    seconds = {}
+    for (name, what), rounds in time_interleaved(functions, ROUNDS, device).items():
+        seconds.setdefault(name, {})[what] = rounds
+    return seconds
+
+
+def origin():
+    return {"machine": machine(), "commit": commit_of(ROOT)}
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def report(accuracies, times, data, args):
+    """Write and print the tables of a question, and draw its figure; `accuracies` are {name: {seed: accuracy}}."""
+    what = PASSES[args.question]
+    title = (
+        f"{args.model_type} on {data} at {args.img_size}x{args.img_size}, {text_of(args.epochs)} epochs, tokens "
+        f"reduced after block {args.reduction_layer} of {VITS[args.model_type].num_layers} or in every block, "
+        f"{EXPLAINED[args.question]}"
+    )
+    parts, files = [title, pairs_table(accuracies)], ["md"]
+    stem = args.results / f"{args.question}-epochs={text_of(args.epochs)}"
+    if times:
+        timed = (
+            f"{what}, batch {args.train_batch_size}, bf16 at level {SCRATCH['fp16_opt_level']}, {times['machine']}, "
+            f"median of {times['rounds']} rounds"
+        )
+        parts[1:1] = [speed_table(accuracies, times["seconds"], what, args.train_batch_size), timed]
+        speeds = {name: args.train_batch_size / median_of(times, name, what) for name in accuracies}
+        save(draw(speeds, accuracies, f"{title}\n{timed}", f"{what} (images/s)"), f"{stem}.png")
+        files.append("png")
+    text = "\n\n".join(parts) + "\n"
+    replace_file(Path(f"{stem}.md"), lambda temporary: temporary.write_text(text))
+    print(f"\n{text}")
+    for suffix in files:
+        print(f"{stem}.{suffix}")
+
+
+def median_of(times, name, what):
+    return statistics.median(times["seconds"][contender(name)][what])
+
+
+def speed_table(accuracies, seconds, what, batch_size):
+    """Markdown: one row per contender with its speed and accuracy."""
+    named = {(name, "step"): seconds[contender(name)][what] for name in accuracies}
+    named |= {(name, CHOICE): seconds[contender(name)].get(CHOICE) for name in accuracies}
+    titles, cells = token_reduction_cells(accuracies, named, batch_size)
+    rows = [[*cells[name], mean_and_range(list(found.values())), str(len(found))] for name, found in accuracies.items()]
+    return markdown_table([*titles, "test accuracy: mean (range)", "seeds"], rows)
+
+
+def pairs_table(accuracies):
+    """Markdown: differences of the methods at the same number of patches, paired over the seeds."""
+    kept = list(dict.fromkeys(kept for method, kept in accuracies if method in REDUCTION_METHODS))
+    rows = []
+    for one, other in PAIRS:
+        pairs = [(accuracies.get((one, k), {}), accuracies.get((other, k), {})) for k in kept]
+        rows.append([f"{one} - {other}", *(difference_text(*pair) for pair in pairs)])
+    return markdown_table(["points (95 % interval)", *(f"{k} kept" for k in kept)], rows)
 
 
 def draw(speeds, accuracies, title, label):
-    """Accuracy, called `label`, over images/s: one line per method, from all patches to the fewest."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    """Test accuracy over images/s, called `label`: one line per method, from all patches to the fewest."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     colours = (OKABE_ITO[-1], *OKABE_ITO)  # the ViT without reduction is black
     for number, method in enumerate(dict.fromkeys(method for method, _ in accuracies)):
         names = [name for name in accuracies if name[0] == method]
         colour = colours[number % len(colours)]
         x = [speeds[name] for name in names]
-        values = [[100 * value for value in accuracies[name]] for name in names]
+        values = [[100 * value for value in accuracies[name].values()] for name in names]
         low, y, high = (np.array(list(map(summary, values))) for summary in (min, statistics.mean, max))
-        if method in (*REDUCTION_METHODS, EVERY_BLOCK):
-            start = 100 * statistics.mean(accuracies[NO_REDUCTION])
+        if method in (*REDUCTION_METHODS, EVERY_BLOCK) and NO_REDUCTION in accuracies:
+            start = 100 * statistics.mean(accuracies[NO_REDUCTION].values())
             axes.plot([speeds[NO_REDUCTION], x[0]], [start, y[0]], ":", color=colour, lw=1)
         axes.errorbar(x, y, (y - low, high - y), marker="o", color=colour, capsize=3, label=LABELS.get(method, method))
-        offset = {"xytext": (5, -13 if number % 2 else 6), "textcoords": "offset points"}
+        offset = {"xytext": (5, (6, -13, 15)[number % 3]), "textcoords": "offset points"}
         for (_, kept), *place in zip(names, x, y, strict=True):
             axes.annotate(str(kept), place, fontsize="small", color=colour, **offset)
-    axes.set(xlabel="training step (images/s)", ylabel=f"{label} (%)")
+    axes.set(xlabel=label, ylabel="test accuracy (%)")
     axes.margins(0.12)
-    axes.legend(frameon=False, title="numbers: patches kept")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, title="numbers: patches kept, or r")
     style_axes(axes)
     figure.suptitle(wrap_text(title, 90), fontsize="small")
     return figure

@@ -24,7 +24,6 @@ import experiment
 import hybrid_vs_cnn
 import make_imagenet_like
 import norm_study
-import token_study
 
 TINY_EXPERIMENT = ["--dataset", "digits", "--examples_per_class", 2, "--num_steps", 2]
 TINY_EXPERIMENT += ["--img_size", 8, "--train_batch_size", 4]
@@ -44,7 +43,7 @@ def rows_of(output_dir):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("module", [hybrid_vs_cnn, make_imagenet_like, norm_study, token_study])
+@pytest.mark.parametrize("module", [hybrid_vs_cnn, make_imagenet_like, norm_study])
 def test_every_script_prints_its_help(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call_main(module, ["--help"], monkeypatch)
@@ -54,13 +53,12 @@ def test_every_script_prints_its_help(module, monkeypatch, capsys):
 
 def test_every_script_is_tested():
     found = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    ours = {"experiment", "hybrid_vs_cnn", "make_imagenet_like", "norm_study", "study", "token_study"}
+    ours = {"experiment", "hybrid_vs_cnn", "make_imagenet_like", "norm_study", "study"}
     elsewhere = {"fault_campaign", "fault_checks", "fault_runs", "faults"}  # test_fault_campaign.py
-    elsewhere |= {"few_shot", "fine_tuning_table", "pretraining_study", "sweep"}  # test_few_shot.py and so on
+    elsewhere |= {"few_shot", "fine_tuning_table", "pretraining_study", "sweep", "token_study"}  # test_<name>.py
     assert found == ours | elsewhere
 
 
-@pytest.mark.parametrize("module", [hybrid_vs_cnn, token_study])
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -70,61 +68,11 @@ def test_every_script_is_tested():
         (["--img_size", 9], "image size 9 is not a multiple"),
     ],
 )
-def test_wrong_flags_of_an_experiment_are_errors_before_any_run(module, flags, message, main_fails, tmp_path):
+def test_wrong_flags_of_an_experiment_are_errors_before_any_run(flags, message, main_fails, tmp_path):
     given = {"--figure": tmp_path / "figure.png", "--dataset": "digits", "--output_dir": tmp_path / "runs"}
     given |= {flags[0]: flags[1]}
-    assert message in main_fails(module, *(item for pair in given.items() for item in pair))
+    assert message in main_fails(hybrid_vs_cnn, *(item for pair in given.items() for item in pair))
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_token_study_plans_one_run_per_model_and_seed(monkeypatch, tmp_path):
-    """One run per model and seed, all with the same recipe; the names say what differs."""
-    planned = []
-    monkeypatch.setattr(token_study, "finish_runs", planned.extend)
-    monkeypatch.setattr(token_study, "time_steps", lambda runs: sys.exit(0))  # ends main() after the plan
-    figure = tmp_path / "figure.png"
-    flags = [*TINY_EXPERIMENT, "--keep_tokens", 0.25, "--tome_r", 3, "--seeds", 0, 3, "--figure", figure]
-    with pytest.raises(SystemExit, match="0"):
-        call_main(token_study, flags, monkeypatch)
-    reduced = [f"ViT-Mini_4-{parts}" for parts in ("facility-0.25", "tome-0.25", "random-0.25", "tome-r3")]
-    names = ["ViT-Mini_4", *reduced, "Conformer-Mini_4"]
-    assert [run.flags.name for run in planned] == [f"{name}-seed{n}" for n in (0, 3) for name in names]
-    methods = [None, "facility", "tome", "random", "tome", None]
-    assert [run.flags.token_reduction for run in planned[:6]] == methods
-    assert [run.flags.reduction_layer for run in planned[:6]] == [None, 2, 2, 2, None, 2]
-    for run in planned:
-        assert str(ROOT / "train.py") in run.command
-        assert (run.flags.optimizer, run.flags.bf16, run.flags.fp16_opt_level) == ("adamw", True, "O1")
-        assert (run.flags.num_steps, run.flags.train_batch_size, run.flags.dataset) == (2, 4, "digits")
-
-
-def test_the_figure_of_the_token_study_has_one_line_per_method():
-    """One line per method; the vertical bars range over the seeds."""
-    accuracies = {("none", "all"): [0.5, 0.6], ("tome", 0.5): [0.4, 0.5], ("tome", 0.25): [0.3, 0.4]}
-    speeds = {("none", "all"): 10.0, ("tome", 0.5): 15.0, ("tome", 0.25): 20.0}
-    [axes] = token_study.draw(speeds, accuracies, "title", "test accuracy").axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ViT, all patches", "ToMe"]
-    none, tome = axes.containers
-    assert list(tome.lines[0].get_xdata()) == [15.0, 20.0]
-    assert list(tome.lines[0].get_ydata()) == pytest.approx([45.0, 35.0])
-    bars = tome.lines[2][0].get_segments()
-    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([40.0, 50.0]), pytest.approx([30.0, 40.0])]
-    assert list(none.lines[0].get_ydata()) == pytest.approx([55.0])
-
-
-@pytest.mark.slow
-def test_the_token_study_resumes(tmp_path):
-    command = ["scripts/token_study.py", *TINY_EXPERIMENT, "--keep_tokens", 0.25, "--tome_r"]
-    command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
-    printed = succeed(*command)
-    assert printed.count("20 training and 360 test images") == 5
-    rows = re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", printed, re.MULTILINE)
-    assert [name for name, _ in rows] == ["none", "facility", "tome", "random", "Conformer-Mini_4"]
-    (tmp_path / "figure.png").unlink()
-    again = succeed(*command)  # no run is repeated
-    assert "training and" not in again
-    assert re.findall(r"^\| (\S+) \| \S+ \| .* \| ([\d.]+) % \|$", again, re.MULTILINE) == rows
-    assert (tmp_path / "figure.png").exists()
 
 
 @pytest.mark.slow
