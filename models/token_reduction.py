@@ -47,6 +47,11 @@ class Reduction(NamedTuple):
     def __str__(self):
         return f"{self.keep} after block {self.layer} ({self.method})"
 
+    @property
+    def keywords(self):
+        """Those of `build_model` for it."""
+        return {"token_reduction": self.method, "keep_tokens": self.keep, "reduction_layer": self.layer}
+
 
 class EveryBlock(NamedTuple):
     """Each block merges tokens by one matching of ToMe; after all blocks `keep` patches are kept."""
@@ -57,6 +62,11 @@ class EveryBlock(NamedTuple):
 
     def __str__(self):
         return f"{self.keep}, {self.r} in every block (tome)"
+
+    @property
+    def keywords(self):
+        """Those of `build_model` for it."""
+        return {"token_reduction": "tome", "tome_r": self.r}
 
 
 def make_reduction(token_reduction, keep_tokens, reduction_layer, num_patches, last_layer):
@@ -288,7 +298,7 @@ def merge_matches(keys, count, as_published=False):
         score[:, 0] = -torch.inf
     # A stable sort, because topk leaves open which of several equal matches it takes.
     best_matches = score.argsort(dim=1, descending=True, stable=True)[:, :count]
-    indices = torch.arange(n, device=keys.device).expand(len(keys), -1)
+    indices = torch.arange(n, device=keys.device).expand(keys.shape[:2])  # len() would fix the size of exported batches
     target = indices.scatter(1, 2 * best_matches, 2 * partner.gather(1, best_matches) + 1)  # (B, N)
     rank = 2 * (target != indices).long()  # what is merged comes last
     order = (rank + indices % 2 if as_published else rank).argsort(dim=1, stable=True)

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from study import ROOT, SCRATCH, Study, add_study_flags, plan_final, run_studies, text_of
-from utils.study_records import FINAL, commit_of, read_records
-from utils.study_tables import accuracies_of, difference_text
 
 from benchmarks.steps import EVERY_BLOCK, TimedStep, choice_of_tokens, machine, random_batch, reduction_grid
 from command_line import model_maker
@@ -36,6 +34,8 @@ from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
 from utils.records.files import replace_file
 from utils.records.weights import LAST
+from utils.study_records import FINAL, commit_of, read_records
+from utils.study_tables import accuracies_of, difference_text
 from utils.sweeps import mean_and_range
 
 WHOLE, NO_REDUCTION = "whole", ("none", "all")

@@ -26,6 +26,7 @@ def slow(options):
 ONNX = [
     *({"norm_type": norm_type} for norm_type in NORM_TYPES),
     *({**REDUCED, "token_reduction": name} for name in REDUCTION_METHODS),
+    {"token_reduction": "tome", "tome_r": 5},
     {"model_type": "R26-ViT-Mini_4", "fields": {"num_layers": 1, "resnet_layers": (1, 1), "gelu": "exact"}},
     {"model_type": "ResNet-Mini_Flops", "img_size": 24, "fields": {"resnet_layers": (1, 1, 1)}},
     {"model_type": "Conformer-Mini_4", "fields": {"cnn_units": 1}},

@@ -143,8 +143,7 @@ def flags_of(model, card):
     if (mean_std := mean_std_text(card.mean, card.std)) != mean_std_text((0.5,) * 3, (0.5,) * 3):
         flags["mean_std"] = mean_std
     if reduction := getattr(model, "reduction", None):
-        names = ("token_reduction", "keep_tokens", "reduction_layer")
-        flags |= dict(zip(names, reduction, strict=True))
+        flags |= reduction.keywords
     return " ".join(f"--{name} {value}" for name, value in flags.items() if value != "")
 
 

@@ -25,7 +25,7 @@ MAX_SINGLE_FILE = 2**31 - 2**24  # bytes of weights: a file of Protocol Buffers 
 class Plain(nn.Module):
     """Images -> (logits,); with a token reduction also which tokens were kept (B, K) and each token's cluster (B, N).
 
-    See Clusters in models/token_reduction.py.
+    See Clusters in models/token_reduction.py; after merges in several blocks they are those of the last one.
     """
 
     def __init__(self, model):
@@ -35,8 +35,8 @@ class Plain(nn.Module):
     def forward(self, images):
         if getattr(self.model, "reduction", None) is None:
             return (self.model(images),)
-        x, clusters = self.model.encode(self.model.embed(images))
-        return self.model.classify(x, clusters), *clusters
+        logits, _, clusters = self.model.forward_with_clusters(images)
+        return logits, *clusters[-1]
 
 
 @torch.no_grad()
