@@ -67,7 +67,7 @@ def study_of(part, args):
     count = training_images(args.dataset, options).count
     per_class = round(part * count / count_classes(args.dataset, options))
     if per_class < LEAST_IMAGES:
-        raise UserError(f"--shares {part:g}: {per_class} images per class are too few; give a larger share")
+        raise UserError(f"--shares {part:g}: fewer than {LEAST_IMAGES} images per class; give a larger share")
     drawn = training_images(args.dataset, options._replace(examples_per_class=per_class)).count
     validation = round(GRID_VALIDATION * per_class)
     return study._replace(

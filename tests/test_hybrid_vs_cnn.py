@@ -73,7 +73,7 @@ def test_a_share_has_as_many_steps_as_all_images(share, batch_size):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--shares", 0.3, 0.01], "--shares 0.01: 1 images per class are too few; give a larger share"),
+        (["--shares", 0.3, 0.01], "--shares 0.01: fewer than 10 images per class; give a larger share"),
         (["--shares", 1.5], "1.5 is not a number above 0 and at most 1"),
         (["--seeds", -1], "-1 is not a whole number"),
         (["--dataset", "digit"], "unknown dataset 'digit'; did you mean digits"),
