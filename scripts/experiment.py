@@ -1,4 +1,4 @@
-"""What the experiments share: flags and recipe of runs from scratch, running a plan of runs, and its titles.
+"""What scripts of many runs share: the training script, flags that they set themselves, and titles.
 
 Importing this module puts the repository on the path.
 """
@@ -10,12 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import model_maker, patch_of, train_parser
 from utils.errors import UserError
-from utils.flag_types import positive, seed
 from utils.records.run_folder import is_finished
-from utils.sweeps import TrainingScript, check_plan, plan_run, raise_failures, run_unfinished
+from utils.sweeps import TrainingScript
 
 TRAIN = TrainingScript(Path(__file__).resolve().parent.parent / "train.py", train_parser(), model_maker, patch_of)
-SHARED_FLAGS = ("dataset", "data_dir", "output_dir", "examples_per_class", "img_size", "train_batch_size", "num_steps")
 OWN_FLAGS = {  # flags of train.py that a study of any runs sets itself: what to use instead
     "--name": "the runs are named by what differs",
     "--resume": "the runs always resume",
@@ -34,45 +32,6 @@ RECIPE = {
     "bf16": True,
     "fp16_opt_level": "O1",
 }
-
-
-def add_experiment_flags(group, name):
-    """The flags of an experiment of runs from scratch: SHARED_FLAGS of the runs, --figure and --seeds."""
-    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="The data set, as for train.py.")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="Its folder, as for train.py.")
-    group.add_argument(
-        "--output_dir", default=f"output/{name}", metavar="DIR", help="The folder that contains all runs."
-    )
-    group.add_argument("--figure", default=f"img/{name}.png", metavar="PNG", help="The figure to draw.")
-    group.add_argument(
-        "--examples_per_class", type=positive, default=1000, metavar="N", help="Training images per class."
-    )
-    group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="Side of the images in pixels.")
-    group.add_argument("--train_batch_size", type=positive, default=128, metavar="N", help="Images per step.")
-    group.add_argument("--num_steps", type=positive, default=600, metavar="N", help="Optimizer steps of a run.")
-    group.add_argument(
-        "--seeds", type=seed, nargs="+", default=[0], metavar="N", help="One run of each model per seed."
-    )
-
-
-def plan_from_scratch(args, name, seed_number, **flags):
-    """The Run of train.py by the recipe, with these further flags."""
-    shared = {flag: getattr(args, flag) for flag in SHARED_FLAGS}
-    name = f"{name}-seed{seed_number}"
-    return plan_run(TRAIN, {"name": name, "seed": seed_number, **shared, **RECIPE, **flags})
-
-
-def finish_runs(runs):
-    """Check the runs of train.py, then run those that are not finished. Raises UserError or RunStoppedError."""
-    check_plan(TRAIN, runs)
-    raise_failures(run_unfinished(runs), len(runs))
-
-
-def own_and_further():
-    """(arguments of this script, those after `--`, which are for train.py)"""
-    arguments = sys.argv[1:]
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:end], arguments[end + 1 :]
 
 
 def flags_in(arguments):

@@ -1,83 +1,90 @@
-"""A hybrid ViT against CNNs with as many parameters and as many FLOPs, from scratch, on a part of CIFAR-10 at 32x32.
+"""A hybrid ViT against CNNs with as many parameters and as many FLOPs, from scratch on CIFAR-10 at 32x32.
 
 The three are R50-ViT-B_16, ResNet50x3_Params and ResNet50x3_Flops with an eighth of the width and half of the depth
-(models/configs.py); a run takes five to seven minutes on two CPU cores. The results are a table and a figure. The same
-command resumes an interrupted experiment; finished runs are not repeated.
+(models/configs.py). Short runs choose a learning rate for each. --shares repeats the comparison with a share of the
+training images and the same number of steps. Each run leaves one file in results/hybrid_vs_cnn/, from which tables and
+figures are drawn. The same command resumes; what has a file is not run again.
 
-    python scripts/hybrid_vs_cnn.py --seeds 0 1
+    python scripts/hybrid_vs_cnn.py --shares 0.1 0.3 1
 """
 
-import statistics
+import math
 
-import torch
-from experiment import add_experiment_flags, finish_runs, plan_from_scratch, seeds_text
+from experiment import RECIPE
+from study import DERIVED, GRID_VALIDATION, Study, add_study_flags, run_studies
 
-from models import build_model
-from utils.checks import check_figure_path
-from utils.curves import plot_runs
-from utils.data.splits import NAMES, evaluated_split
-from utils.errors import run_script
-from utils.figures import save
-from utils.flag_types import Parser
-from utils.parallel.processes import device_name
-from utils.profiling import count_flops, count_parameters, markdown_table
-from utils.records.run_folder import read_metrics
-from utils.sweeps import data_name, mean_and_range
+from utils.data.datasets import DataOptions, count_classes
+from utils.errors import UserError, run_script
+from utils.flag_types import Parser, share
+from utils.recipes import training_images
 
 MODELS = {
     "R26-ViT-Mini_4": "hybrid ViT",
     "ResNet-Mini_Params": "CNN with as many parameters",
     "ResNet-Mini_Flops": "CNN with as many FLOPs",
 }
+REFERENCE = "R26-ViT-Mini_4"
+RUN_RECIPE = {name: value for name, value in RECIPE.items() if name not in ("learning_rate", *DERIVED)}
+LEAST_IMAGES = 10  # training images per class, of which one in ten is to judge the short runs
 
 
 def main():
     args = parse_flags()
-    plan = {
-        (model_type, number): plan_from_scratch(args, model_type, number, model_type=model_type)
-        for number in args.seeds
-        for model_type in MODELS
-    }
-    finish_runs(list(plan.values()))
-    metrics = {
-        model_type: [read_metrics(plan[model_type, number].folder) for number in args.seeds] for model_type in MODELS
-    }
-    seeds = seeds_text(args.seeds)
-    print(f"\n{device_name()}, torch {torch.__version__}, {seeds}\n\n{table(metrics, args.img_size)}")
-    labels = {f"{model_type}: {what}": metrics[model_type] for model_type, what in MODELS.items()}
-    title = f"from scratch on {args.examples_per_class} images per class of {data_name(args)}, {seeds}"
-    save(plot_runs(labels, title), args.figure)
-    print(f"\nfigure: {args.figure}")
+    shares = [1] if args.draw else args.shares  # tables and figures need no training images
+    run_studies([study_of(each, args) for each in shares], args)
 
 
 def parse_flags():
     parser = Parser(__doc__)
-    add_experiment_flags(parser.add_argument_group("experiment"), "hybrid_vs_cnn")
-    args = parser.parse_args()
-    check_figure_path(args.figure, "--figure")
-    return args
+    parser.epilog = "contenders:\n" + "\n".join(f"  {name:<20}{what}" for name, what in MODELS.items())
+    add_study_flags(parser, "hybrid_vs_cnn")
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "--shares",
+        type=share,
+        nargs="+",
+        default=[1],
+        metavar="SHARE",
+        help="Shares of the training images; each has tables of its own.",
+    )
+    return parser.parse_args()
 
 
-def table(metrics, img_size):
-    """Markdown; accuracies are those of the last step, the mean over the seeds and their range."""
-    rows, split = [], evaluated_split(next(iter(metrics.values()))[0])
-    for model_type, seeds in metrics.items():
-        with torch.device("meta"):
-            model = build_model(model_type, img_size)
-        speed = statistics.median(value for one in seeds for value in one["images_per_second"])
-        minutes = statistics.median(one["seconds"][-1] for one in seeds) / 60
-        rows.append(
-            [
-                f"{model_type}, {MODELS[model_type]}",
-                f"{count_parameters(model) / 1e6:.3f} M",
-                f"{count_flops(model, img_size) / 1e9:.4f} G",
-                *(mean_and_range([one[f"{part}_accuracy"][-1] for one in seeds]) for part in (split, "train")),
-                f"{speed:.0f}",
-                f"{minutes:.1f} min",
-            ]
-        )
-    titles = ["model", "parameters", "FLOPs per image", f"{NAMES[split]} accuracy", "training accuracy", "images/s"]
-    return markdown_table([*titles, "time per run"], rows)
+def study_of(part, args):
+    """The Study with a share of the training images, drawn by the seed of a run, and the steps of all images.
+
+    Raises UserError if there are too few images.
+    """
+    study = Study(
+        "hybrid_vs_cnn",
+        {name: {"model_type": name} for name in MODELS},
+        REFERENCE,
+        recipe={**RUN_RECIPE, "eval_batch_size": 250},
+    )
+    if part == 1:
+        return study
+    options = DataOptions(args.data_dir)
+    count = training_images(args.dataset, options).count
+    per_class = round(part * count / count_classes(args.dataset, options))
+    if per_class < LEAST_IMAGES:
+        raise UserError(f"--shares {part:g}: fewer than {LEAST_IMAGES} images per class; give a larger share")
+    drawn = training_images(args.dataset, options._replace(examples_per_class=per_class)).count
+    validation = round(GRID_VALIDATION * per_class)
+    return study._replace(
+        recipe={**study.recipe, "examples_per_class": per_class},
+        labels={"share": part},
+        grid_flags={
+            "val_split": round(GRID_VALIDATION * part, 6),
+            "examples_per_class": per_class - validation,
+        },
+        seed_flags=("split_seed",),
+        budget={name: repeated(getattr(args, name), count, drawn) for name in ("epochs", "grid_epochs")},
+    )
+
+
+def repeated(epochs, count, drawn):
+    """Passes over `drawn` images that have as many steps as `epochs` over `count`; rounded down, as steps are up."""
+    return math.floor(1e4 * epochs * count / drawn) / 1e4
 
 
 if __name__ == "__main__":

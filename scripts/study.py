@@ -17,10 +17,10 @@ import torch
 from experiment import RECIPE, TRAIN
 
 from command_line import model_maker
-from utils.data.datasets import DataOptions
+from utils.data.datasets import DATASETS, DataOptions
 from utils.errors import DIVERGED, UserError
 from utils.figures import save
-from utils.flag_types import positive, positive_float, seed
+from utils.flag_types import one_of, positive, positive_float, seed
 from utils.profiling import count_flops, count_parameters
 from utils.recipes import training_images
 from utils.records.files import replace_file
@@ -69,6 +69,7 @@ class Study(NamedTuple):
     grid_flags: dict = {"val_split": GRID_VALIDATION}  # flags of train.py for the short runs alone
     seed_flags: tuple = ()  # further flags of train.py whose value is the seed of a run
     final_flags: dict = {}  # flags of train.py for the final runs alone, which their table is labelled with
+    budget: dict = {}  # {flag of the study: value}, such as epochs, in place of those given
 
 
 class Planned(NamedTuple):
@@ -82,7 +83,13 @@ class Planned(NamedTuple):
 def add_study_flags(parser, name, learning_rates=LEARNING_RATES, has_budget=False):
     """The flags of a study with results in results/<name>/; one that `has_budget` sets epochs and batch size itself."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="cifar10", metavar="NAME", help="The data set, as for train.py.")
+    group.add_argument(
+        "--dataset",
+        type=one_of("dataset", DATASETS),
+        default="cifar10",
+        metavar="NAME",
+        help="The data set, as for train.py.",
+    )
     group.add_argument("--data_dir", default="data", metavar="DIR", help="Its folder, as for train.py.")
     group.add_argument("--data_note", metavar="TEXT", help="What the data is, for the results; default: its name.")
     group.add_argument("--img_size", type=positive, default=32, metavar="PIXELS", help="Side of the images in pixels.")
@@ -127,7 +134,8 @@ def run_studies(studies, args):
             raise UserError(f"--seeds: {number} is given {count} times")
     if not args.draw:
         for study in studies:
-            run_study(chosen_contenders(study, args.contenders), args)
+            of_study = Namespace(**{**vars(args), **study.budget})
+            run_study(chosen_contenders(study, args.contenders), of_study)
     if not args.dry_run:
         draw(args.results, list(dict.fromkeys(name for study in studies for name in study.contenders)))
 

@@ -21,12 +21,9 @@ from utils.sweeps import LOG
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import experiment
-import hybrid_vs_cnn
 import make_imagenet_like
 import norm_study
 
-TINY_EXPERIMENT = ["--dataset", "digits", "--examples_per_class", 2, "--num_steps", 2]
-TINY_EXPERIMENT += ["--img_size", 8, "--train_batch_size", 4]
 
 
 def study(output_dir, *given):
@@ -43,7 +40,7 @@ def rows_of(output_dir):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("module", [hybrid_vs_cnn, make_imagenet_like, norm_study])
+@pytest.mark.parametrize("module", [make_imagenet_like, norm_study])
 def test_every_script_prints_its_help(module, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call_main(module, ["--help"], monkeypatch)
@@ -53,62 +50,10 @@ def test_every_script_prints_its_help(module, monkeypatch, capsys):
 
 def test_every_script_is_tested():
     found = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    ours = {"experiment", "hybrid_vs_cnn", "make_imagenet_like", "norm_study", "study"}
+    ours = {"experiment", "make_imagenet_like", "norm_study", "study"}
     elsewhere = {"fault_campaign", "fault_checks", "fault_runs", "faults"}  # test_fault_campaign.py
-    elsewhere |= {"few_shot", "fine_tuning_table", "pretraining_study", "sweep", "token_study"}  # test_<name>.py
+    elsewhere |= {"few_shot", "fine_tuning_table", "hybrid_vs_cnn", "pretraining_study", "sweep", "token_study"}
     assert found == ours | elsewhere
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--figure", "nowhere/figure.png"], "--figure nowhere/figure.png can't be written"),
-        (["--seeds", -1], "-1 is not a whole number"),
-        (["--dataset", "digit"], "unknown dataset 'digit'; did you mean digits"),
-        (["--img_size", 9], "image size 9 is not a multiple"),
-    ],
-)
-def test_wrong_flags_of_an_experiment_are_errors_before_any_run(flags, message, main_fails, tmp_path):
-    given = {"--figure": tmp_path / "figure.png", "--dataset": "digits", "--output_dir": tmp_path / "runs"}
-    given |= {flags[0]: flags[1]}
-    assert message in main_fails(hybrid_vs_cnn, *(item for pair in given.items() for item in pair))
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_the_experiment_of_hybrid_and_cnns_resumes(tmp_path):
-    command = ["scripts/hybrid_vs_cnn.py", *TINY_EXPERIMENT]
-    command += ["--output_dir", tmp_path / "runs", "--figure", tmp_path / "figure.png"]
-    printed = succeed(*command)
-    assert printed.count("20 training and 360 test images") == 3
-    rows = re.findall(r"\| (\S+), (hybrid ViT|CNN with [\w ]+) \| [\d.]+ M \| ([\d.]+) G \| [\d.]+ % \|", printed)
-    assert [name for name, _, _ in rows] == ["R26-ViT-Mini_4", "ResNet-Mini_Params", "ResNet-Mini_Flops"]
-    (tmp_path / "figure.png").unlink()
-    first, table = succeed(*command).split("\n", 1)
-    assert first == "3 runs, 3 of them already finished"
-    assert printed.endswith(table)  # no run is repeated
-    assert (tmp_path / "figure.png").exists()
-    for flag, value in (("--examples_per_class", 3), ("--num_steps", 4)):
-        done = script(*command, flag, value)  # the folder has other runs
-        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
-        assert f"was made with {flag} 2, not {value}; give another --output_dir" in done.stderr
-
-
-def test_the_table_of_hybrid_and_cnns_has_mean_and_range_over_seeds():
-    """Mean and range over the seeds, in the order of the seeds' last evaluations."""
-    seeds = [
-        {
-            "test_accuracy": [0.1, accuracy],
-            "train_accuracy": [0.2, 0.5],
-            "images_per_second": [8, 9],
-            "seconds": [3, 90],
-        }
-        for accuracy in (0.3, 0.5)
-    ]
-    table = hybrid_vs_cnn.table({"R26-ViT-Mini_4": seeds}, 32)
-    cells = table.splitlines()[-1].split(" | ")
-    assert cells[0] == "| R26-ViT-Mini_4, hybrid ViT"
-    assert cells[3:] == ["40.0 % (30.0 to 50.0)", "50.0 % (50.0 to 50.0)", "8", "1.5 min |"]
 
 
 @pytest.mark.slow
