@@ -21,17 +21,16 @@ OWN_FLAGS = {  # flags of train.py that a study of any runs sets itself: what to
     "--local_rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
     "--local-rank": "choose the GPUs by CUDA_VISIBLE_DEVICES",
 }
-RECIPE = {
-    "min_crop_scale": 0.5,
-    "horizontal_flip": True,
-    "optimizer": "adamw",
-    "learning_rate": 1e-3,
-    "weight_decay": 0.05,
-    "warmup_steps": 60,
-    "eval_every": 150,
-    "bf16": True,
-    "fp16_opt_level": "O1",
-}
+# Flags that a run comparable with a reported one may have of its own: its files, how it computes, its seed.
+FREE = ("pretrained_dir", "seed", "fp16", "bf16", "fp16_opt_level", "amp_backend", "loss_scale", "compile")
+FREE += ("grad_checkpointing", "gradient_accumulation_steps", "eval_every", "log_attention_every")
+
+
+def own_and_further():
+    """(arguments of this script, those after `--`, which are for train.py)"""
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end + 1 :]
 
 
 def flags_in(arguments):
@@ -51,6 +50,17 @@ def print_unfinished(runs):
     for run in runs:
         if not is_finished(run.folder, run.flags):
             print(shlex.join(run.command))
+
+
+def difference_from(reported, accuracy, found, recipe):
+    """The difference of an accuracy from a reported one, in points: `-0.30`.
+
+    If the flags `found` are not those of the reported run, `recipe` and train.py's defaults, then `not comparable: ...`
+    with what differs; FREE flags may differ.
+    """
+    expected = {**vars(TRAIN.parser.parse_args(["--name=any"])), **recipe}
+    changed = [f"--{name} {value}" for name, value in found.items() if name not in FREE and value != expected.get(name)]
+    return f"not comparable: {', '.join(changed)}" if changed else f"{100 * (accuracy - reported):+.2f}"
 
 
 def seeds_text(seeds):

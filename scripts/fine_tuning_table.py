@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from experiment import OWN_FLAGS, TRAIN, own_and_further, refuse_flags
+from experiment import OWN_FLAGS, TRAIN, difference_from, own_and_further, refuse_flags
 from study import ROOT, Planned, finish
 
 from inference import IMAGENET_21K_CLASSES
@@ -30,9 +30,6 @@ EVALUATIONS = 5  # intervals of training metrics, each of which ends with a chec
 FLOAT_BYTES, HEAD_CLASSES = 4, {"ImageNet-21k": IMAGENET_21K_CLASSES, "ImageNet-1k": 1000}
 ARCHIVE_BYTES = {"cifar10": 170_498_071, "cifar100": 169_001_437}
 RECIPE = {"train_batch_size": 512, "learning_rate": 0.03, "decay_type": "cosine", "test_at_end": True}
-# Flags that a comparable run may have of its own: where its files are, how it computes, its seed.
-FREE = ("pretrained_dir", "seed", "fp16", "bf16", "fp16_opt_level", "amp_backend", "loss_scale", "compile")
-FREE += ("grad_checkpointing", "gradient_accumulation_steps", "eval_every", "log_attention_every")
 GPU = "NVIDIA H200"
 # Images/s of its training steps in bfloat16, benchmarks/results/nvidia-h200.md:
 # {(model type, image size, whether compiled): images/s}
@@ -223,11 +220,7 @@ def measured(row, records):
     accuracies = [judged_accuracy(record) for record in records]
     mean = statistics.mean(accuracies)
     span = f" ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f})" if len(accuracies) > 1 else ""
-    expected = {**vars(TRAIN.parser.parse_args(["--name=any"])), **row.flags()}
-    found = records[0]["flags"].items()
-    changed = [f"--{name} {value}" for name, value in found if name not in FREE and value != expected.get(name)]
-    difference = f"not comparable: {', '.join(changed)}" if changed else f"{100 * (mean - row.reported):+.2f}"
-    return f"{100 * mean:.2f} %{span}", difference
+    return f"{100 * mean:.2f} %{span}", difference_from(row.reported, mean, records[0]["flags"], row.flags())
 
 
 def times(records):

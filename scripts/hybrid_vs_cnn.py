@@ -10,8 +10,7 @@ figures are drawn. The same command resumes; what has a file is not run again.
 
 import math
 
-from experiment import RECIPE
-from study import DERIVED, GRID_VALIDATION, Study, add_study_flags, run_studies
+from study import GRID_VALIDATION, Study, add_study_flags, run_studies
 
 from utils.data.datasets import DataOptions, count_classes
 from utils.errors import UserError, run_script
@@ -24,7 +23,6 @@ MODELS = {
     "ResNet-Mini_Flops": "CNN with as many FLOPs",
 }
 REFERENCE = "R26-ViT-Mini_4"
-RUN_RECIPE = {name: value for name, value in RECIPE.items() if name not in ("learning_rate", *DERIVED)}
 LEAST_IMAGES = 10  # training images per class, of which one in ten is to judge the short runs
 
 
@@ -55,12 +53,7 @@ def study_of(part, args):
 
     Raises UserError if there are too few images.
     """
-    study = Study(
-        "hybrid_vs_cnn",
-        {name: {"model_type": name} for name in MODELS},
-        REFERENCE,
-        recipe={**RUN_RECIPE, "eval_batch_size": 250},
-    )
+    study = Study("hybrid_vs_cnn", {name: {"model_type": name} for name in MODELS}, REFERENCE)
     if part == 1:
         return study
     options = DataOptions(args.data_dir)

@@ -1,8 +1,9 @@
 """Does a ViT need LayerNorm? Architectures x norms x {from scratch, pretrained} on one data set, by train.py.
 
 The results are a table (table.md, table.csv), one figure with the curves of all norms, and figures with the attention
-maps and the attention matrices of each norm, for some test images or, without any, validation images. Several GPUs
-share the runs; otherwise they run one after another. The same command resumes an interrupted study and tries failed
+maps and the attention matrices of each norm, for some test images or, without any, validation images. The defaults are
+the recipe of published results, whose accuracies then stand in the table next to those measured. Several GPUs share
+the runs; otherwise they run one after another. The same command resumes an interrupted study and tries failed
 runs again; finished runs are not repeated.
 
     python scripts/norm_study.py --bf16 --download
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from experiment import OWN_FLAGS, TRAIN, flags_in, print_unfinished, refuse_flags
+from experiment import OWN_FLAGS, TRAIN, difference_from, flags_in, print_unfinished, refuse_flags
 
 from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
@@ -33,16 +34,33 @@ from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
 from utils.records.run_folder import is_finished, read_config, read_metrics
 from utils.records.weights import LAST
+from utils.study_records import portable_flags
 from utils.sweeps import check_plan, data_name, plan_run, raise_failures, run_unfinished
 
-REPORTED = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
-RECIPE = {  # of the reported tables
+ARCHITECTURES = ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32")
+RECIPE = {  # of the reported runs
     "dataset": "cifar10",
     "num_steps": 20000,
     "train_batch_size": 128,
     "img_size": 224,
     "learning_rate": 0.05,
+    "dropout_rate": 0.1,
     "eval_every": 500,
+}
+REPORTED = {  # {(data set, model type, start): best test accuracy in % with each of the norms}
+    ("cifar10", "ViT-B_16", "scratch"): {"LN": 69.7, "BN": 66.5, "GN": 65.1, "Rescale": 65.2},
+    ("cifar10", "ViT-B_32", "scratch"): {"LN": 67.6, "BN": 67.1, "GN": 65.5, "Rescale": 66.1},
+    ("cifar10", "ViT-L_32", "scratch"): {"LN": 67.5, "BN": 67.4, "GN": 65.6, "Rescale": 65.4},
+    ("cifar100", "ViT-B_16", "scratch"): {"LN": 43.5, "BN": 38.7, "GN": 38.2, "Rescale": 36.1},
+    ("cifar100", "ViT-B_32", "scratch"): {"LN": 42.8, "BN": 39.9, "GN": 40.0, "Rescale": 37.8},
+    ("cifar100", "ViT-L_32", "scratch"): {"LN": 42.7, "BN": 40.6, "GN": 39.6, "Rescale": 37.6},
+    ("cifar10", "ViT-B_16", "pretrained"): {"LN": 98.4},
+    ("cifar10", "ViT-B_32", "pretrained"): {"LN": 98.4},
+    ("cifar10", "ViT-L_16", "pretrained"): {"LN": 99.0},
+    ("cifar10", "ViT-L_32", "pretrained"): {"LN": 98.9},
+    ("cifar100", "ViT-B_16", "pretrained"): {"LN": 91.9},
+    ("cifar100", "ViT-B_32", "pretrained"): {"LN": 91.0},
+    ("cifar100", "ViT-L_32", "pretrained"): {"LN": 92.2},
 }
 KEY = ("model_type", "start", "norm_type")
 STARTS = {"scratch": "from scratch", "pretrained": "pretrained"}
@@ -81,9 +99,9 @@ def parse_flags():
         "--model_types",
         type=argument(canonical_model_type),
         nargs="+",
-        default=REPORTED,
+        default=ARCHITECTURES,
         metavar="NAME",
-        help=f"The architectures: {', '.join(VITS)}; default: {' '.join(REPORTED)}.",
+        help=f"The architectures: {', '.join(VITS)}; default: {' '.join(ARCHITECTURES)}.",
     )
     group.add_argument(
         "--norm_types",
@@ -165,10 +183,13 @@ def write_table(runs, finished, folder):
         writer.writeheader()
         writer.writerows(rows)
     cells = []
-    for model_type, start, norm_type, *results in map(dict.values, rows):
+    for (model_type, start, norm_type), row in zip(runs, rows, strict=True):
+        results = [row[name] for name in columns if name in row]
         shown = formatted(*results) if results else ["failed", "", "", ""]
+        shown += compared(runs[model_type, start, norm_type].flags, start, row.get(columns[1]))
         cells.append([model_type, STARTS[start], norm_type, *shown])
     titles = ["architecture", "start", "norm", f"{NAMES[split]} accuracy", "best", "time", "images/s"]
+    titles += ["reported best", "difference in points"]
     flags = next(iter(finished.values())).flags
     configs = [read_config(run.folder) for run in finished.values()]
     devices = sorted({config["versions"]["device"] for config in configs})
@@ -180,6 +201,16 @@ def write_table(runs, finished, folder):
 
 def formatted(accuracy, best, seconds, images_per_second):
     return [f"{100 * accuracy:.2f} %", f"{100 * best:.2f} %", f"{seconds / 60:.1f} min", f"{images_per_second:.4g}"]
+
+
+def compared(flags, start, best):
+    """The cells of the reported accuracy, if there is one, and of the difference of `best`, if it is not None."""
+    reported = REPORTED.get((flags.dataset, flags.model_type, start), {}).get(flags.norm_type)
+    if reported is None:
+        return ["", ""]
+    recipe = {**RECIPE, **{name: getattr(flags, name) for name in ("dataset", "model_type", "norm_type")}}
+    found = portable_flags(flags, TRAIN.path.parent)
+    return [f"{reported} %", "" if best is None else difference_from(reported / 100, best, found, recipe)]
 
 
 def draw_figures(finished, args):

@@ -23,12 +23,11 @@ from utils.few_shot_figure import plot_over_images
 from utils.figures import save
 from utils.flag_types import Parser, one_of, positive, share
 from utils.parallel.processes import choose_device, device_name, one_process
-from utils.profiling import markdown_table
 from utils.recipes import training_images
 from utils.records.files import replace_file
 from utils.records.weights import LAST
 from utils.study_records import FINAL, commit_of, read_records, write_record
-from utils.study_tables import accuracies_of, accuracy_text, by_contender, difference_text
+from utils.study_tables import accuracies_of, by_contender, summary_table
 
 NAME = "pretraining_study"
 SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles and three of animals, as the others
@@ -198,6 +197,7 @@ def probe_record(planned, train, test):
         "model": costs_of(planned.run.flags, count),
         "num_steps": 0,
         "images": {"train": len(train[1]), "test": len(test[1])},
+        "classes": count,
         "diverged": False,
         "result": {"last": {"step": 0, "test": {"accuracy": accuracy, "images": len(test[1])}}},
         "hardware": {
@@ -225,7 +225,8 @@ def summarise(folder):
             for size in sizes
         }
         title = f"{model} on {of_model[0]['data']}"
-        parts.append(f"## {title}\n\n{summary_table(of_size)}\n")
+        columns = {f"{size:,} images per class": found for size, found in of_size.items()}
+        parts.append(f"## {title}\n\n{summary_table(columns, SCRATCH_RUN, ORDER)}\n")
         accuracies = {
             name: {size: accuracies_of(found[name]) for size, found in of_size.items() if name in found}
             for name in ORDER
@@ -236,19 +237,6 @@ def summarise(folder):
     text = "\n".join(parts)
     replace_file(folder / "summary.md", lambda path: path.write_text(text))
     print(f"\n{text}\nsummary: {folder / 'summary.md'}")
-
-
-def summary_table(of_size):
-    """Markdown: for each size the test accuracy of each contender and its paired difference from that from scratch."""
-    titles, rows = ["contender"], {name: [name] for name in ORDER}
-    for size, contenders in of_size.items():
-        titles += [f"{size:,} images per class", "points from scratch (95 % interval)"]
-        reference = accuracies_of(contenders.get(SCRATCH_RUN, ()))
-        for name, row in rows.items():
-            found = contenders.get(name, ())
-            compared = difference_text(accuracies_of(found), reference) if found and name != SCRATCH_RUN else ""
-            row += [accuracy_text(found) if found else "", compared]
-    return markdown_table(titles, rows.values())
 
 
 if __name__ == "__main__":

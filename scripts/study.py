@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from experiment import RECIPE, TRAIN
+from experiment import TRAIN
 
 from command_line import model_maker
 from utils.data.datasets import DATASETS, DataOptions
@@ -52,7 +52,11 @@ GRID_VALIDATION = 0.1  # share of the training images that judge the short runs
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 DERIVED = ("num_steps", "warmup_steps", "eval_every", "save_every")  # flags that follow from the batch size
 SCRATCH = {  # the recipe of small models from scratch at 32x32
-    **{name: RECIPE[name] for name in ("horizontal_flip", "optimizer", "weight_decay", "bf16", "fp16_opt_level")},
+    "horizontal_flip": True,
+    "optimizer": "adamw",
+    "weight_decay": 0.05,
+    "bf16": True,
+    "fp16_opt_level": "O2",
     "crop_padding": 4,
     "eval_batch_size": 250,
 }

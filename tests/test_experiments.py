@@ -25,7 +25,6 @@ import make_imagenet_like
 import norm_study
 
 
-
 def study(output_dir, *given):
     """The flags of a small norm study: those of TINY except where `given`."""
     given = [str(item) for item in given]
@@ -52,7 +51,8 @@ def test_every_script_is_tested():
     found = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     ours = {"experiment", "make_imagenet_like", "norm_study", "study"}
     elsewhere = {"fault_campaign", "fault_checks", "fault_runs", "faults"}  # test_fault_campaign.py
-    elsewhere |= {"few_shot", "fine_tuning_table", "hybrid_vs_cnn", "pretraining_study", "sweep", "token_study"}
+    elsewhere |= {"few_shot", "fine_tuning_table", "hybrid_vs_cnn", "norm_findings", "pretraining_study"}
+    elsewhere |= {"sweep", "token_study"}  # test_<name>.py
     assert found == ours | elsewhere
 
 
@@ -155,6 +155,7 @@ def test_a_norm_study_uses_runs_that_are_finished(tmp_path, run_main, main_fails
 def test_the_table_of_a_norm_study_names_the_evaluated_split(tmp_path, capsys):
     """With --test_at_end all evaluations but the last are NaN."""
     flags = types.SimpleNamespace(dataset="digits", data_dir="data", train_batch_size=16, img_size=8)
+    flags.model_type, flags.norm_type = "ViT-B_16", "LN"
     for split, name in (("val", "validation"), ("test", "test")):
         folder = tmp_path / split
         folder.mkdir()
@@ -165,10 +166,36 @@ def test_the_table_of_a_norm_study_names_the_evaluated_split(tmp_path, capsys):
         runs = {("ViT-B_16", "scratch", "LN"): types.SimpleNamespace(folder=folder, flags=flags)}
         norm_study.write_table(runs, runs, folder)
         printed = capsys.readouterr().out
-        assert f"| architecture | start | norm | {name} accuracy | best | time | images/s |" in printed
-        assert "| 12.50 % | 12.50 % | 1.0 min | 9 |" in printed
+        assert f"| architecture | start | norm | {name} accuracy | best | time | images/s | reported best |" in printed
+        assert "| 12.50 % | 12.50 % | 1.0 min | 9 |  |  |" in printed
         [row] = rows_of(folder)
         assert (row[f"{split}_accuracy"], row[f"best_{split}_accuracy"]) == ("0.125", "0.125")
+
+
+def test_the_difference_from_a_reported_accuracy_is_that_of_the_best_one_with_the_reported_recipe():
+    """In points; a run with another recipe is not comparable, a result that was not reported has no difference."""
+
+    def cells(start, best, **changes):
+        recipe = {**norm_study.RECIPE, "model_type": "ViT-B_16", "norm_type": "GN", "bf16": True, **changes}
+        flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in recipe.items()]
+        return norm_study.compared(train_parser().parse_args(["--name=x", *flags]), start, best)
+
+    assert cells("scratch", 0.6423) == ["65.1 %", "-0.87"]
+    assert cells("scratch", 0.4, dataset="cifar100") == ["38.2 %", "+1.80"]
+    assert cells("scratch", 0.64, dropout_rate=0.0) == ["65.1 %", "not comparable: --dropout_rate 0.0"]
+    assert cells("scratch", None) == ["65.1 %", ""]
+    assert cells("pretrained", 0.98) == cells("scratch", 0.9, dataset="digits") == ["", ""]
+
+
+def test_the_reported_accuracies_of_the_norms_are_those_of_the_document():
+    rows = re.findall(
+        r"^\| (ViT-\S+) on (CIFAR-\d+) \| (.+) \|$", (ROOT / "docs" / "norms.md").read_text(), re.MULTILINE
+    )
+    found = {(name.lower().replace("-", ""), model_type): cells for model_type, name, cells in rows}
+    expected = {key[:2]: norms for key, norms in norm_study.REPORTED.items() if key[2] == "scratch"}
+    assert found.keys() == expected.keys()
+    for key, norms in expected.items():
+        assert found[key].replace("*", "") == " | ".join(f"{norms[norm]} %" for norm in NORM_TYPES), key
 
 
 def test_a_dry_run_prints_commands_that_train_py_accepts(tmp_path, run_main):
@@ -191,6 +218,7 @@ def test_a_dry_run_prints_commands_that_train_py_accepts(tmp_path, run_main):
     for planned in runs:
         assert (planned.dataset, planned.train_batch_size, planned.img_size) == ("cifar10", 128, 224)
         assert (planned.learning_rate, planned.num_steps, planned.horizontal_flip) == (0.05, 7, True)
+        assert planned.dropout_rate == 0.1
         assert (planned.resume, planned.output_dir) == (True, str(output))
 
 

@@ -14,7 +14,7 @@ from helpers import ROOT, load_data
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import hybrid_vs_cnn
-from experiment import RECIPE
+from study import SCRATCH
 
 MODELS = ["R26-ViT-Mini_4", "ResNet-Mini_Params", "ResNet-Mini_Flops"]
 
@@ -33,7 +33,7 @@ def planned(run_main, *flags):
 
 
 def test_the_plan_has_one_run_per_share_model_and_seed(run_main, tmp_path):
-    """All with as many steps and with the recipe of the experiments; each seed draws other images of a share."""
+    """All with as many steps and with the recipe of the studies; each seed draws other images of a share."""
     runs = planned(run_main, *toy(tmp_path, "--shares", 0.3, 1, "--learning_rates", 2e-3, "--seeds", 0, 4))
     expected = [(images, seed, name) for images in (43, None) for seed in (0, 4) for name in MODELS]
     assert [(run.examples_per_class, run.seed, run.model_type) for run in runs] == expected
@@ -42,8 +42,7 @@ def test_the_plan_has_one_run_per_share_model_and_seed(run_main, tmp_path):
         assert run.num_steps == math.ceil(0.2 * 1437 / 64)
         assert run.split_seed == (run.seed if run.examples_per_class else 0)
         assert (run.test_at_end, run.val_split, run.learning_rate) == (True, None, 2e-3)
-        for flag in ("min_crop_scale", "horizontal_flip", "optimizer", "weight_decay", "bf16", "fp16_opt_level"):
-            assert getattr(run, flag) == RECIPE[flag]
+        assert all(getattr(run, flag) == value for flag, value in SCRATCH.items())
 
 
 def test_short_runs_have_the_images_of_their_share(run_main, tmp_path):

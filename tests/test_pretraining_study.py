@@ -14,6 +14,7 @@ from helpers import ROOT, load_data
 from inference import SavedModel
 from utils.features import extract_features
 from utils.parallel.processes import one_process
+from utils.study_tables import summary_table
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import pretraining_study
@@ -133,7 +134,7 @@ def test_the_summary_has_paired_differences_from_scratch():
 
     scratch = [record("scratch", seed, accuracy) for seed, accuracy in ((0, 0.40), (1, 0.50), (2, 0.45))]
     tuned = [record("fine-tuned", seed, accuracy) for seed, accuracy in ((0, 0.45), (1, 0.56), (2, 0.49))]
-    table = pretraining_study.summary_table({10: {"scratch": scratch, "fine-tuned": tuned}})
+    table = summary_table({"10 images": {"scratch": scratch, "fine-tuned": tuned}}, "scratch", pretraining_study.ORDER)
     assert "| scratch | 45.00 % (40.00 to 50.00), n = 3 |  |" in table
     # differences 5, 6 and 4: mean 5, and 4.303 standard errors of 1 / sqrt(3)
     assert "| fine-tuned | 50.00 % (45.00 to 56.00), n = 3 | +5.00 (+2.52 to +7.48) |" in table

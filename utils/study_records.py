@@ -66,6 +66,7 @@ def complete_record(entry, folder, root, at_once, diverged=False):
     return entry | {
         "num_steps": config["num_steps"],
         "images": config["images"],
+        "classes": len(config["classes"]),
         "diverged": diverged,
         "result": result and {name: value for name, value in result.items() if name != "flags"},
         "hardware": {

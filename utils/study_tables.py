@@ -128,6 +128,19 @@ def final_table(records, order=()):
     return markdown_table(titles, rows)
 
 
+def summary_table(columns, reference, order):
+    """Markdown of several groups, {title: {contender: records}}: accuracies, differences from the reference's."""
+    titles, rows = ["contender"], {name: [name] for name in order}
+    for title, contenders in columns.items():
+        titles += [title, f"points from {reference} (95 % interval)"]
+        to_compare = accuracies_of(contenders.get(reference, ()))
+        for name, row in rows.items():
+            found = contenders.get(name, ())
+            compared = difference_text(accuracies_of(found), to_compare) if found and name != reference else ""
+            row += [accuracy_text(found) if found else "", compared]
+    return markdown_table(titles, rows.values())
+
+
 def grid_table(records, order=()):
     """Markdown of the short runs of one group: validation accuracy of each contender at each learning rate."""
     rates = sorted({record["flags"]["learning_rate"] for record in records})

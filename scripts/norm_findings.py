@@ -1,0 +1,150 @@
+"""Does a small ViT need LayerNorm? ViT-Mini_4 from scratch with each norm, at the learning rate that suits it best.
+
+Short runs choose the learning rate of each norm; final runs with several seeds are tested once. The side question
+--question batch_size repeats the final runs with other batch sizes, at equal epochs. Each run leaves one file in
+results/norm_study/, from which the tables and figures are drawn. The same command resumes; what has a file is not run
+again. scripts/norm_study.py trains larger models with one recipe for all norms, to repeat published tables.
+
+A learning rate still trains a norm if the validation accuracy of its short run is above chance by at least half as much
+as that of the norm's best short run. The largest such rate is a result too.
+
+    python scripts/norm_findings.py
+"""
+
+import itertools
+import math
+from argparse import Namespace
+
+from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, grid_labels, plan_final, run_study
+
+from models import NORM_TYPES
+from utils.errors import run_script
+from utils.flag_types import Parser, one_of, positive
+from utils.profiling import markdown_table
+from utils.records.files import replace_file
+from utils.study_records import FINAL, GRID, best_rate, grid_of, grouped, read_records
+from utils.study_tables import by_contender, summary_table
+
+NORMS, BATCH_SIZE = QUESTIONS = ("norms", "batch_size")
+BATCH_SIZES = (8, 32, 128)
+STUDY = Study(
+    "norm_study",
+    {norm: {"norm_type": norm} for norm in NORM_TYPES},
+    reference="LN",
+    recipe={**SCRATCH, "model_type": "ViT-Mini_4"},
+)
+
+
+def main():
+    args = parse_flags()
+    if not args.draw:
+        study = chosen_contenders(STUDY, args.contenders)
+        run_study(study, args)
+        if args.question == BATCH_SIZE:
+            run_batch_sizes(study, args)
+    if not args.dry_run:
+        draw(args.results, NORM_TYPES)
+        summarise(args.results)
+
+
+def parse_flags():
+    parser = Parser(__doc__)
+    add_study_flags(parser, STUDY.name)
+    parser.set_defaults(output_dir="output/norm_findings")  # scripts/norm_study.py has output/norm_study
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "--question",
+        type=one_of("question", QUESTIONS),
+        default=NORMS,
+        metavar="NAME",
+        help=f"{NORMS}: one batch size; {BATCH_SIZE}: then also the other ones.",
+    )
+    group.add_argument(
+        "--batch_sizes",
+        type=positive,
+        nargs="+",
+        default=list(BATCH_SIZES),
+        metavar="N",
+        help="The batch sizes compared.",
+    )
+    return parser.parse_args()
+
+
+def run_batch_sizes(study, args):
+    """The final runs with the other batch sizes, after those of the Study."""
+    rates = chosen_rates(study, args)
+    sizes = [size for size in args.batch_sizes if size != args.train_batch_size]
+    if len(rates) < len(study.contenders):
+        print(f"# the final runs with batch size {', '.join(map(str, sizes))} follow then")
+    planned = []
+    for size in sizes:
+        of_size = study._replace(labels={"batch size": size})
+        own = Namespace(**{**vars(args), "train_batch_size": size})
+        for number, (name, rate) in itertools.product(args.seeds, rates.items()):
+            planned.append(plan_final(of_size, own, name, scaled(rate, size / args.train_batch_size), number))
+    finish(planned, args)
+
+
+def chosen_rates(study, args):
+    """{norm: learning rate} as the short runs have chosen; in a dry run without norms whose short runs are missing."""
+    if len(args.learning_rates) == 1:
+        return dict.fromkeys(study.contenders, args.learning_rates[0])
+    records = read_records(args.results).values()
+    grids = {name: grid_of(records, name, grid_labels(study, args)) for name in study.contenders}
+    return {name: best_rate(grid) for name, grid in grids.items() if len(grid) >= len(args.learning_rates)}
+
+
+def scaled(rate, ratio):
+    """The learning rate for a batch size `ratio` times as large, as is usual with AdamW: by the square root."""
+    return float(f"{rate * math.sqrt(ratio):.6g}")
+
+
+def summarise(folder):
+    """Write summary.md from the results: the largest learning rates, and the accuracies at each batch size."""
+    parts = []
+    records = read_records(folder)
+    for (kind, text), group in grouped(records).items():
+        if kind == GRID:
+            parts.append(f"## Largest learning rate that still trains: {text}\n\n{rates_table(group.values())}\n")
+    finals = [record for record in records.values() if record["kind"] == FINAL]
+    for epochs in dict.fromkeys(record["group"]["epochs"] for record in finals):
+        of_epochs = [record for record in finals if record["group"]["epochs"] == epochs]
+        columns = by_batch_size(of_epochs)
+        if len(columns) > 1:
+            table = summary_table(columns, STUDY.reference, NORM_TYPES)
+            parts.append(f"## Batch sizes: epochs {epochs}, test accuracy\n\n{table}\n")
+    text = "\n".join(parts)
+    replace_file(folder / "summary.md", lambda path: path.write_text(text))
+    print(f"\n{text}\nsummary: {folder / 'summary.md'}")
+
+
+def by_batch_size(records):
+    """{title: {norm: records}} in ascending order of the batch size."""
+    sizes = sorted({record["flags"]["train_batch_size"] for record in records})
+    of_size = {size: [each for each in records if each["flags"]["train_batch_size"] == size] for size in sizes}
+    return {f"batch size {size}": by_contender(found) for size, found in of_size.items()}
+
+
+def rates_table(records):
+    """Markdown of the short runs of one group: the largest learning rate of each norm that still trains."""
+    rows = []
+    for name, of_name in by_contender(records, NORM_TYPES).items():
+        grid = grid_of(of_name, name, of_name[0]["group"])
+        largest = largest_rate(grid, 1 / of_name[0]["classes"])
+        if largest is None:
+            rows.append([name, "none", ""])
+        else:
+            edge = ", the largest tried" if largest == max(grid) else ""
+            rows.append([name, f"{largest:g}{edge}", f"{100 * grid[largest]:.2f} %"])
+    return markdown_table(["contender", "learning rate", "validation accuracy"], rows)
+
+
+def largest_rate(grid, chance):
+    """The largest rate of {learning rate: accuracy} that still trains; None if all are at `chance` or NaN."""
+    gains = {rate: accuracy - chance for rate, accuracy in grid.items() if accuracy > chance}
+    best = max(gains.values(), default=None)
+    return max((rate for rate, gain in gains.items() if gain >= best / 2), default=None)
+
+
+if __name__ == "__main__":
+    run_script(main)
