@@ -24,6 +24,7 @@ from helpers import (
     succeed,
     wait_for_checkpoint,
 )
+from utils.errors import DIVERGED
 from utils.records.weights_and_biases import WeightsAndBiases
 
 STAND_INS = ROOT / "tests" / "stand_ins"
@@ -206,7 +207,7 @@ def test_the_next_evaluation_tries_again(calls, tiny_flags, monkeypatch, capsys)
 def test_a_run_that_ends_with_an_error_is_marked_as_failed(calls, tiny_flags, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         call_main(train, tiny_flags("--wandb", "--learning_rate", 1e30, "--max_grad_norm", 0), monkeypatch)
-    assert stopped.value.code == 1
+    assert stopped.value.code == DIVERGED
     assert calls()[-1] == {"call": "finish", "exit_code": 1}
 
 
