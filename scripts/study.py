@@ -246,7 +246,7 @@ def check_unchanged(planned, records):
     for each in planned:
         found = records[each.path]["flags"] if each.path in records else {}
         for name, value in found.items():
-            wanted = each.entry["flags"].get(name)
+            wanted = each.entry["flags"].get(name, value)
             if value != wanted:
                 raise UserError(f"{each.path} has --{name} {value}, not {wanted}; remove it, or give another --results")
 

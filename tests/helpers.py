@@ -196,6 +196,21 @@ def train_run(flags, monkeypatch, name="run"):
     return load_file(folder / LAST), rows
 
 
+def run_in_this_process(study, monkeypatch):
+    """Let the module `study` start its runs of train.py in this process; returns the list of their names."""
+    started = []
+
+    def run_all(runs, jobs=1, ended=None):
+        for run in runs:
+            started.append(run.flags.name)
+            call_main(train, run.command[2:], monkeypatch)
+            ended(run, 0)
+        return {}
+
+    monkeypatch.setattr(study, "run_unfinished", run_all)
+    return started
+
+
 def evaluate_and_export(flags, monkeypatch, capsys):
     """The report of evaluate.py on the last weights of a run, which must also survive an export to Google's format."""
     path = run_dir(flags) / LAST

@@ -25,6 +25,7 @@ from utils.sweeps import (
     plan_run,
     raise_failures,
     run_all,
+    run_unfinished,
     visible_devices,
 )
 
@@ -121,6 +122,21 @@ sys.exit(3)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6  # what the runs themselves print is in their logs only
     assert printed[1] == f"[2/3] b: started on GPU GPU-x, log in {tmp_path / 'out' / 'b' / LOG}"
+
+
+def test_runs_that_share_the_cpu_have_an_equal_part_of_its_threads(tmp_path, monkeypatch, capsys):
+    """Two jobs of a process with six threads; each end is reported with its status."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    code = "import os, sys; print(os.environ.get('OMP_NUM_THREADS')); sys.exit(5)"
+    runs = [python_run(tmp_path, name, code) for name in "abc"]
+    for run in runs:
+        run.flags.download, run.flags.dataset, run.flags.data_dir = False, "imagefolder", "data"
+    ended = []
+    failed = run_unfinished(runs, 2, lambda run, status: ended.append((run.flags.name, status)))
+    assert {reason.partition(" ")[0] for reason in failed.values()} == {"3"}
+    assert sorted(ended) == [("a", 5), ("b", 5), ("c", 5)]
+    assert "3 to do, 2 at a time" in capsys.readouterr().out
 
 
 def test_a_failed_run_is_reported_with_its_last_line_and_its_log(tmp_path, capsys):

@@ -8,9 +8,8 @@ from argparse import Namespace
 
 import pytest
 
-import train
 from command_line import train_parser
-from helpers import ROOT, call_main
+from helpers import ROOT, run_in_this_process
 from utils.errors import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -26,21 +25,6 @@ def flags(tmp_path):
     given = ["--dataset", "digits", "--img_size", 8, "--train_batch_size", 16, "--epochs", 0.02, "--seeds", 0, 1]
     given += ["--keep_tokens", 0.5, "--tome_r", 1, "--learning_rates", 1e-3]
     return [*given, "--output_dir", tmp_path / "runs", "--results", tmp_path / "results"]
-
-
-def run_in_this_process(monkeypatch):
-    """Start runs of train.py in this process; returns the list of their names."""
-    started = []
-
-    def run_all(runs, jobs=1, ended=None):
-        for run in runs:
-            started.append(run.flags.name)
-            call_main(train, run.command[2:], monkeypatch)
-            ended(run, 0)
-        return {}
-
-    monkeypatch.setattr(study, "run_unfinished", run_all)
-    return started
 
 
 def test_each_contender_is_trained_in_the_same_way_but_for_its_reduction(flags, run_main):
@@ -67,7 +51,7 @@ def test_each_contender_is_trained_in_the_same_way_but_for_its_reduction(flags, 
 def test_both_questions_end_in_tables_and_figures_and_are_drawn_again(flags, run_main, monkeypatch, tmp_path):
     monkeypatch.setattr(token_study, "ROUNDS", 1)
     flags += ["--seeds", 0]
-    started, results = run_in_this_process(monkeypatch), tmp_path / "results"
+    started, results = run_in_this_process(study, monkeypatch), tmp_path / "results"
     run_main(token_study, *flags)
     assert len(started) == 6
     untrained = run_main(token_study, *flags, "--question", "untrained")

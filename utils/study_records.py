@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.records.files import replace_file
 from utils.records.result import read_result
-from utils.records.run_folder import WITHOUT_EFFECT, read_config, read_metrics
+from utils.records.run_folder import EARLIER_FLAGS, WITHOUT_EFFECT, read_config, read_metrics
 
 NOT_RECORDED = WITHOUT_EFFECT | {"name", "data_dir"}  # where a run was, not what it learned
 KEYS = ("study", "kind", "contender", "contender_flags", "reference", "group", "seed", "data", "flags", "model")
@@ -61,7 +61,8 @@ def plain(text):
 def complete_record(entry, folder, root, at_once, diverged=False):
     """The record of the run in `folder`, whose `entry` was known before it; a run that `diverged` has no result."""
     config, result = read_config(folder), None if diverged else read_result(folder)
-    metrics = {name: [rounded(value) for value in column] for name, column in read_metrics(folder).items()}
+    columns = read_metrics(folder).items()
+    metrics = {name: [float(f"{value:.{DIGITS}g}") for value in column] for name, column in columns}
     versions = config["versions"]
     return entry | {
         "num_steps": config["num_steps"],
@@ -80,11 +81,6 @@ def complete_record(entry, folder, root, at_once, diverged=False):
     }
 
 
-def rounded(value):
-    """The value with DIGITS significant digits; None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else float(f"{value:.{DIGITS}g}")
-
-
 def commit_of(root):
     """The git commit of the code, with `-dirty` if tracked files differ from it; None outside of a repository."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
@@ -95,12 +91,22 @@ def commit_of(root):
 
 
 def write_record(path, record):
-    """Write a record: a line per key, and per column of the metrics."""
+    """Write a record: a line per key, and per column of the metrics. NaN, which JSON does not have, becomes null."""
+    record = without_nan(record)
     lines = [f'"{key}": {json.dumps(value)}' for key, value in record.items() if key != "metrics"]
     columns = [f'  "{key}": {json.dumps(value)}' for key, value in record["metrics"].items()]
     text = ",\n".join([*lines, '"metrics": {\n' + ",\n".join(columns) + "\n}"])
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: temporary.write_text(f"{{\n{text}\n}}\n"))
+
+
+def without_nan(value):
+    """The value, in whose dictionaries and lists None replaces NaN."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def read_record(path):
@@ -148,16 +154,20 @@ def check_comparable(records):
 
 def settings(record, varied):
     """{what: value} that records of one table must share; `varied` are flags that may differ."""
-    flags = {f"--{name}": value for name, value in record["flags"].items() if name not in varied}
+    flags = {**EARLIER_FLAGS, **record["flags"]}
+    flags = {f"--{name}": value for name, value in flags.items() if name not in varied}
     return flags | {name: record[name] for name in ("study", "reference", "data")}
 
 
 def check_same(records, settings_of):
-    """Raise UserError if the settings of a record differ from those of the first one."""
+    """Raise UserError if the settings of a record differ from those of the first one.
+
+    A flag that only one of them has was added to train.py after the other one, or removed.
+    """
     (first, expected), *others = ((path, settings_of(record)) for path, record in records.items())
     for path, found in others:
-        for name in sorted(expected.keys() | found.keys()):
-            one, other = expected.get(name), found.get(name)
+        for name in sorted(expected.keys() & found.keys()):
+            one, other = expected[name], found[name]
             if one != other:
                 raise UserError(
                     f"{first} and {path} can't be in one table: {name.lstrip('-')} is {one} and {other}; remove one of "
