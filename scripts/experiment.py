@@ -53,14 +53,16 @@ def print_unfinished(runs):
 
 
 def difference_from(reported, accuracy, found, recipe):
-    """The difference of an accuracy from a reported one, in points: `-0.30`.
+    """The difference of an accuracy from a reported one, in points: `-0.30`; empty if `reported` is None.
 
     If the flags `found` are not those of the reported run, `recipe` and train.py's defaults, then `not comparable: ...`
     with what differs; FREE flags may differ.
     """
     expected = {**vars(TRAIN.parser.parse_args(["--name=any"])), **recipe}
     changed = [f"--{name} {value}" for name, value in found.items() if name not in FREE and value != expected.get(name)]
-    return f"not comparable: {', '.join(changed)}" if changed else f"{100 * (accuracy - reported):+.2f}"
+    if changed:
+        return f"not comparable: {', '.join(changed)}"
+    return "" if reported is None else f"{100 * (accuracy - reported):+.2f}"
 
 
 def seeds_text(seeds):

@@ -1,5 +1,6 @@
 """The published fine-tuning tables, one row per run: model x data set x resolution x steps, reported and measured.
 
+Two CNNs that match the hybrid, for which nothing is published, have the same recipe and rows of their own.
 Each run leaves one small file in --results, from which the table is drawn. The same command resumes an interrupted run
 and does not repeat a finished one. Flags of train.py for all rows, such as the precision, follow after --.
 
@@ -15,9 +16,10 @@ from experiment import OWN_FLAGS, TRAIN, difference_from, own_and_further, refus
 from study import ROOT, Planned, finish
 
 from inference import IMAGENET_21K_CLASSES
-from models import build_model
+from models import MODEL_TYPES, build_model
 from utils.errors import UserError, run_script
 from utils.flag_types import Parser, one_of, positive
+from utils.pretrained import model_type_of
 from utils.profiling import count_parameters, markdown_table
 from utils.records.files import replace_file
 from utils.study_records import FINAL, file_name, judged_accuracy, portable_flags, read_records
@@ -25,6 +27,7 @@ from utils.study_tables import hardware_text
 from utils.sweeps import plan_run
 
 NAME = "fine_tuning_table"
+CNN_WEIGHTS = "BiT-M-R50x3.npz"  # from which both CNNs are cut
 IMAGENET_1K = "imagenet21k+imagenet2012"  # Google's folder of the versions that were then fine-tuned on ImageNet-1k
 EVALUATIONS = 5  # intervals of training metrics, each of which ends with a checkpoint
 FLOAT_BYTES, HEAD_CLASSES = 4, {"ImageNet-21k": IMAGENET_21K_CLASSES, "ImageNet-1k": 1000}
@@ -33,7 +36,12 @@ RECIPE = {"train_batch_size": 512, "learning_rate": 0.03, "decay_type": "cosine"
 GPU = "NVIDIA H200"
 # Images/s of its training steps in bfloat16, benchmarks/results/nvidia-h200.md:
 # {(model type, image size, whether compiled): images/s}
-SPEEDS = {("ViT-B_16", 224, False): 3110, ("ViT-B_16", 224, True): 4075, ("R50-ViT-B_16", 224, False): 704}
+SPEEDS = {
+    ("ViT-B_16", 224, False): 3110,
+    ("ViT-B_16", 224, True): 4075,
+    ("R50-ViT-B_16", 224, False): 704,
+    ("ResNet50x3_Params", 224, False): 781,
+}
 TABLE_FLAGS = {
     **OWN_FLAGS,
     "--model_type": "choose rows by it before --",
@@ -48,7 +56,7 @@ TABLE_FLAGS = {
 
 
 class Row(NamedTuple):
-    """A published result."""
+    """A published result, or a run to compare it with."""
 
     model_type: str
     weights: str  # a file of Google; its folder and name say what it was pretrained on
@@ -56,7 +64,7 @@ class Row(NamedTuple):
     img_size: int  # in pixels
     num_steps: int  # of 512 images
     warmup_steps: int
-    reported: float  # test accuracy
+    reported: float | None  # test accuracy; None if nobody has published one
     hours: float | None = None  # reported for the training, on an unknown machine
 
     @property
@@ -85,6 +93,10 @@ ROWS = {
         Row("R50-ViT-B_16", "R50+ViT-B_16.npz", "cifar10", 384, 10_000, 500, 0.9904),
         Row("R50-ViT-B_16", "R50+ViT-B_16.npz", "cifar100", 224, 10_000, 500, 0.9231),
         Row("R50-ViT-B_16", "R50+ViT-B_16.npz", "cifar100", 384, 10_000, 500, 0.9197),
+        Row("ResNet50x3_Params", CNN_WEIGHTS, "cifar10", 224, 10_000, 500, None),
+        Row("ResNet50x3_Params", CNN_WEIGHTS, "cifar100", 224, 10_000, 500, None),
+        Row("ResNet50x3_Flops", CNN_WEIGHTS, "cifar10", 224, 10_000, 500, None),
+        Row("ResNet50x3_Flops", CNN_WEIGHTS, "cifar100", 224, 10_000, 500, None),
         Row("ViT-L_32", "ViT-L_32.npz", "cifar10", 224, 10_000, 500, 0.9903, hours=2 + 11 / 60),
         Row("ViT-L_32", "ViT-L_32.npz", "cifar100", 224, 10_000, 500, 0.9276),
         Row("ViT-B_16", f"{IMAGENET_1K}/ViT-B_16-224.npz", "cifar10", 224, 10_000, 500, 0.9900),
@@ -193,8 +205,9 @@ def estimated_hours(flags):
 
 def weights_bytes(row):
     """The size of the row's file of weights, from its number of parameters, the head of its pretraining included."""
+    model_type = model_type_of(row.weights, MODEL_TYPES) or row.model_type
     with torch.device("meta"):
-        return FLOAT_BYTES * count_parameters(build_model(row.model_type, 224, HEAD_CLASSES[row.pretraining]))
+        return FLOAT_BYTES * count_parameters(build_model(model_type, 224, HEAD_CLASSES[row.pretraining]))
 
 
 def table(records):
@@ -205,7 +218,7 @@ def table(records):
         cells = [row.model_type, row.pretraining, row.dataset, str(row.img_size), f"{row.num_steps:,}"]
         finished = [record for record in of_row if not record["diverged"]]
         results = ["diverged", ""] if of_row and not finished else measured(row, finished)
-        cells += [f"{100 * row.reported:.2f} %", *results]
+        cells += [f"{100 * row.reported:.2f} %" if row.reported else "", *results]
         rows.append([*cells, time_text(row.hours), times(finished), machines(of_row)])
     titles = ["model", "pretrained on", "data set", "size", "steps", "reported", "measured", "difference in points"]
     titles += ["reported time", "measured time", "machine"]
