@@ -15,14 +15,14 @@ import itertools
 import math
 from argparse import Namespace
 
-from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, grid_labels, plan_final, run_study
+from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, plan_final, run_study
 
 from models import NORM_TYPES
 from utils.errors import run_script
 from utils.flag_types import Parser, one_of, positive
 from utils.profiling import markdown_table
 from utils.records.files import replace_file
-from utils.study_records import FINAL, GRID, best_rate, grid_of, grouped, read_records
+from utils.study_records import FINAL, GRID, grid_of, grouped, read_records
 from utils.study_tables import by_contender, summary_table
 
 NORMS, BATCH_SIZE = QUESTIONS = ("norms", "batch_size")
@@ -39,9 +39,9 @@ def main():
     args = parse_flags()
     if not args.draw:
         study = chosen_contenders(STUDY, args.contenders)
-        run_study(study, args)
+        rates = run_study(study, args)
         if args.question == BATCH_SIZE:
-            run_batch_sizes(study, args)
+            run_batch_sizes(study, rates, args)
     if not args.dry_run:
         draw(args.results, NORM_TYPES)
         summarise(args.results)
@@ -70,9 +70,8 @@ def parse_flags():
     return parser.parse_args()
 
 
-def run_batch_sizes(study, args):
-    """The final runs with the other batch sizes, after those of the Study."""
-    rates = chosen_rates(study, args)
+def run_batch_sizes(study, rates, args):
+    """The final runs with the other batch sizes, after those of the Study; `rates` are {norm: learning rate}."""
     sizes = [size for size in args.batch_sizes if size != args.train_batch_size]
     if len(rates) < len(study.contenders):
         print(f"# the final runs with batch size {', '.join(map(str, sizes))} follow then")
@@ -83,15 +82,6 @@ def run_batch_sizes(study, args):
         for number, (name, rate) in itertools.product(args.seeds, rates.items()):
             planned.append(plan_final(of_size, own, name, scaled(rate, size / args.train_batch_size), number))
     finish(planned, args)
-
-
-def chosen_rates(study, args):
-    """{norm: learning rate} as the short runs have chosen; in a dry run without norms whose short runs are missing."""
-    if len(args.learning_rates) == 1:
-        return dict.fromkeys(study.contenders, args.learning_rates[0])
-    records = read_records(args.results).values()
-    grids = {name: grid_of(records, name, grid_labels(study, args)) for name in study.contenders}
-    return {name: best_rate(grid) for name, grid in grids.items() if len(grid) >= len(args.learning_rates)}
 
 
 def scaled(rate, ratio):

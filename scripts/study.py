@@ -133,9 +133,6 @@ def add_study_flags(parser, name, learning_rates=LEARNING_RATES, has_budget=Fals
 
 def run_studies(studies, args):
     """Run what has no results yet of the Studies, or with --draw nothing, then draw. Raises UserError."""
-    for number, count in Counter(args.seeds).items():
-        if count > 1:
-            raise UserError(f"--seeds: {number} is given {count} times")
     if not args.draw:
         for study in studies:
             of_study = Namespace(**{**vars(args), **study.budget})
@@ -153,7 +150,13 @@ def chosen_contenders(study, names):
 
 
 def run_study(study, args):
-    """The short runs of a Study, then its final runs with the learning rates that those have chosen."""
+    """The short runs of a Study, then its final runs with the learning rates that those have chosen.
+
+    Returns {contender: learning rate}, in a dry run without contenders whose short runs are missing. Raises UserError.
+    """
+    for number, count in Counter(args.seeds).items():
+        if count > 1:
+            raise UserError(f"--seeds: {number} is given {count} times")
     grid = []
     if len(args.learning_rates) > 1:
         grid = [plan_grid(study, args, name, rate) for name in study.contenders for rate in args.learning_rates]
@@ -168,6 +171,7 @@ def run_study(study, args):
         else:
             rates[name] = best_rate(measured)
     finish([plan_final(study, args, name, rates[name], number) for number in args.seeds for name in rates], args)
+    return rates
 
 
 def grid_labels(study, args):

@@ -26,6 +26,7 @@ from utils.parallel.processes import barrier, from_first_process, union_over_pro
 from utils.records.files import file_checksum, replace_file, text_checksum
 from utils.records.weights import BEST, LAST, load_weights, save_weights, saved_step
 
+CONFIG = "config.json"  # of the run
 STATE = "state.json"
 
 
@@ -210,7 +211,7 @@ def readable_state(run_dir, step):
 def written_by_newer_torch(run_dir):
     """What an error adds if the run's torch is newer, since a release of torch reads states up to its own only."""
     with contextlib.suppress(Exception):  # config.json may be damaged too
-        written = json.loads((Path(run_dir) / "config.json").read_text())["versions"]["torch"]
+        written = json.loads((Path(run_dir) / CONFIG).read_text())["versions"]["torch"]
         if TorchVersion(written) > TorchVersion(torch.__version__):
             return f"; torch {written} wrote it, resume with that version in place of torch {torch.__version__}"
     return ""

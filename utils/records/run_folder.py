@@ -17,13 +17,13 @@ from utils.data.splits import evaluated_split
 from utils.errors import UserError
 from utils.locks import LockedError, exclusive_lock
 from utils.parallel.processes import device_name, launcher, restarted, union_over_processes
-from utils.records.checkpoint import has_checkpoint, older_weights
+from utils.records.checkpoint import CONFIG, has_checkpoint, older_weights
 from utils.records.files import replace_file
 from utils.records.metrics_file import as_columns, damaged_metrics, read_rows, required_columns
 from utils.records.weights import BEST, LAST, saved_step
 from utils.records.weights_and_biases import RECORDS, RUN_ID
 
-CONFIG, METRICS, CURVES, LOCK = "config.json", "metrics.csv", "curves.png", ".lock"
+METRICS, CURVES, LOCK = "metrics.csv", "curves.png", ".lock"
 RESULT = "result.json"
 EVENTS = "events.out.tfevents.*"
 RESULTS = (BEST, METRICS, CURVES, RESULT)
