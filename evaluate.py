@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from inference import SavedModel, readable_names
+from inference import SavedModel
 from models import TOKEN_REDUCTIONS, canonical_model_type
 from utils.checkpoint_files import folder_of
 from utils.checks import check_figure_path, check_output_path
+from utils.class_names import readable_names
 from utils.data.datasets import DATASETS, DataOptions, count_classes, find_splits, load_dataset
 from utils.data.images import images_of
 from utils.data.splits import DIVISION, NAMES, SPLITS, shares_that_apply

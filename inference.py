@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,12 @@ from torch import nn
 from models import MODEL_TYPES, RESNETS, build_model, canonical_model_type, num_classes_of, pixels_per_patch
 from models.configs import STANDARDISATION, config_of, fields_of_flags, format_fields, parse_fields
 from models.formats import FAMILIES, family_of, identify
-from models.formats.exports import TARGETS, Card
+from models.formats.cards import Card, Described, read_description
+from models.formats.exports import TARGETS
 from models.formats.runs import is_run
 from models.norms import norm_type_of
 from utils.checkpoint_files import holds_npz, read_checkpoint
+from utils.class_names import class_names, readable_names
 from utils.data.augmentation import mean_and_std, normalise
 from utils.data.datasets import DATASETS
 from utils.data.images import VALIDATION_RESIZE, centre_crop, centre_square, images_of, stretch
@@ -35,9 +36,6 @@ from utils.terminal import say_on_stderr
 
 NUMERIC_OF_TOKENS = ("gelu", "layer_norm_eps")
 NUMERIC = (*NUMERIC_OF_TOKENS, *STANDARDISATION)  # fields that the shapes of weights do not show
-# SHA-256 of ImageNet-1k's sorted class ids (wnids), joined by spaces; torchvision lists the names in this order.
-IMAGENET_WNIDS_SHA256 = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
-IMAGENET_21K_CLASSES = 21843  # of Google's and timm's models
 CHECK_IMAGES = Path(__file__).parent / "img" / "digits"  # on which an exported model is compared with this one
 
 
@@ -47,8 +45,8 @@ class SavedModel:
 
     `model` is a plain module in evaluation mode: images (B, 3, img_size, img_size) -> logits (B, classes). `classes`
     are readable names, `flags` those of the training run, or {} without one. `title` is for figures. `mean_std` is
-    the name of the mean and standard deviation of the pixels, or a text of their six numbers. Without `has_head` the
-    model has features and attention, but its logits are 0.
+    the name of the mean and standard deviation of the pixels, or a text of their six numbers. A model that `crops`
+    gets the centre of an image, others the whole. Without `has_head` there are features and attention, and logits of 0.
     """
 
     model: nn.Module
@@ -57,6 +55,7 @@ class SavedModel:
     flags: dict
     title: str
     mean_std: str = "half"  # Google's models have it, and runs older than the flag
+    crops: bool = False
     has_head: bool = True
 
     @classmethod
@@ -97,7 +96,7 @@ class SavedModel:
     @property
     def resize(self):
         """How images are resized: a function (uint8 (3, H, W), img_size) -> uint8 (3, *img_size)."""
-        return DATASETS[self.flags["dataset"]].prepare if self.flags else stretch
+        return centre_crop if self.crops else stretch
 
     @property
     def device(self):
@@ -129,7 +128,7 @@ class SavedModel:
 
     def visible_part(self, image):
         """The part of an image (3, H, W) that `prepare` keeps: all of it, or its centre if the run evaluates crops."""
-        return centre_square(image) if self.resize is centre_crop else image
+        return centre_square(image) if self.crops else image
 
     def export(self, target, path, images=CHECK_IMAGES, overwrite=False):
         """Write the model for another library, a key of models.formats.exports.TARGETS; return a report, a dictionary.
@@ -141,7 +140,7 @@ class SavedModel:
         if not self.has_head:
             raise UserError(f"{self.title} has no head, so it can't classify; fine-tune it with train.py")
         mean, std = mean_and_std(self.mean_std)
-        shorter_side = round(self.img_size * VALIDATION_RESIZE) if self.resize is centre_crop else None
+        shorter_side = round(self.img_size * VALIDATION_RESIZE) if self.crops else None
         card = Card(self.img_size, list(self.classes), mean, std, shorter_side)
         images = images_of([images] if isinstance(images, str | os.PathLike) else images)
         on_cpu = self if self.device.type == "cpu" else replace(self, model=copy.deepcopy(self.model).cpu())
@@ -186,26 +185,66 @@ def load_run(path, given, img_size, token_reduction):
         resized = make_model(model_type, img_size, len(classes), **keywords)
         resized.load_from(model.export_npz(), head="keep")
         model = resized
-    names, mean_std = readable_names(classes), flags.get("mean_std", "half")
-    return {"model": model, "classes": names, "img_size": img_size, "flags": flags, "mean_std": mean_std}
+    return {
+        "model": model,
+        "classes": readable_names(classes),
+        "img_size": img_size,
+        "flags": flags,
+        "mean_std": flags.get("mean_std", "half"),
+        "crops": DATASETS[flags["dataset"]].prepare is centre_crop,
+    }
 
 
 def load_npz(path, given, img_size, token_reduction):
-    """{field of SavedModel: value} of an .npz file that has a head."""
-    arrays = open_npz(path)
-    model_type = given.get("model_type") or model_type_of(path, MODEL_TYPES)
+    """{field of SavedModel: value} of an .npz file that has a head; an export has a .json file next to it."""
+    arrays, described = open_npz(path), description_of(path, given)
+    flags = {**described.flags, **given}
+    model_type = flags.get("model_type") or model_type_of(path, MODEL_TYPES)
     if model_type is None:
         raise UserError(f"{path} is not named after a model; name it with --model_type")
     num_classes = num_classes_of(arrays)
     if num_classes is None:
         raise UserError(f"{path} has no head, so it can't classify; fine-tune it with train.py")
-    keywords = {**token_reduction, **fields_of_flags(given)}
+    classes = described.classes or class_names(num_classes)
+    if len(classes) != num_classes:
+        raise UserError(f"{description_file(path)} names {len(classes)} classes, but {path} has {num_classes}")
+    fields = {**fields_of_flags(described.flags), **fields_of_flags(given)}
+    keywords = {**token_reduction_of(described.flags, token_reduction), **fields}
     if norm_type := norm_type_of(arrays):
         keywords["norm_type"] = norm_type
-    img_size = img_size or pretrained_img_size(arrays, model_type, fields_of_flags(given))
+    img_size = img_size or described.img_size or pretrained_img_size(arrays, model_type, fields)
     model = make_model(model_type, img_size, num_classes, **keywords)
     load_pretrained(model, path, model_type, head="keep")
-    return {"model": model, "classes": class_names(num_classes), "img_size": img_size, "flags": {}}
+    return {
+        "model": model,
+        "classes": classes,
+        "img_size": img_size,
+        "flags": {},
+        "mean_std": flags.get("mean_std", "half"),
+        "crops": described.crops,
+    }
+
+
+def description_of(path, given):
+    """The Described of an .npz file, which says nothing if there is no .json file. Raises UserError.
+
+    What it says of the model is not used for another --model_type that is `given`.
+    """
+    nothing = Described({}, None, None, False)
+    if not description_file(path).is_file():
+        return nothing
+    try:
+        described = read_description(description_file(path))
+        model_type = canonical_model_type(described.flags["model_type"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if given.get("model_type", model_type) != model_type:
+        return described._replace(flags={"mean_std": described.flags["mean_std"]}, img_size=None)
+    return described
+
+
+def description_file(path):
+    return Path(path).with_suffix(".json")
 
 
 def load_foreign(path, given, img_size, token_reduction):
@@ -300,29 +339,3 @@ def make_model(*arguments, **keywords):
         return build_model(*arguments, **keywords)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def class_names(num_classes):
-    """ImageNet's names for 1000 classes, from torchvision; ImageNet-21k's for 21,843, from timm, if it is installed.
-
-    Other classes are "class 0", "class 1", ...
-    """
-    if num_classes == 1000:
-        from torchvision.models import ResNet50_Weights
-
-        return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    if num_classes == IMAGENET_21K_CLASSES:
-        try:
-            from timm.data import ImageNetInfo
-
-            return ImageNetInfo("imagenet-21k-goog").label_descriptions()
-        except ImportError:
-            say_on_stderr("the classes of ImageNet-21k are numbers; timm has their names: pip install timm")
-    return [f"class {number}" for number in range(num_classes)]
-
-
-def readable_names(classes):
-    """ImageNet's 1000 class ids with their names, such as "tench (n01440764)"; other classes are returned unchanged."""
-    if hashlib.sha256(" ".join(classes).encode()).hexdigest() != IMAGENET_WNIDS_SHA256:
-        return classes
-    return [f"{name} ({wnid})" for name, wnid in zip(class_names(1000), classes, strict=True)]

@@ -15,8 +15,8 @@ import torch
 from experiment import OWN_FLAGS, TRAIN, difference_from, own_and_further, refuse_flags
 from study import ROOT, Planned, finish
 
-from inference import IMAGENET_21K_CLASSES
 from models import MODEL_TYPES, build_model
+from utils.class_names import IMAGENET_21K_CLASSES
 from utils.errors import UserError, run_script
 from utils.flag_types import Parser, one_of, positive
 from utils.pretrained import model_type_of

@@ -8,8 +8,9 @@ from torchvision.transforms import v2
 
 import inference
 from helpers import DIGITS_RUN, random_model, write_run
-from inference import SavedModel, readable_names
+from inference import SavedModel
 from models import build_model
+from utils.class_names import readable_names
 from utils.errors import UserError
 
 

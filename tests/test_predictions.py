@@ -11,9 +11,9 @@ import torch
 from timm.data import ImageNetInfo
 
 import evaluate
-import inference
 from helpers import DIGITS_RUN, call_main, fails, load_data, random_model, succeed, write_jpegs, write_run
 from inference import SavedModel
+from utils.class_names import class_names
 from utils.data.images import images_of, read_image
 from utils.errors import UserError
 
@@ -216,11 +216,11 @@ def test_the_features_of_a_folder_have_its_files_and_folders(checkpoint, photos,
 
 
 def test_imagenet_21k_has_the_names_of_timm_or_numbers_and_a_hint(monkeypatch, capsys):
-    names, info = inference.class_names(21843), ImageNetInfo("imagenet-21k-goog")
+    names, info = class_names(21843), ImageNetInfo("imagenet-21k-goog")
     assert names == [info.index_to_description(number) for number in range(21843)]
     assert capsys.readouterr().err == ""
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    numbers = inference.class_names(21843)
+    numbers = class_names(21843)
     assert (numbers[0], numbers[21842], len(numbers)) == ("class 0", "class 21842", 21843)
     assert "pip install timm" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ def write_checked(target, saved, card, path, images, overwrite):
             raise UserError(f"{saved.title}: {error}") from error
         report = compare(target, saved, made, images)
         publish(target, made, path)
-    return {"output": str(path), **report, "usage": target.how_to_load(path, saved.model, card)}
+    return {"output": str(path), **report, "usage": target.usage.format(path=str(path))}
 
 
 def check_output(target, path, overwrite):

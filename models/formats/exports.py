@@ -12,26 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from models.configs import format_fields
 from models.convolution import StdConv2d
 from models.formats import onnx, timm, transformers
-from models.formats.fields import nearest_model_type
-from models.formats.names import mean_std_text
+from models.formats.cards import INPUT, description, write_description
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
-
-
-class Card(NamedTuple):
-    """What an exported model carries in addition to its weights."""
-
-    img_size: int
-    classes: list
-    """Names, one per logit."""
-    mean: tuple
-    std: tuple
-    """Of the three channels, as fractions of 255."""
-    shorter_side: int | None
-    """In pixels, to which an image is resized before its centre is cropped. None: the whole image is resized."""
 
 
 class Loaded(NamedTuple):
@@ -57,14 +42,11 @@ class Target(NamedTuple):
     bound: Callable
     """model -> the largest relative difference of the logits."""
     usage: str
-    """How to load it: a text with the `path`, and with the `flags` that say what the file does not."""
+    """How to load it, a text with the `path`."""
 
     @property
     def is_folder(self):
         return not self.files[0].startswith(".")
-
-    def how_to_load(self, path, model, card):
-        return self.usage.format(path=str(path), flags=flags_of(model, card) if "{flags}" in self.usage else "")
 
     @staticmethod
     def reference(model):
@@ -93,11 +75,11 @@ def write_transformers(model, card, path):
 
 def write_npz(model, card, path):
     np.savez(path, **model.export_npz())
+    write_description(path.with_suffix(".json"), description(model, card))
 
 
 def write_onnx(model, card, path):
-    content = onnx.write(model, card, path)
-    path.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_description(path.with_suffix(".json"), onnx.write(model, card, path))
 
 
 def load_npz(path, model):
@@ -133,18 +115,7 @@ def load_onnx(path, model):
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path, providers=["CPUExecutionProvider"])
-    return Loaded(lambda images: [torch.from_numpy(a) for a in session.run(None, {onnx.INPUT: images.numpy()})])
-
-
-def flags_of(model, card):
-    """The flags of evaluate.py that describe a model, as one text."""
-    model_type, fields = nearest_model_type(model.config)
-    flags = {"model_type": model_type, "model_fields": " ".join(format_fields(fields))}
-    if (mean_std := mean_std_text(card.mean, card.std)) != mean_std_text((0.5,) * 3, (0.5,) * 3):
-        flags["mean_std"] = mean_std
-    if reduction := getattr(model, "reduction", None):
-        flags |= reduction.keywords
-    return " ".join(f"--{name} {value}" for name, value in flags.items() if value != "")
+    return Loaded(lambda images: [torch.from_numpy(a) for a in session.run(None, {INPUT: images.numpy()})])
 
 
 def float32_bound(model):
@@ -153,7 +124,7 @@ def float32_bound(model):
 
 
 TARGETS = {
-    "npz": Target((".npz",), ("numpy",), write_npz, load_npz, float32_bound, "evaluate.py --checkpoint {path} {flags}"),
+    "npz": Target((".npz", ".json"), ("numpy",), write_npz, load_npz, float32_bound, "evaluate.py --checkpoint {path}"),
     "timm": Target(
         (WEIGHTS, CONFIG),
         ("timm",),

@@ -13,12 +13,11 @@ import warnings
 import torch
 from torch import nn
 
-from models.configs import format_fields
 from models.convolution import StdConv2d
-from models.formats.fields import nearest_model_type
+from models.formats.cards import INPUT, description
 
 OPSET = 20  # the first one with an operator for GELU
-INPUT, OUTPUTS = "images", ("logits", "kept_tokens", "clusters")
+OUTPUTS = ("logits", "kept_tokens", "clusters")
 MAX_SINGLE_FILE = 2**31 - 2**24  # bytes of weights: a file of Protocol Buffers is limited to 2 GiB
 
 
@@ -41,7 +40,7 @@ class Plain(nn.Module):
 
 @torch.no_grad()
 def write(model, card, path):
-    """Write an .onnx file and return what its metadata say: classes, preprocessing, inputs and outputs.
+    """Write an .onnx file and return what its metadata say: the `description` and the names of the outputs.
 
     Weights of 2 GiB and more are in a file of their own with the further suffix .data.
     """
@@ -61,7 +60,7 @@ def write(model, card, path):
             custom_translation_table=translations(),
             verbose=False,
         )
-    content = description(model.model, card, [output.name for output in program.model.graph.outputs])
+    content = {**description(model.model, card), "outputs": [output.name for output in program.model.graph.outputs]}
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # paths of this machine's files
     program.model.metadata_props.update({name: json.dumps(value) for name, value in content.items()})
@@ -78,28 +77,6 @@ def with_standardised_kernels(model):
             module.weight.copy_(module.standardise(module.weight, module.eps))
             module.standardise = lambda weight, eps: weight
     return model
-
-
-def description(model, card, outputs):
-    """The metadata, {name: what JSON can express}."""
-    model_type, fields = nearest_model_type(model.config)
-    size = card.img_size
-    resize = {"height": size, "width": size}
-    if card.shorter_side:
-        resize = {"shorter_side": card.shorter_side, "centre_crop": size}
-    return {
-        "model_type": model_type,
-        "model_fields": format_fields(fields),
-        "input": {"name": INPUT, "type": "float32", "shape": ["batch", 3, size, size], "channels": "RGB"},
-        "outputs": outputs,
-        "preprocessing": {
-            "resize": {**resize, "interpolation": "bilinear, antialiased"},
-            "scale": 1 / 255,
-            "mean": card.mean,
-            "std": card.std,
-        },
-        "classes": card.classes,
-    }
 
 
 @contextlib.contextmanager
