@@ -85,7 +85,7 @@ def run_batch_sizes(study, rates, args):
 
 
 def scaled(rate, ratio):
-    """The learning rate for a batch size `ratio` times as large, as is usual with AdamW: by the square root."""
+    """The learning rate for a batch size `ratio` times as large, as usual for AdamW and Muon: by the square root."""
     return float(f"{rate * math.sqrt(ratio):.6g}")
 
 

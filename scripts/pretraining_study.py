@@ -32,8 +32,8 @@ from utils.study_tables import accuracies_of, by_contender, summary_table
 NAME = "pretraining_study"
 SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles and three of animals, as the others
 TARGET = ("automobile", "deer", "dog", "frog", "ship")
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-PRETRAINING_RATE, PRETRAINING_SEED = 1e-3, 0
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+PRETRAINING_RATE, PRETRAINING_SEED = 3e-3, 0
 PRETRAINING = {"epochs": 20, "train_batch_size": 128}
 GRID_SHARE = 0.5  # passes of a short run, relative to a final one
 SCRATCH_RUN, FINE_TUNED = "scratch", "fine-tuned"

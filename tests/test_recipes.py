@@ -79,17 +79,18 @@ def test_scratch_trains_for_a_hundred_passes():
     assert chosen("scratch", 50_000, (32, 32), 4) == {
         "train_batch_size": 128,
         "num_steps": 39_063,  # 100 * 50,000 / 128, rounded up
-        "warmup_steps": 3906,
-        "optimizer": "adamw",
-        "learning_rate": 1e-3,
-        "weight_decay": 0.05,
+        "warmup_steps": 1953,
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
+        "weight_decay": 0.5,
         "decay_type": "cosine",
         "max_grad_norm": 1,
+        "label_smoothing": 0.1,
         "img_size": 32,
-        "min_crop_scale": 0.5,
+        "crop_padding": 4,
         "horizontal_flip": True,
     }
-    assert chosen("scratch", 50_000, train_batch_size=512)["learning_rate"] == pytest.approx(2e-3)
+    assert chosen("scratch", 50_000, train_batch_size=512)["learning_rate"] == pytest.approx(8e-3)
 
 
 @pytest.mark.parametrize("side, expected", [((95, 96), (160, 128)), ((96, 96), (512, 480)), ((48, 192), (512, 480))])
@@ -154,6 +155,16 @@ def test_the_rest_follows_from_given_flags():
     assert "decay_steps" not in chosen("bit", 5000, decay_type="cosine")
     assert "resize_size" not in chosen("bit", 5000, min_crop_scale=0.2)
     assert "resize_size" not in chosen("bit", 5000, crop_padding=4)
+
+
+@pytest.mark.parametrize("img_size, border", [(4, 1), (16, 2), (64, 8)])
+def test_the_border_of_scratch_is_an_eighth_of_the_image_size(img_size, border):
+    assert chosen("scratch", 5000, (32, 32), 4, img_size=img_size)["crop_padding"] == border
+
+
+@pytest.mark.parametrize("given", [{"min_crop_scale": 0.5}, {"resize_size": 40}])
+def test_scratch_has_no_border_with_another_crop(given):
+    assert "crop_padding" not in chosen("scratch", 5000, (32, 32), 4, **given)
     flags, capped = choose("bit", TrainingImages(100, 50, 50), 16, {"num_steps": 5000, "train_batch_size": 100})
     assert flags["decay_steps"] == [2000, 3000, 4000]  # more than 200 passes, as asked for
     assert capped is None
@@ -218,7 +229,7 @@ def test_a_folder_without_a_readable_header_is_an_error(image_folder, tiny_flags
     [
         (["--recipe", "bits"], "unknown recipe 'bits'; did you mean bit?"),
         (["--recipe", "bit", "--dataset", "imagefolder", "--data_dir", "/nowhere"], "/nowhere is not a folder"),
-        (["--recipe", "scratch", "--optimizer", "sgd"], "for --optimizer adamw; with sgd give --learning_rate too"),
+        (["--recipe", "scratch", "--optimizer", "sgd"], "for --optimizer muon; with sgd give --learning_rate too"),
         (["--recipe", "vit", "--decay_steps", 5], "--decay_steps is for --decay_type step, not cosine"),
     ],
 )

@@ -26,6 +26,7 @@ SMALL, LARGE = 20_000, 500_000  # training images from which a recipe trains lon
 SCRATCH_PASSES = 100
 SCRATCH_GRID = (4, 16)  # the least and most patches per side
 SCRATCH_PIXELS = 224  # the largest side
+SCRATCH_BORDER = 1 / 8  # of the image size on each side, of which a crop is taken
 LOCK = ".download.lock"
 
 
@@ -146,13 +147,14 @@ def set_length(flags, count, given):
 
 
 def set_sizes(flags, patch, given):
-    """Round the image size to the patch grid; --resize_size keeps its ratio to it."""
+    """Round the image size to the patch grid; what is in pixels keeps its ratio to it."""
     planned = flags["img_size"]
     flags["img_size"] = given.get("img_size") or max(1, math.floor(planned / patch + 0.5)) * patch
-    if {"min_crop_scale", "crop_padding"} & given.keys():
-        flags.pop("resize_size", None)
-    elif "resize_size" in flags:
-        flags["resize_size"] = round(flags["resize_size"] * flags["img_size"] / planned)
+    for flag in ("resize_size", "crop_padding"):
+        if {"min_crop_scale", "resize_size", "crop_padding"} & given.keys():
+            flags.pop(flag, None)
+        elif flag in flags:
+            flags[flag] = max(1, round(flags[flag] * flags["img_size"] / planned))
 
 
 def bit(images, batch, patch):
@@ -200,20 +202,24 @@ def vit(images, batch, patch):
 
 
 def scratch(images, batch, patch):
-    """Small models on small images from scratch, by AdamW; the learning rate grows with the root of the batch size."""
+    """Small models on small images from scratch, by Muon; docs/from-scratch.md has the search.
+
+    The learning rate grows with the root of the batch size.
+    """
     steps = math.ceil(SCRATCH_PASSES * images.count / batch)
     least, most = (patches * patch for patches in SCRATCH_GRID)
-    side = math.sqrt(images.height * images.width)
+    img_size = min(max(math.sqrt(images.height * images.width), least), most, SCRATCH_PIXELS)
     return {
         "num_steps": steps,
-        "optimizer": "adamw",
-        "learning_rate": 1e-3 * math.sqrt(batch / 128),
-        "weight_decay": 0.05,
-        "warmup_steps": round(0.1 * steps),
+        "optimizer": "muon",
+        "learning_rate": 4e-3 * math.sqrt(batch / 128),
+        "weight_decay": 0.5,
+        "warmup_steps": round(0.05 * steps),
         "decay_type": "cosine",
         "max_grad_norm": 1.0,
-        "img_size": min(max(side, least), most, SCRATCH_PIXELS),
-        "min_crop_scale": 0.5,
+        "label_smoothing": 0.1,
+        "img_size": img_size,
+        "crop_padding": SCRATCH_BORDER * img_size,
         "horizontal_flip": True,
     }
 
