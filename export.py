@@ -34,8 +34,9 @@ def parse_flags():
         required=True,
         type=one_of("target", TARGETS),
         metavar="NAME",
-        help="npz: Google's names and layout; timm and hf: a folder that timm and Hugging Face's transformers load; "
-        "onnx: a graph for ONNX Runtime, with a .json file that describes it.",
+        help="npz: Google's names and layout; npz-float16: the same in half the size; timm and hf: a folder that timm "
+        "and Hugging Face's transformers load; onnx: a graph for ONNX Runtime. A .json file describes an .npz or .onnx "
+        "file.",
     )
     output.add_argument(
         "--output", required=True, metavar="PATH", help="The folder for timm and hf, the .npz or .onnx file otherwise."

@@ -438,6 +438,17 @@ def test_an_npz_is_loaded_with_what_its_description_says(options, tmp_path, monk
         assert torch.equal(loaded.model(images), expected)
 
 
+def test_float16_halves_an_npz(tmp_path):
+    saved = SavedModel.load(write_checkpoint(tmp_path / "run"))
+    saved.export("npz", tmp_path / "whole.npz")
+    report = saved.export("npz-float16", tmp_path / "half.npz")
+    assert 1e-5 < report["largest_relative_difference"] < 1e-2
+    with np.load(tmp_path / "half.npz") as half, np.load(tmp_path / "whole.npz") as whole:
+        assert half.files == whole.files
+        assert all(np.array_equal(half[key], whole[key].astype(np.float16)) for key in half.files)
+    assert SavedModel.load(tmp_path / "half.npz").classes == saved.classes
+
+
 def test_an_npz_of_a_run_that_crops_is_loaded_as_one(tmp_path):
     saved = SavedModel.load(write_checkpoint(tmp_path / "run", dataset="imagenet"))
     saved.export("npz", tmp_path / "model.npz")

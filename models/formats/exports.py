@@ -73,8 +73,8 @@ def write_transformers(model, card, path):
     write_folder(path, tensors, {CONFIG: config, PREPROCESSOR: preprocessor})
 
 
-def write_npz(model, card, path):
-    np.savez(path, **model.export_npz())
+def write_npz(model, card, path, dtype=np.float32):
+    np.savez(path, **{key: array.astype(dtype) for key, array in model.export_npz().items()})
     write_description(path.with_suffix(".json"), description(model, card))
 
 
@@ -118,6 +118,10 @@ def load_onnx(path, model):
     return Loaded(lambda images: [torch.from_numpy(a) for a in session.run(None, {INPUT: images.numpy()})])
 
 
+def write_float16_npz(model, card, path):
+    write_npz(model, card, path, np.float16)
+
+
 def float32_bound(model):
     """Convolutions amplify differences in rounding."""
     return 5e-5 if any(isinstance(module, StdConv2d) for module in model.modules()) else 5e-6
@@ -125,6 +129,14 @@ def float32_bound(model):
 
 TARGETS = {
     "npz": Target((".npz", ".json"), ("numpy",), write_npz, load_npz, float32_bound, "evaluate.py --checkpoint {path}"),
+    "npz-float16": Target(
+        (".npz", ".json"),
+        ("numpy",),
+        write_float16_npz,
+        load_npz,
+        lambda model: 1e-2,
+        "evaluate.py --checkpoint {path}",
+    ),
     "timm": Target(
         (WEIGHTS, CONFIG),
         ("timm",),
