@@ -135,7 +135,11 @@ def make_parser():
         "without NAME for the predicted class.",
     )
     group.add_argument(
-        "--blocks", type=natural, nargs="+", metavar="N", help="Draw single blocks, counted from 0; default: 0 3 6 9."
+        "--blocks",
+        type=natural,
+        nargs="+",
+        metavar="N",
+        help="Draw single blocks, counted from 0; default: four of equal distance, 0 3 6 9 of 12.",
     )
     group.add_argument("--heads", action="store_true", help="Draw every head of the --blocks.")
     group.add_argument(
@@ -178,7 +182,7 @@ def draw_attention(saved, args):
 
 
 def blocks_of(models, args):
-    """The --blocks, by default those of 0, 3, 6 and 9 that all models have. Raises UserError."""
+    """The --blocks, by default four of those that all models have. Raises UserError."""
     depth = min(len(saved.model.blocks) for saved in models)
     for block in args.blocks or ():
         if block >= depth:

@@ -77,7 +77,10 @@ def test_text_is_wrapped_and_keeps_its_own_lines():
 
 def test_the_blocks_to_draw_and_the_caption_of_a_prediction():
     assert blocks_to_draw(12) == [0, 3, 6, 9]
-    assert blocks_to_draw(6) == [0, 3]
+    assert blocks_to_draw(6) == [0, 1, 3, 4]
+    assert blocks_to_draw(24) == [0, 6, 12, 18]
+    assert blocks_to_draw(2) == [0, 1]
+    assert blocks_to_draw(1) == [0]
     logits = torch.tensor([[0.0, np.log(3.0)]])
     assert prediction_caption(logits, ["cat", "dog"]) == "dog 75 %"
     assert prediction_caption(logits, ["cat", "dog"], 0) == "cat 25 %"

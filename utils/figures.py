@@ -57,8 +57,8 @@ def upsample(mask, size):
 
 
 def blocks_to_draw(depth):
-    """0, 3, 6 and 9, as far as a model of `depth` blocks has them."""
-    return [block for block in (0, 3, 6, 9) if block < depth]
+    """The first block of each quarter of `depth` blocks; 0, 3, 6 and 9 of 12."""
+    return sorted({quarter * depth // 4 for quarter in range(4)})
 
 
 def prediction_caption(logits, classes, number=None):
