@@ -1,9 +1,11 @@
 """Does a small ViT need LayerNorm? ViT-Mini_4 from scratch with each norm, at the learning rate that suits it best.
 
-Short runs choose the learning rate of each norm; final runs with several seeds are tested once. The side question
---question batch_size repeats the final runs with other batch sizes, at equal epochs. Each run leaves one file in
-results/norm_study/, from which the tables and figures are drawn. The same command resumes; what has a file is not run
-again. scripts/norm_study.py trains larger models with one recipe for all norms, to repeat published tables.
+Short runs choose the learning rate of each norm; final runs with several seeds are tested once. Side questions:
+--question batch_size repeats the final runs with other batch sizes, at equal epochs; depth asks the same of a ViT with
+four times the depth and half the width; pretrained starts each norm from weights that were trained with LN. Each run
+leaves one file in results/norm_study/, from which the tables and figures are drawn. The same command resumes; what has
+a file is not run again. scripts/norm_study.py trains larger models with one recipe for all norms, to repeat published
+tables.
 
 A learning rate still trains a norm if the validation accuracy of its short run is above chance by at least half as much
 as that of the norm's best short run. The largest such rate is a result too.
@@ -15,6 +17,7 @@ import itertools
 import math
 from argparse import Namespace
 
+from pretraining_study import Pretraining, add_pretraining_flags, check_classes
 from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, plan_final, run_study
 
 from models import NORM_TYPES
@@ -25,23 +28,25 @@ from utils.records.files import replace_file
 from utils.study_records import FINAL, GRID, grid_of, grouped, read_records
 from utils.study_tables import by_contender, summary_table
 
-NORMS, BATCH_SIZE = QUESTIONS = ("norms", "batch_size")
+NORMS, BATCH_SIZE, DEPTH, PRETRAINED = ("norms", "batch_size", "depth", "pretrained")
 BATCH_SIZES = (8, 32, 128)
+MODEL = "ViT-Mini_4"
 STUDY = Study(
     "norm_study",
     {norm: {"norm_type": norm} for norm in NORM_TYPES},
     reference="LN",
-    recipe={**SCRATCH, "model_type": "ViT-Mini_4"},
+    recipe={**SCRATCH, "model_type": MODEL},
+)
+DEEP = STUDY._replace(
+    recipe={**SCRATCH, "model_type": "ViT-Nano_4", "model_fields": ["num_layers=24"]},
+    labels={"model": "ViT-Nano_4 with 24 blocks"},
 )
 
 
 def main():
     args = parse_flags()
     if not args.draw:
-        study = chosen_contenders(STUDY, args.contenders)
-        rates = run_study(study, args)
-        if args.question == BATCH_SIZE:
-            run_batch_sizes(study, rates, args)
+        QUESTIONS[args.question](args)
     if not args.dry_run:
         draw(args.results, NORM_TYPES)
         summarise(args.results)
@@ -57,7 +62,8 @@ def parse_flags():
         type=one_of("question", QUESTIONS),
         default=NORMS,
         metavar="NAME",
-        help=f"{NORMS}: one batch size; {BATCH_SIZE}: then also the other ones.",
+        help=f"{NORMS}: {MODEL} from scratch; {BATCH_SIZE}: then also with other batch sizes; {DEPTH}: a deeper and "
+        f"narrower ViT; {PRETRAINED}: from weights trained with LN on other classes.",
     )
     group.add_argument(
         "--batch_sizes",
@@ -67,11 +73,38 @@ def parse_flags():
         metavar="N",
         help="The batch sizes compared.",
     )
-    return parser.parse_args()
+    add_pretraining_flags(group)
+    args = parser.parse_args()
+    check_classes(args)
+    return args
 
 
-def run_batch_sizes(study, rates, args):
-    """The final runs with the other batch sizes, after those of the Study; `rates` are {norm: learning rate}."""
+def run_norms(args):
+    run_study(chosen_contenders(STUDY, args.contenders), args)
+
+
+def run_depth(args):
+    run_study(chosen_contenders(DEEP, args.contenders), args)
+
+
+def run_pretrained(args):
+    """Pretrain with LN on the source classes, then train with each norm on the target classes."""
+    pretraining = Pretraining(STUDY.name, MODEL, args, args.pretraining_epochs)
+    weights = {"pretrained_dir": str(pretraining.weights)}
+    study = STUDY._replace(
+        contenders={norm: {**flags, **weights} for norm, flags in STUDY.contenders.items()},
+        recipe={**STUDY.recipe, "classes": args.target},
+        labels={"weights": "pretrained with LN"},
+    )
+    study = chosen_contenders(study, args.contenders)
+    with pretraining.done():
+        run_study(study, args)
+
+
+def run_batch_sizes(args):
+    """The runs of the main question, then the final runs with the other batch sizes."""
+    study = chosen_contenders(STUDY, args.contenders)
+    rates = run_study(study, args)
     sizes = [size for size in args.batch_sizes if size != args.train_batch_size]
     if len(rates) < len(study.contenders):
         print(f"# the final runs with batch size {', '.join(map(str, sizes))} follow then")
@@ -97,6 +130,7 @@ def summarise(folder):
         if kind == GRID:
             parts.append(f"## Largest learning rate that still trains: {text}\n\n{rates_table(group.values())}\n")
     finals = [record for record in records.values() if record["kind"] == FINAL]
+    finals = [record for record in finals if record["group"].keys() <= {"epochs", "batch size"}]
     for epochs in dict.fromkeys(record["group"]["epochs"] for record in finals):
         of_epochs = [record for record in finals if record["group"]["epochs"] == epochs]
         columns = by_batch_size(of_epochs)
@@ -135,6 +169,8 @@ def largest_rate(grid, chance):
     best = max(gains.values(), default=None)
     return max((rate for rate, gain in gains.items() if gain >= best / 2), default=None)
 
+
+QUESTIONS = {NORMS: run_norms, BATCH_SIZE: run_batch_sizes, DEPTH: run_depth, PRETRAINED: run_pretrained}
 
 if __name__ == "__main__":
     run_script(main)

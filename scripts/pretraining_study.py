@@ -7,6 +7,7 @@ figures are drawn. The same command resumes; what has a file is not run again.
     python scripts/pretraining_study.py --models ViT-Mini_4
 """
 
+import contextlib
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from utils.features import extract_features
 from utils.few_shot import CLASSIFIERS
 from utils.few_shot_figure import plot_over_images
 from utils.figures import save
-from utils.flag_types import Parser, one_of, positive, share
+from utils.flag_types import Parser, one_of, positive, positive_float, share
 from utils.parallel.processes import choose_device, device_name, one_process
 from utils.recipes import training_images
 from utils.records.files import replace_file
@@ -34,7 +35,7 @@ SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles 
 TARGET = ("automobile", "deer", "dog", "frog", "ship")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PRETRAINING_RATE, PRETRAINING_SEED = 3e-3, 0
-PRETRAINING = {"epochs": 20, "train_batch_size": 128}
+PRETRAINING_EPOCHS, PRETRAINING_BATCH = 20, 128
 GRID_SHARE = 0.5  # passes of a short run, relative to a final one
 SCRATCH_RUN, FINE_TUNED = "scratch", "fine-tuned"
 PROBES = {f"frozen, {name}": name for name in CLASSIFIERS}
@@ -89,45 +90,76 @@ def parse_flags():
         metavar="N",
         help=f"Training images per class: {', '.join(map(str, SIZES))}; default: all for the first model, else 100.",
     )
-    for name, classes, what in (("source", SOURCE, "the pretraining"), ("target", TARGET, "the comparison")):
-        text = f"The classes of {what}; default: {' '.join(classes)}."
-        group.add_argument(f"--{name}", nargs="+", default=classes, metavar="CLASS", help=text)
+    add_pretraining_flags(group)
     group.add_argument(
         "--budget", type=share, default=1.0, metavar="SHARE", help="The share of all passes, to try the script."
     )
     args = parser.parse_args()
+    check_classes(args)
     for size in args.sizes or ():
         if size not in SIZES:
             raise UserError(f"--sizes {size}: there is no number of steps for it; give {', '.join(map(str, SIZES))}")
+    return args
+
+
+def add_pretraining_flags(group):
+    for name, classes, what in (("source", SOURCE, "the pretraining"), ("target", TARGET, "the comparison")):
+        text = f"The classes of {what}; default: {' '.join(classes)}."
+        group.add_argument(f"--{name}", nargs="+", default=classes, metavar="CLASS", help=text)
+    group.add_argument(
+        "--pretraining_epochs",
+        type=positive_float,
+        default=PRETRAINING_EPOCHS,
+        metavar="N",
+        help="Passes of the pretraining over the images of its classes.",
+    )
+
+
+def check_classes(args):
+    """Raise UserError if --source and --target have classes in common."""
     if common := set(args.source) & set(args.target):
         raise UserError(f"--source and --target have {', '.join(sorted(common))} in common; give different classes")
-    return args
 
 
 def run_model(model, args):
     """All runs of a model that have no results: its pretraining, then each size."""
-    pretraining = Study(
-        NAME,
-        {"pretraining": {}},
-        reference="pretraining",
-        recipe={**SCRATCH, "model_type": model, "classes": args.source},
-        labels={"model": model, "classes": "source"},
-    )
-    rate, number = PRETRAINING_RATE, PRETRAINING_SEED
-    of_pretraining = with_budget(args, **PRETRAINING, learning_rates=[rate], seeds=[number])
-    pretrained = plan_final(pretraining, of_pretraining, "pretraining", rate, number)
-    weights = pretrained.run.folder / LAST
+    pretraining = Pretraining(NAME, model, args, args.pretraining_epochs * args.budget)
+    weights = pretraining.weights
     studies = {size: transfer_study(model, size, str(weights), args) for size in args.sizes or MODELS[model]}
-    run_study(pretraining, of_pretraining)
-    for size, study in studies.items():
-        of_size = with_budget(args, SIZES[size].epochs, train_batch_size=SIZES[size].train_batch_size)
-        try:
+    with pretraining.done():
+        for size, study in studies.items():
+            of_size = with_budget(args, SIZES[size].epochs, train_batch_size=SIZES[size].train_batch_size)
             run_study(study, of_size)
             run_probes(study, weights, of_size)
+
+
+class Pretraining:
+    """The training of a model on the --source classes, whose result is one of the study `name`."""
+
+    def __init__(self, name, model, args, epochs):
+        self.study = Study(
+            name,
+            {"pretraining": {}},
+            reference="pretraining",
+            recipe={**SCRATCH, "model_type": model, "classes": args.source},
+            labels={"model": model, "classes": "source"},
+        )
+        own = {"epochs": epochs, "train_batch_size": PRETRAINING_BATCH, "learning_rates": [PRETRAINING_RATE]}
+        self.args = Namespace(**{**vars(args), **own, "seeds": [PRETRAINING_SEED]})
+        self.planned = plan_final(self.study, self.args, "pretraining", PRETRAINING_RATE, PRETRAINING_SEED)
+        self.weights = self.planned.run.folder / LAST
+
+    @contextlib.contextmanager
+    def done(self):
+        """The body uses the weights, which are trained before unless there is a result. Raises UserError."""
+        run_study(self.study, self.args)
+        try:
+            yield
         except UserError as error:
-            if weights.exists() or not pretrained.path.exists():
+            path = self.planned.path
+            if self.weights.exists() or not path.exists():
                 raise
-            raise UserError(f"{weights} does not exist any more; remove {pretrained.path} to pretrain again") from error
+            raise UserError(f"{self.weights} does not exist any more; remove {path} to pretrain again") from error
 
 
 def with_budget(args, epochs, **values):

@@ -7,10 +7,12 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 from command_line import train_parser
 from helpers import ROOT
-from models import NORM_TYPES
+from models import NORM_TYPES, build_model
+from utils.profiling import count_parameters
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import norm_findings
@@ -65,6 +67,39 @@ def test_the_learning_rate_of_a_batch_size_is_scaled_by_the_square_root_and_the_
     assert found == {(2, 5e-4, 719), (8, 1e-3, 180), (32, 2e-3, 45)}  # 1,437 images
 
 
+def test_the_deeper_model_is_narrower_and_as_large(run_main, tmp_path):
+    runs = planned(run_main(norm_findings, *toy(tmp_path, "--question", "depth", "--dry_run"))).values()
+    assert {flags.norm_type for flags in runs} == set(NORM_TYPES)
+    assert {(flags.model_type, *flags.model_fields) for flags in runs} == {("ViT-Nano_4", "num_layers=24")}
+    with torch.device("meta"):
+        deep = build_model("ViT-Nano_4", 32, 10, num_layers=24)
+        usual = build_model(norm_findings.MODEL, 32, 10)
+    assert len(deep.blocks) == 4 * len(usual.blocks) and deep.head.in_features == usual.head.in_features / 2
+    assert count_parameters(deep) == pytest.approx(count_parameters(usual), rel=0.05)
+
+
+PRETRAINED = ["--question", "pretrained", "--source", "0", "1", "2", "--target", "3", "4", "--pretraining_epochs", 0.02]
+
+
+def test_each_norm_starts_from_the_same_weights_pretrained_with_layer_norm(run_main, tmp_path):
+    printed = run_main(norm_findings, *toy(tmp_path, *PRETRAINED, "--learning_rates", 1e-3, "--dry_run"))
+    first, *others = planned(printed).values()
+    assert (first.norm_type, first.classes, first.pretrained_dir) == ("LN", ["0", "1", "2"], None)
+    assert len(others) == len(NORM_TYPES) * 3
+    assert {flags.norm_type for flags in others} == set(NORM_TYPES)
+    weights = tmp_path / "runs" / first.name / "last.safetensors"
+    assert {(*flags.classes, flags.pretrained_dir) for flags in others} == {("3", "4", str(weights))}
+
+
+@pytest.mark.slow  # two runs of train.py, each in a process of its own
+def test_the_question_of_pretrained_weights_has_a_table_of_its_own(run_main, tmp_path):
+    flags = toy(tmp_path, *PRETRAINED, "--contenders", "BN", "--learning_rates", 1e-3, "--seeds", 0)
+    run_main(norm_findings, *flags)
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "weights pretrained with LN" in table and "classes source" in table
+    assert "Batch sizes" not in (tmp_path / "results" / "summary.md").read_text()
+
+
 @pytest.mark.parametrize(
     "grid, largest",
     [
@@ -94,6 +129,7 @@ def test_the_table_of_learning_rates_says_if_the_largest_one_is_the_largest_trie
     [
         (["--contenders", "XN"], "--contenders: there is no XN; there are LN, BN, GN, Rescale"),
         (["--question", "batches"], "unknown question 'batches'"),
+        (["--source", "0", "1", "--target", "1", "2"], "--source and --target have 1 in common"),
         (["--draw"], "results has no results; run the study without --draw first"),
     ],
 )
