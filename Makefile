@@ -1,4 +1,5 @@
-# make demo       train a small ViT on handwritten digits, two minutes on two CPU cores
+# make demo       train a small ViT on handwritten digits and draw its curves, classify three photographs and draw
+#                 attention maps: with the installation three minutes on two CPU cores
 # make test       the tests of models, loop, resumption, data and errors, five minutes on two CPU cores
 # make test-all   all tests: also whole paths through the shell, many processes, compilation, benchmarks
 # make lint       ruff's checks and format
@@ -9,13 +10,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 DEMO := train.py --name demo --overwrite --dataset digits --model_type ViT-Mini_4 --img_size 16 \
-	--min_crop_scale 0.6 --train_batch_size 64 --num_steps 1200 --warmup_steps 100 \
-	--optimizer adamw --learning_rate 1e-3 --weight_decay 0.05 --eval_every 100
+	--min_crop_scale 0.6 --train_batch_size 64 --num_steps 450 --warmup_steps 40 \
+	--optimizer muon --learning_rate 4e-3 --weight_decay 0.5 --eval_every 50
+SHIPPED := checkpoint/R26-ViT-Mini_4-cifar10.npz
+PICTURES := img/cifar10/bird-2.jpg img/cifar10/deer-1.jpg img/cifar10/truck-1.jpg
 
 .PHONY: demo test test-all lint format
 
 demo: .venv/installed
 	$(BIN)/python $(DEMO)
+	$(BIN)/python evaluate.py --checkpoint $(SHIPPED) $(PICTURES)
+	$(BIN)/python visualize.py --checkpoint $(SHIPPED) --image $(PICTURES) --rollout --output_dir output/demo/pictures
+	@echo output/demo/curves.png
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"

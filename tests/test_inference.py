@@ -1,5 +1,7 @@
 """SavedModel: which model, classes and image size it finds, and how it prepares an image."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from timm.data import ImageNetInfo
 from torchvision.transforms import v2
 
 import inference
-from helpers import DIGITS_RUN, random_model, write_run
+from helpers import DIGITS_RUN, ROOT, random_model, write_run
 from inference import SavedModel
 from models import build_model
 from utils.class_names import readable_names
@@ -142,3 +144,12 @@ def test_only_the_class_ids_of_imagenet_get_readable_names():
     assert readable_names(wnids)[999] == "toilet tissue (n15075141)"
     others = [*wnids[:999], "n99999999"]
     assert readable_names(others) == others
+
+
+@pytest.mark.parametrize("name", ["R26-ViT-Mini_4", "ResNet-Mini_Params"])
+def test_the_models_of_the_repository_recognise_its_photographs(name):
+    """The class is the beginning of a picture's name."""
+    found = SavedModel.load(ROOT / "checkpoint" / f"{name}-cifar10.npz").predict(ROOT / "img" / "cifar10")
+    correct = [Path(each["image"]).name.startswith(each["classes"][0]["class"]) for each in found]
+    assert len(correct) == 20
+    assert sum(correct) >= 17

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import evaluate
+import visualize
 from command_line import train_parser
 from helpers import ROOT, assert_same_bits, metrics, run_dir, script, start, succeed, wait_for_checkpoint
 from models import build_model
@@ -192,12 +195,20 @@ def test_a_run_that_receives_a_signal_saves_and_reports_it(number, uninterrupted
     assert_same_bits(last_weights(flags), last_weights(uninterrupted))
 
 
-def test_the_demo_of_the_makefile_has_valid_flags():
+def test_the_demo_of_the_makefile_has_valid_flags(monkeypatch):
     command = ["make", "--no-print-directory", "-n", "demo"]
     make = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    command = make.stdout.replace("\\\n", " ").split("train.py", 1)[1].split()
-    args = train_parser().parse_args(command)
+    commands = [line.split() for line in make.stdout.replace("\\\n", " ").splitlines() if ".py " in line]
+    assert [command[1] for command in commands] == ["train.py", "evaluate.py", "visualize.py"]
+    args = train_parser().parse_args(commands[0][2:])
     assert (args.name, args.dataset, args.overwrite) == ("demo", "digits", True)
+    monkeypatch.chdir(ROOT)
+    for module, command in zip((evaluate, visualize), commands[1:], strict=True):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        args = module.parse_flags()
+        (checkpoint,) = args.checkpoint if module is visualize else [args.checkpoint]
+        paths = args.image if module is visualize else args.images
+        assert len(paths) == 3 and all(Path(path).is_file() for path in [checkpoint, *paths])
 
 
 @pytest.mark.slow
