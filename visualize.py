@@ -135,11 +135,7 @@ def make_parser():
         "without NAME for the predicted class.",
     )
     group.add_argument(
-        "--blocks",
-        type=natural,
-        nargs="+",
-        metavar="N",
-        help="Draw single blocks, counted from 0; default: four of equal distance, 0 3 6 9 of 12.",
+        "--blocks", type=natural, nargs="+", metavar="N", help="Draw single blocks, counted from 0; default: four."
     )
     group.add_argument("--heads", action="store_true", help="Draw every head of the --blocks.")
     group.add_argument(

@@ -17,8 +17,8 @@ import itertools
 import math
 from argparse import Namespace
 
-from pretraining_study import Pretraining, add_pretraining_flags, check_classes
 from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, plan_final, run_study
+from study_pretraining import Pretraining, add_pretraining_flags, check_classes
 
 from models import NORM_TYPES
 from utils.errors import run_script

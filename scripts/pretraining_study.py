@@ -7,13 +7,13 @@ figures are drawn. The same command resumes; what has a file is not run again.
     python scripts/pretraining_study.py --models ViT-Mini_4
 """
 
-import contextlib
 from argparse import Namespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from study import ROOT, SCRATCH, Study, add_study_flags, costs_of, draw, plan_final, run_study
+from study_pretraining import Pretraining, add_pretraining_flags, check_classes
 
 from inference import SavedModel
 from utils.data.datasets import DataOptions, load_dataset
@@ -22,20 +22,15 @@ from utils.features import extract_features
 from utils.few_shot import CLASSIFIERS
 from utils.few_shot_figure import plot_over_images
 from utils.figures import save
-from utils.flag_types import Parser, one_of, positive, positive_float, share
+from utils.flag_types import Parser, one_of, positive, share
 from utils.parallel.processes import choose_device, device_name, one_process
 from utils.recipes import training_images
 from utils.records.files import replace_file
-from utils.records.weights import LAST
 from utils.study_records import FINAL, commit_of, read_records, write_record
 from utils.study_tables import accuracies_of, by_contender, summary_table
 
 NAME = "pretraining_study"
-SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles and three of animals, as the others
-TARGET = ("automobile", "deer", "dog", "frog", "ship")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-PRETRAINING_RATE, PRETRAINING_SEED = 3e-3, 0
-PRETRAINING_EPOCHS, PRETRAINING_BATCH = 20, 128
 GRID_SHARE = 0.5  # passes of a short run, relative to a final one
 SCRATCH_RUN, FINE_TUNED = "scratch", "fine-tuned"
 PROBES = {f"frozen, {name}": name for name in CLASSIFIERS}
@@ -102,25 +97,6 @@ def parse_flags():
     return args
 
 
-def add_pretraining_flags(group):
-    for name, classes, what in (("source", SOURCE, "the pretraining"), ("target", TARGET, "the comparison")):
-        text = f"The classes of {what}; default: {' '.join(classes)}."
-        group.add_argument(f"--{name}", nargs="+", default=classes, metavar="CLASS", help=text)
-    group.add_argument(
-        "--pretraining_epochs",
-        type=positive_float,
-        default=PRETRAINING_EPOCHS,
-        metavar="N",
-        help="Passes of the pretraining over the images of its classes.",
-    )
-
-
-def check_classes(args):
-    """Raise UserError if --source and --target have classes in common."""
-    if common := set(args.source) & set(args.target):
-        raise UserError(f"--source and --target have {', '.join(sorted(common))} in common; give different classes")
-
-
 def run_model(model, args):
     """All runs of a model that have no results: its pretraining, then each size."""
     pretraining = Pretraining(NAME, model, args, args.pretraining_epochs * args.budget)
@@ -131,35 +107,6 @@ def run_model(model, args):
             of_size = with_budget(args, SIZES[size].epochs, train_batch_size=SIZES[size].train_batch_size)
             run_study(study, of_size)
             run_probes(study, weights, of_size)
-
-
-class Pretraining:
-    """The training of a model on the --source classes, whose result is one of the study `name`."""
-
-    def __init__(self, name, model, args, epochs):
-        self.study = Study(
-            name,
-            {"pretraining": {}},
-            reference="pretraining",
-            recipe={**SCRATCH, "model_type": model, "classes": args.source},
-            labels={"model": model, "classes": "source"},
-        )
-        own = {"epochs": epochs, "train_batch_size": PRETRAINING_BATCH, "learning_rates": [PRETRAINING_RATE]}
-        self.args = Namespace(**{**vars(args), **own, "seeds": [PRETRAINING_SEED]})
-        self.planned = plan_final(self.study, self.args, "pretraining", PRETRAINING_RATE, PRETRAINING_SEED)
-        self.weights = self.planned.run.folder / LAST
-
-    @contextlib.contextmanager
-    def done(self):
-        """The body uses the weights, which are trained before unless there is a result. Raises UserError."""
-        run_study(self.study, self.args)
-        try:
-            yield
-        except UserError as error:
-            path = self.planned.path
-            if self.weights.exists() or not path.exists():
-                raise
-            raise UserError(f"{self.weights} does not exist any more; remove {path} to pretrain again") from error
 
 
 def with_budget(args, epochs, **values):

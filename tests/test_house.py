@@ -11,7 +11,14 @@ from helpers import ROOT
 
 FOLDERS = ("models", "utils", "scripts", "benchmarks")
 LIBRARIES = {"command_line", "inference", "benchmarks", "benchmarks.steps", "benchmarks.peers"}
-LIBRARIES |= {"scripts.experiment", "scripts.study", "scripts.fault_checks", "scripts.fault_runs", "scripts.faults"}
+LIBRARIES |= {
+    "scripts.experiment",
+    "scripts.study",
+    "scripts.study_pretraining",
+    "scripts.fault_checks",
+    "scripts.fault_runs",
+    "scripts.faults",
+}
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
 
 

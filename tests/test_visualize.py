@@ -136,7 +136,7 @@ def test_the_matrices_of_several_checkpoints_are_drawn_in_one_figure(tmp_path, m
     assert capsys.readouterr().out == "pictures/cats-000-matrix.png\n" * 2
     norms, runs = ([label.split("\n")[0] for label in rows] for rows, *_ in figures)
     assert (norms, runs) == (["LN", "GN"], ["one", "two", "three"])
-    assert [blocks for _, blocks, *_ in figures] == [[0, 3], [5]]
+    assert [blocks for _, blocks, *_ in figures] == [[0, 1, 3, 4], [5]]
     for saved, (label, matrices) in zip(map(SavedModel.load, paths), figures[1][0].items(), strict=True):
         with torch.no_grad():
             attention = saved.model.forward_with_attention(saved.prepare(read_image(image)))[1]

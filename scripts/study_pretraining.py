@@ -1,0 +1,63 @@
+"""A pretraining on some of the classes of a data set, for studies that train on its other classes."""
+
+import contextlib
+from argparse import Namespace
+
+from study import SCRATCH, Study, plan_final, run_study
+
+from utils.errors import UserError
+from utils.flag_types import positive_float
+from utils.records.weights import LAST
+
+SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles and three of animals, as the others
+TARGET = ("automobile", "deer", "dog", "frog", "ship")
+RATE, SEED = 3e-3, 0
+EPOCHS, BATCH_SIZE = 20, 128
+
+
+def add_pretraining_flags(group):
+    for name, classes, what in (("source", SOURCE, "the pretraining"), ("target", TARGET, "the comparison")):
+        text = f"The classes of {what}; default: {' '.join(classes)}."
+        group.add_argument(f"--{name}", nargs="+", default=classes, metavar="CLASS", help=text)
+    group.add_argument(
+        "--pretraining_epochs",
+        type=positive_float,
+        default=EPOCHS,
+        metavar="N",
+        help="Passes of the pretraining over the images of its classes.",
+    )
+
+
+def check_classes(args):
+    """Raise UserError if --source and --target have classes in common."""
+    if common := set(args.source) & set(args.target):
+        raise UserError(f"--source and --target have {', '.join(sorted(common))} in common; give different classes")
+
+
+class Pretraining:
+    """The training of a model on the --source classes, whose result is one of the study `name`."""
+
+    def __init__(self, name, model, args, epochs):
+        self.study = Study(
+            name,
+            {"pretraining": {}},
+            reference="pretraining",
+            recipe={**SCRATCH, "model_type": model, "classes": args.source},
+            labels={"model": model, "classes": "source"},
+        )
+        own = {"epochs": epochs, "train_batch_size": BATCH_SIZE, "learning_rates": [RATE]}
+        self.args = Namespace(**{**vars(args), **own, "seeds": [SEED]})
+        self.planned = plan_final(self.study, self.args, "pretraining", RATE, SEED)
+        self.weights = self.planned.run.folder / LAST
+
+    @contextlib.contextmanager
+    def done(self):
+        """The body uses the weights, which are trained before unless there is a result. Raises UserError."""
+        run_study(self.study, self.args)
+        try:
+            yield
+        except UserError as error:
+            path = self.planned.path
+            if self.weights.exists() or not path.exists():
+                raise
+            raise UserError(f"{self.weights} does not exist any more; remove {path} to pretrain again") from error
