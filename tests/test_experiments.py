@@ -53,6 +53,7 @@ def test_every_script_is_tested():
     elsewhere = {"fault_campaign", "fault_checks", "fault_runs", "faults"}  # test_fault_campaign.py
     elsewhere |= {"few_shot", "fine_tuning_table", "hybrid_vs_cnn", "norm_findings", "norm_gradients"}
     elsewhere |= {"pretraining_study", "study", "sweep", "token_study"}  # test_<name>.py
+    elsewhere.add("study_pretraining")  # test_pretraining_study.py, test_norm_findings.py
     assert found == ours | elsewhere
 
 
