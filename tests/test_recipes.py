@@ -155,6 +155,9 @@ def test_the_rest_follows_from_given_flags():
     assert "decay_steps" not in chosen("bit", 5000, decay_type="cosine")
     assert "resize_size" not in chosen("bit", 5000, min_crop_scale=0.2)
     assert "resize_size" not in chosen("bit", 5000, crop_padding=4)
+    flags, capped = choose("bit", TrainingImages(100, 50, 50), 16, {"num_steps": 5000, "train_batch_size": 100})
+    assert flags["decay_steps"] == [2000, 3000, 4000]  # more than 200 passes, as asked for
+    assert capped is None
 
 
 @pytest.mark.parametrize("img_size, border", [(4, 1), (16, 2), (64, 8)])
@@ -165,9 +168,6 @@ def test_the_border_of_scratch_is_an_eighth_of_the_image_size(img_size, border):
 @pytest.mark.parametrize("given", [{"min_crop_scale": 0.5}, {"resize_size": 40}])
 def test_scratch_has_no_border_with_another_crop(given):
     assert "crop_padding" not in chosen("scratch", 5000, (32, 32), 4, **given)
-    flags, capped = choose("bit", TrainingImages(100, 50, 50), 16, {"num_steps": 5000, "train_batch_size": 100})
-    assert flags["decay_steps"] == [2000, 3000, 4000]  # more than 200 passes, as asked for
-    assert capped is None
 
 
 def test_a_learning_rate_is_for_its_optimizer():
