@@ -198,8 +198,7 @@ def load_run(path, given, img_size, token_reduction):
 def load_npz(path, given, img_size, token_reduction):
     """{field of SavedModel: value} of an .npz file that has a head; an export has a .json file next to it."""
     arrays, described = open_npz(path), description_of(path, given)
-    flags = {**described.flags, **given}
-    model_type = flags.get("model_type") or model_type_of(path, MODEL_TYPES)
+    model_type = given.get("model_type") or described.flags.get("model_type") or model_type_of(path, MODEL_TYPES)
     if model_type is None:
         raise UserError(f"{path} is not named after a model; name it with --model_type")
     num_classes = num_classes_of(arrays)
@@ -220,7 +219,7 @@ def load_npz(path, given, img_size, token_reduction):
         "classes": classes,
         "img_size": img_size,
         "flags": {},
-        "mean_std": flags.get("mean_std", "half"),
+        "mean_std": described.flags.get("mean_std", "half"),
         "crops": described.crops,
     }
 
@@ -230,15 +229,15 @@ def description_of(path, given):
 
     What it says of the model is not used for another --model_type that is `given`.
     """
-    nothing = Described({}, None, None, False)
     if not description_file(path).is_file():
-        return nothing
+        return Described({}, None, None, False)
     try:
         described = read_description(description_file(path))
         model_type = canonical_model_type(described.flags["model_type"])
+        wanted = canonical_model_type(given.get("model_type", model_type))
     except ValueError as error:
         raise UserError(str(error)) from error
-    if given.get("model_type", model_type) != model_type:
+    if wanted != model_type:
         return described._replace(flags={"mean_std": described.flags["mean_std"]}, img_size=None)
     return described
 

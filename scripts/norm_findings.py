@@ -97,7 +97,7 @@ def run_pretrained(args):
         labels={"weights": "pretrained with LN"},
     )
     study = chosen_contenders(study, args.contenders)
-    with pretraining.done():
+    with pretraining.trained():
         run_study(study, args)
 
 

@@ -102,7 +102,7 @@ def run_model(model, args):
     pretraining = Pretraining(NAME, model, args, args.pretraining_epochs * args.budget)
     weights = pretraining.weights
     studies = {size: transfer_study(model, size, str(weights), args) for size in args.sizes or MODELS[model]}
-    with pretraining.done():
+    with pretraining.trained():
         for size, study in studies.items():
             of_size = with_budget(args, SIZES[size].epochs, train_batch_size=SIZES[size].train_batch_size)
             run_study(study, of_size)

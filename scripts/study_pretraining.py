@@ -16,6 +16,7 @@ EPOCHS, BATCH_SIZE = 20, 128
 
 
 def add_pretraining_flags(group):
+    """--source, --target and --pretraining_epochs."""
     for name, classes, what in (("source", SOURCE, "the pretraining"), ("target", TARGET, "the comparison")):
         text = f"The classes of {what}; default: {' '.join(classes)}."
         group.add_argument(f"--{name}", nargs="+", default=classes, metavar="CLASS", help=text)
@@ -51,8 +52,8 @@ class Pretraining:
         self.weights = self.planned.run.folder / LAST
 
     @contextlib.contextmanager
-    def done(self):
-        """The body uses the weights, which are trained before unless there is a result. Raises UserError."""
+    def trained(self):
+        """Train unless there is a result; the body uses the weights. Raises UserError."""
         run_study(self.study, self.args)
         try:
             yield

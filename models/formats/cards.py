@@ -77,4 +77,6 @@ def read_description(path):
         crops = "centre_crop" in preprocessing["resize"]
         return Described(flags, int(content["input"]["shape"][-1]), classes, crops)
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} does not describe an exported model: {error!r}") from error
+        raise CheckpointError(
+            f"{path} does not describe an exported model, rename it if it is another file: {error!r}"
+        ) from error

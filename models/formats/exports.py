@@ -127,16 +127,10 @@ def float32_bound(model):
     return 5e-5 if any(isinstance(module, StdConv2d) for module in model.modules()) else 5e-6
 
 
+NPZ = Target((".npz", ".json"), ("numpy",), write_npz, load_npz, float32_bound, "evaluate.py --checkpoint {path}")
 TARGETS = {
-    "npz": Target((".npz", ".json"), ("numpy",), write_npz, load_npz, float32_bound, "evaluate.py --checkpoint {path}"),
-    "npz-float16": Target(
-        (".npz", ".json"),
-        ("numpy",),
-        write_float16_npz,
-        load_npz,
-        lambda model: 1e-2,
-        "evaluate.py --checkpoint {path}",
-    ),
+    "npz": NPZ,
+    "npz-float16": NPZ._replace(write=write_float16_npz, bound=lambda model: 1e-2),
     "timm": Target(
         (WEIGHTS, CONFIG),
         ("timm",),
