@@ -171,9 +171,9 @@ def test_a_run_on_mps_has_the_losses_of_the_cpu(data, mac, image_folder, tiny_fl
     augmentation = ["--rand_augment", 2, 9, "--color_jitter", 0.3, "--random_erasing", 0.5, "--mixup", 0.2]
     flags = [*augmentation, "--dropout_rate", 0.1, "--ema_decay", 0.9, "--class_weights", "balanced"]
     flags += ["--num_workers", 0, "--num_steps", 4, "--eval_every", 2, "--optimizer", "adamw"]
-    flags += ["--learning_rate", 1e-3]  # with larger steps AdamW amplifies rounding beyond the bound
     if data == "images":
         flags += ["--dataset", "imagenet", "--data_dir", image_folder]
+        flags += ["--learning_rate", 1e-3]  # at 0.03 the loss triples and AdamW amplifies rounding to 1.1e-4
     from_numpy = torch.from_numpy
     monkeypatch.setattr(torch, "from_numpy", lambda array: on_cpu(from_numpy(array)))  # which no mode sees
     losses = {}

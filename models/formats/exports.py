@@ -74,7 +74,7 @@ def write_transformers(model, card, path):
 
 
 def write_npz(model, card, path, dtype=np.float32):
-    np.savez(path, **{key: array.astype(dtype) for key, array in model.export_npz().items()})
+    np.savez(path, **{key: array.astype(dtype, copy=False) for key, array in model.export_npz().items()})
     write_description(path.with_suffix(".json"), description(model, card))
 
 
