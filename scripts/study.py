@@ -51,10 +51,11 @@ SAVES = 4  # checkpoints per short run
 GRID_VALIDATION = 0.1  # share of the training images that judge the short runs
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 DERIVED = ("num_steps", "warmup_steps", "eval_every", "save_every")  # flags that follow from the batch size
-SCRATCH = {  # the recipe of small models from scratch at 32x32
+SCRATCH = {  # the recipe of small models from scratch at 32x32: as --recipe scratch, but with a rate per contender
     "horizontal_flip": True,
     "optimizer": "muon",
-    "weight_decay": 0.05,
+    "weight_decay": 0.5,
+    "label_smoothing": 0.1,
     "bf16": True,
     "fp16_opt_level": "O2",
     "crop_padding": 4,

@@ -14,6 +14,7 @@ from scipy.stats import ttest_rel
 from helpers import ROOT, run_in_this_process
 from utils.errors import DIVERGED, UserError
 from utils.flag_types import Parser
+from utils.recipes import TrainingImages, scratch
 from utils.study_figures import plot_budgets
 from utils.study_records import best_rate, check_comparable, portable_flags, read_records, write_record
 from utils.study_tables import difference_text, final_table, grid_table, paired_interval, report_of
@@ -56,6 +57,16 @@ def record(contender="vit", seed=0, accuracy=0.5, kind="final", hardware=XEON, *
             "images_per_second": [SPEED[contender], SPEED[contender]],
         },
     }
+
+
+def test_the_recipe_is_that_of_small_models_from_scratch():
+    """The number of steps and the learning rate aside, which the studies choose."""
+    recipe = scratch(TrainingImages(50_000, 32, 32), batch=128, patch=4)
+    chosen = ("num_steps", "warmup_steps", "learning_rate", "img_size")
+    flags = {**vars(study.TRAIN.parser.parse_args(["--name=any"])), **study.SCRATCH}
+    for name in recipe.keys() - chosen:
+        assert flags[name] == recipe[name], name
+    assert pytest.approx(recipe["warmup_steps"] / recipe["num_steps"], abs=1e-4) == study.WARMUP
 
 
 def test_the_paired_interval_is_that_of_scipys_paired_t_test():
