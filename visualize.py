@@ -1,7 +1,7 @@
 """Draw the attention of a saved model, and the loss and accuracy of runs, as PNG files.
 
 Without a flag from --rollout to --filters, all of these figures that are possible are drawn. A CNN has no attention;
-for each image it gets the Grad-CAM of the class that it predicts.
+for each image it gets the Grad-CAM of the class that it predicts. Several ViTs are compared by their maps and matrices.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from utils.attention import (
     principal_filters,
     rollout,
 )
+from utils.attention_comparison import check_comparable, compare_attention
 from utils.checkpoint_files import folder_of
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
@@ -54,6 +55,7 @@ from utils.records.run_folder import read_runs
 MAX_GRID = 24  # images in the figures of several images
 KINDS = ("rollout", "class", "blocks", "heads", "matrix", "distance", "clusters", "positions", "filters")
 KINDS_OF_IMAGES = set(KINDS) - {"positions", "filters"}
+KINDS_OF_SEVERAL = ("blocks", "matrix")  # that compare models
 
 
 def main():
@@ -69,12 +71,12 @@ def main():
             )
             for path in args.checkpoint
         ]
-        args.class_numbers = [models[0].class_number(name) for name in vars(args)["class"] or ()]
-        for saved, path in zip(models, args.checkpoint, strict=True):
-            check_kinds(saved, path, given_kinds(args))
         if len(models) > 1:
-            compare_matrices(models, args)
-        elif hasattr(models[0].model, "forward_with_attention"):
+            compare_models(models, args)
+            return
+        args.class_numbers = [models[0].class_number(name) for name in vars(args)["class"] or ()]
+        check_kinds(models[0], args.checkpoint[0], given_kinds(args))
+        if hasattr(models[0].model, "forward_with_attention"):
             draw_attention(models[0], args)
         else:
             draw_grad_cams(models[0], args)
@@ -86,11 +88,15 @@ def parse_flags():
         raise UserError("there is nothing to draw; give a --checkpoint, or runs with --curves")
     folder = folder_of(args.checkpoint[0]) if args.checkpoint and len(args.checkpoint) == 1 else Path()
     args.output_dir = Path(args.output_dir or folder / "pictures")
-    args.matrix = args.matrix or len(args.checkpoint or ()) > 1
     kinds = given_kinds(args)
-    for kind in kinds:
-        if len(args.checkpoint or ()) > 1 and kind not in ("matrix", "blocks"):
-            raise UserError(f"--{kind} is for one --checkpoint; only --matrix compares several")
+    if len(args.checkpoint or ()) > 1:
+        for kind in kinds:
+            if kind not in KINDS_OF_SEVERAL:
+                raise UserError(f"--{kind} is for one --checkpoint; only --blocks and --matrix compare several")
+        if not args.image:
+            raise UserError("several --checkpoint files need --image: their attention to it is compared")
+        if not kinds:
+            args.blocks, args.matrix = [], True
     if not args.checkpoint and (kinds or args.image):
         raise UserError(f"--{kinds[0] if kinds else 'image'} needs --checkpoint")
     if not args.image and KINDS_OF_IMAGES.intersection(kinds):
@@ -141,7 +147,7 @@ def make_parser():
     group.add_argument(
         "--matrix",
         action="store_true",
-        help="Draw the attention matrix of the first head in the --blocks, of all --checkpoint files in one figure.",
+        help="Draw the attention matrix of the first head in the --blocks.",
     )
     group.add_argument(
         "--distance", action="store_true", help="Draw the mean attention distance of each head, over all images."
@@ -273,23 +279,17 @@ def draw_classes(saved, prediction, images, logits, args, clusters=()):
 
 
 @torch.no_grad()
-def compare_matrices(models, args):
-    """For each image the attention matrices of several models in one figure, one row per model."""
-    grids = {}
-    for saved, path in zip(models, args.checkpoint, strict=True):
-        grids.setdefault(saved.model.patch_embed.grid_size, path)
-    if len(grids) > 1:
-        found = ", ".join(f"{path} has {rows}x{columns} patches" for (rows, columns), path in grids.items())
-        raise UserError(f"--matrix compares models with the same grid of patches; {found}")
+def compare_models(models, args):
+    """For each image the attention of several models, one row per model. Raises UserError."""
+    check_comparable(dict(zip(args.checkpoint, models, strict=True)))
+    kinds = ["matrix"] if args.matrix and args.blocks else given_kinds(args)  # --blocks then selects those of --matrix
     blocks, labels = blocks_of(models, args), distinct_labels(models, args.checkpoint)
     for path, stem in zip(args.image, unique_stems(args.image), strict=True):
-        rows, image = {}, read_image(path)
-        for saved, label in zip(models, labels, strict=True):
-            logits, attention, _ = attention_of(saved.model, saved.prepare(image))
-            caption = f"{label}\npredicted:\n{prediction_caption(logits, saved.classes)}"
-            rows[caption] = first_head(attention, blocks)[0]
-        title = f"{Path(path).name}: attention weights of the first head"
-        write(plot_attention_matrices(rows, blocks, *grids, title), args, f"{stem}-matrix")
+        image = read_image(path)
+        inputs = [(saved.model, saved.prepare(image), saved.classes) for saved in models]
+        rows, picture = dict(zip(labels, inputs, strict=True)), downscale(models[0].visible_part(image))
+        for kind, figure in compare_attention(rows, blocks, picture, Path(path).name, kinds).items():
+            write(figure, args, f"{stem}-{kind}")
 
 
 def draw_grad_cams(saved, args):

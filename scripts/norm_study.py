@@ -15,20 +15,19 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-import torch
 from experiment import OWN_FLAGS, TRAIN, difference_from, flags_in, print_unfinished, refuse_flags
 
 from inference import SavedModel
 from models import NORM_TYPES, canonical_model_type
 from models.configs import VITS
-from utils.attention import attention_of, class_token_mask, first_head
+from utils.attention_comparison import compare_attention
 from utils.checks import make_output_folder
 from utils.curves import plot_runs
 from utils.data.augmentation import denormalise
 from utils.data.datasets import DataOptions, find_splits, load_dataset
 from utils.data.splits import NAMES, evaluated_split
 from utils.errors import UserError, run_script
-from utils.figures import blocks_to_draw, plot_attention_matrices, plot_attention_rows, prediction_caption, save
+from utils.figures import blocks_to_draw, save
 from utils.flag_types import Parser, argument, one_of, positive
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
@@ -244,32 +243,11 @@ def draw_figures(finished, args):
 
 def draw_attention(models, images, shown, classes, title, name):
     """For each image the attention maps and matrices of {norm: model}; `shown` are pairs (image, caption)."""
-    model = next(iter(models.values()))
-    blocks, grid_size = blocks_to_draw(len(model.blocks)), model.patch_embed.grid_size
-    attention = {norm: attention_maps(each, images, classes, blocks) for norm, each in models.items()}
+    blocks = blocks_to_draw(len(next(iter(models.values())).blocks))
     for i, (image, caption) in enumerate(shown):
-        of_image = {f"{norm}\npredicted:\n{maps[i][0]}": maps[i][1:] for norm, maps in attention.items()}
-        rows = {label: masks for label, (masks, _) in of_image.items()}
-        figure = plot_attention_rows(image, rows, f"{title}: attention of the class token, {caption}")
-        write(figure, f"{name}-attention-{i + 1}.png")
-        matrices = {label: whole for label, (_, whole) in of_image.items()}
-        full_title = f"{title}: attention weights of the first head, {caption}"
-        write(plot_attention_matrices(matrices, blocks, grid_size, full_title), f"{name}-matrix-{i + 1}.png")
-
-
-@torch.no_grad()
-def attention_maps(model, images, classes, blocks):
-    """[(prediction, {block: mask, the mean of the heads}, first head (blocks, N, N))] for each image."""
-    logits, attention, _ = attention_of(model, images)
-    masks = {
-        f"block {block}": class_token_mask(attention[block].mean(dim=1), model.patch_embed.grid_size).cpu()
-        for block in blocks
-    }
-    whole = first_head(attention, blocks)
-    return [
-        (prediction_caption(logits[i : i + 1], classes), {block: mask[i] for block, mask in masks.items()}, whole[i])
-        for i in range(len(images))
-    ]
+        rows = {norm: (model, images[i : i + 1], classes) for norm, model in models.items()}
+        for kind, figure in compare_attention(rows, blocks, image, f"{title}, {caption}").items():
+            write(figure, f"{name}-{kind}-{i + 1}.png")
 
 
 def write(figure, path):

@@ -82,9 +82,7 @@ def test_a_norm_study_is_stopped_resumes_and_is_then_finished(tmp_path):
         assert 0.1 < float(row["test_accuracy"]) <= float(row["best_test_accuracy"]) <= 1
         assert float(row["seconds"]) > 0
         assert f"| from scratch | {row['norm_type']} | {100 * float(row['test_accuracy']):.2f} % |" in table
-    figures = [
-        tmp_path / "figures" / f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1", "matrix-1")
-    ]
+    figures = [tmp_path / "figures" / f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "blocks-1", "matrix-1")]
     for figure in figures:
         with Image.open(figure) as image:
             assert min(image.size) > 300
@@ -141,7 +139,7 @@ def test_a_norm_study_uses_runs_that_are_finished(tmp_path, run_main, main_fails
     assert (row["norm_type"], row["start"]) == ("Rescale", "scratch")
     assert f"| from scratch | Rescale | {100 * float(row['test_accuracy']):.2f} % |" in printed
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "attention-1", "matrix-1")}
+    assert drawn == {f"ViT-Mini_4-scratch-{name}.png" for name in ("curves", "blocks-1", "matrix-1")}
     (tmp_path / "figures" / "ViT-Mini_4-scratch-matrix-1.png").unlink()
     [last] = tmp_path.glob("*/last.safetensors")
     last.unlink()  # to save space

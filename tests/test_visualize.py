@@ -19,6 +19,7 @@ from helpers import DIGITS_RUN, ROOT, call_main, fails, make_shallow, succeed, w
 from inference import SavedModel
 from models import build_model
 from synthetic import make_checkpoint
+from utils import attention_comparison
 from utils.data.images import read_image, unique_stems
 
 NOTEBOOK = ROOT / "visualize_attention_map.ipynb"
@@ -121,10 +122,13 @@ def test_each_class_has_a_row_of_maps(draw, monkeypatch):
     assert [list(maps) for rows in figures[2:] for maps in rows.values()] == [["Grad-CAM"]] * 2
 
 
-def test_the_matrices_of_several_checkpoints_are_drawn_in_one_figure(tmp_path, monkeypatch, capsys):
+def test_the_attention_of_several_checkpoints_is_drawn_in_one_figure(tmp_path, monkeypatch, capsys):
     """The blocks are those of the shallowest model; the labels are norms, or names of runs where norms are equal."""
-    figures = []
-    monkeypatch.setattr(visualize, "plot_attention_matrices", lambda *given: figures.append(given) or Figure())
+    maps, matrices = [], []
+    for function, figures in (("plot_attention_rows", maps), ("plot_attention_matrices", matrices)):
+        monkeypatch.setattr(
+            attention_comparison, function, lambda *given, figures=figures: figures.append(given) or Figure()
+        )
     paths = []
     for name, norm in (("one", "LN"), ("two", "GN"), ("three", "LN")):
         flags = {**DIGITS_RUN, "norm_type": norm, "name": name}
@@ -133,14 +137,24 @@ def test_the_matrices_of_several_checkpoints_are_drawn_in_one_figure(tmp_path, m
     monkeypatch.chdir(tmp_path)
     call_main(visualize, ["--image", image, "--checkpoint", *paths[:2]], monkeypatch)
     call_main(visualize, ["--image", image, "--checkpoint", *paths, "--matrix", "--blocks", 5], monkeypatch)
-    assert capsys.readouterr().out == "pictures/cats-000-matrix.png\n" * 2
-    norms, runs = ([label.split("\n")[0] for label in rows] for rows, *_ in figures)
-    assert (norms, runs) == (["LN", "GN"], ["one", "two", "three"])
-    assert [blocks for _, blocks, *_ in figures] == [[0, 1, 3, 4], [5]]
-    for saved, (label, matrices) in zip(map(SavedModel.load, paths), figures[1][0].items(), strict=True):
+    call_main(visualize, ["--image", image, "--checkpoint", *paths, "--blocks", 5], monkeypatch)
+    kinds = [line.removeprefix("pictures/cats-000-") for line in capsys.readouterr().out.splitlines()]
+    assert kinds == ["blocks.png", "matrix.png", "matrix.png", "blocks.png"]
+    for figures in ([rows for rows, *_ in matrices], [rows for _, rows, _ in maps]):
+        assert [[label.split("\n")[0] for label in rows] for rows in figures] == [["LN", "GN"], ["one", "two", "three"]]
+    assert [blocks for _, blocks, *_ in matrices] == [[0, 1, 3, 4], [5]]
+    assert [list(next(iter(rows.values()))) for _, rows, _ in maps] == [
+        ["attention rollout", "block 0", "block 1", "block 3", "block 4"],
+        ["attention rollout", "block 5"],
+    ]
+    drawn = zip(matrices[1][0].values(), maps[1][1].values(), strict=True)
+    for saved, (of_block, masks) in zip(map(SavedModel.load, paths), drawn, strict=True):
         with torch.no_grad():
             attention = saved.model.forward_with_attention(saved.prepare(read_image(image)))[1]
-        torch.testing.assert_close(matrices[0], attention[5][0, 0], msg=label)
+        torch.testing.assert_close(of_block[0], attention[5][0, 0])
+        of_class_token = attention[5][0].mean(dim=0)[0, 1:]
+        torch.testing.assert_close(masks["block 5"], (of_class_token / of_class_token.mean()).view(4, 4))
+        assert not masks["attention rollout"].allclose(masks["block 5"])
 
 
 def test_figures_of_images_with_the_same_name_do_not_overwrite_each_other():
@@ -169,9 +183,12 @@ TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
         ((*VIT, "--image", "000.png", "--output_dir", "000.png"), "000.png can't be created: "),
         ((*CNN, "--image", "000.png", "--rollout"), "is a CNN without attention; omit --rollout"),
         ((*CNN, "--image", "000.png", "--matrix"), "is a CNN without attention; omit --matrix"),
-        ((*VIT, CNN[1], "--image", "000.png"), "ResNet-Mini_Flops.npz is a CNN without attention; omit --matrix"),
-        ((*VIT, VIT[1], "--image", "000.png", "--class"), "--class is for one --checkpoint; only --matrix compares"),
-        ((*VIT, VIT[1]), "--matrix needs --image"),
+        (
+            (*VIT, CNN[1], "--image", "000.png"),
+            "ResNet-Mini_Flops.npz is a CNN without attention; give several --checkpoint files of ViTs alone",
+        ),
+        ((*VIT, VIT[1], "--image", "000.png", "--class"), "--class is for one --checkpoint; only --blocks and"),
+        ((*VIT, VIT[1]), "several --checkpoint files need --image"),
         ((*VIT, "--class"), "--class needs --image"),
         ((*VIT, "--image", "000.png", "--class", "clas 3"), "unknown class 'clas 3'; did you mean class 3"),
         ((*VIT, "--image", "000.png", "--class", "10"), "Numbers from 0 to 9 are accepted too"),
@@ -180,7 +197,7 @@ TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
             (*CONFORMER, "--class"),
             "conformer/best.safetensors is a Conformer, whose head does not read the class token",
         ),
-        ((*TWO_GRIDS, "--matrix"), "ViT-Mini_4.npz has 4x4 patches, finer/best.safetensors has 8x8 patches"),
+        ((*TWO_GRIDS, "--matrix"), "ViT-Mini_4.npz sees 4x4 patches of the whole, finer/best.safetensors sees 8x8"),
         (CNN, "Grad-CAM needs --image"),
         (("--curves", "nowhere"), "nowhere is not the folder of a run"),
         (("--curves", "nowhere", "--image", "000.png"), "--image needs --checkpoint"),
