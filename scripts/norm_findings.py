@@ -98,7 +98,7 @@ def run_pretrained(args):
     )
     study = chosen_contenders(study, args.contenders)
     with pretraining.trained():
-        run_study(study, args)
+        run_study(study._replace(recorded=pretraining.recorded()), args)
 
 
 def run_batch_sizes(args):
@@ -110,16 +110,20 @@ def run_batch_sizes(args):
         print(f"# the final runs with batch size {', '.join(map(str, sizes))} follow then")
     planned = []
     for size in sizes:
-        of_size = study._replace(labels={"batch size": size})
+        decay = scaled(study.recipe["weight_decay"], size / args.train_batch_size)
+        of_size = study._replace(labels={"batch size": size}, recipe={**study.recipe, "weight_decay": decay})
         own = Namespace(**{**vars(args), "train_batch_size": size})
         for number, (name, rate) in itertools.product(args.seeds, rates.items()):
             planned.append(plan_final(of_size, own, name, scaled(rate, size / args.train_batch_size), number))
     finish(planned, args)
 
 
-def scaled(rate, ratio):
-    """The learning rate for a batch size `ratio` times as large, as usual for AdamW and Muon: by the square root."""
-    return float(f"{rate * math.sqrt(ratio):.6g}")
+def scaled(value, ratio):
+    """A learning rate or weight decay for a batch size `ratio` times as large: by the square root.
+
+    That is usual for the rate with AdamW and Muon. With the same for the decay, it is as large per pass.
+    """
+    return float(f"{value * math.sqrt(ratio):.6g}")
 
 
 def summarise(folder):

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from experiment import seeds_text
 from matplotlib.figure import Figure
-from study import ROOT
 
 from models import NORM_TYPES, build_model
 from utils.checks import make_output_folder
@@ -27,7 +26,7 @@ from utils.gradients import block_gradient_norms
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table
 from utils.records.files import replace_file
-from utils.study_records import commit_of
+from utils.records.run_folder import commit_of_code
 from utils.sweeps import data_name
 
 MODEL = "ViT-Mini_4"
@@ -91,7 +90,7 @@ def measure(args):
                 gradients = [float(f"{value:.6g}") for value in block_gradient_norms(model, images, labels)]
                 runs.append({"norm": norm, "depth": depth, "seed": number, "gradients": gradients})
     what = {"model_type": MODEL, "img_size": args.img_size, "images": len(labels)}
-    what |= {"data": args.data_note or data_name(args), "torch": torch.__version__, "commit": commit_of(ROOT)}
+    what |= {"data": args.data_note or data_name(args), "torch": torch.__version__, "commit": commit_of_code()}
     return {**what, "runs": runs}
 
 

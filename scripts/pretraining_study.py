@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from study import ROOT, SCRATCH, Study, add_study_flags, costs_of, draw, plan_final, run_study
+from study import SCRATCH, Study, add_study_flags, costs_of, draw, plan_final, run_study
 from study_pretraining import Pretraining, add_pretraining_flags, check_classes
 
 from inference import SavedModel
@@ -26,7 +26,8 @@ from utils.flag_types import Parser, one_of, positive, share
 from utils.parallel.processes import choose_device, device_name, one_process
 from utils.recipes import training_images
 from utils.records.files import replace_file
-from utils.study_records import FINAL, commit_of, read_records, write_record
+from utils.records.run_folder import commit_of_code
+from utils.study_records import FINAL, read_records, write_record
 from utils.study_tables import accuracies_of, by_contender, summary_table
 
 NAME = "pretraining_study"
@@ -46,11 +47,11 @@ class Size(NamedTuple):
     validation: int  # images per class that judge it
 
 
-# Short runs use four fifths of the images and are judged by the others. Of ten images two per class could not rank
-# learning rates: there 100 further ones judge.
+# With 10 and 100 images per class 100 further ones judge the short runs: a fifth of so few could not rank learning
+# rates. With 1,000 a fifth of them judges.
 SIZES = {
     10: Size(epochs=300, train_batch_size=50, grid_images=10, validation=100),
-    100: Size(epochs=100, train_batch_size=100, grid_images=80, validation=20),
+    100: Size(epochs=100, train_batch_size=100, grid_images=100, validation=100),
     1000: Size(epochs=20, train_batch_size=100, grid_images=800, validation=200),
 }
 MODELS = {"ViT-Mini_4": tuple(SIZES), "R26-ViT-Mini_4": (100,), "ResNet-Mini_Params": (100,)}  # {model: its sizes}
@@ -104,6 +105,7 @@ def run_model(model, args):
     studies = {size: transfer_study(model, size, str(weights), args) for size in args.sizes or MODELS[model]}
     with pretraining.trained():
         for size, study in studies.items():
+            study = study._replace(recorded=pretraining.recorded())
             of_size = with_budget(args, SIZES[size].epochs, train_batch_size=SIZES[size].train_batch_size)
             run_study(study, of_size)
             run_probes(study, weights, of_size)
@@ -185,7 +187,7 @@ def probe_record(planned, train, test):
             "runs_at_once": 1,
         },
         "torch": torch.__version__,
-        "commit": commit_of(ROOT),
+        "commit": commit_of_code(),
         "metrics": {"step": [], "train_accuracy": []},
     }
 
@@ -196,6 +198,7 @@ def summarise(folder):
     parts = []
     for model in MODELS:
         of_model = [each for each in finals if each["group"].get("model") == model and each["contender"] in ORDER]
+        check_one_budget(of_model, folder)
         if not of_model:
             continue
         sizes = sorted({record["group"]["images per class"] for record in of_model})
@@ -206,16 +209,29 @@ def summarise(folder):
         title = f"{model} on {of_model[0]['data']}"
         columns = {f"{size:,} images per class": found for size, found in of_size.items()}
         parts.append(f"## {title}\n\n{summary_table(columns, SCRATCH_RUN, ORDER)}\n")
-        accuracies = {
-            name: {size: accuracies_of(found[name]) for size, found in of_size.items() if name in found}
-            for name in ORDER
-        }
+        accuracies = {name: {} for name in ORDER}
+        for size, found in of_size.items():
+            for name, records in found.items():
+                if of_seeds := accuracies_of(records):
+                    accuracies[name][size] = of_seeds
         path = folder / f"images-{model}.png"
         save(plot_over_images(accuracies, f"{title}: classes that the pretraining did not see", "test"), path)
         print(f"figure: {path}")
     text = "\n".join(parts)
     replace_file(folder / "summary.md", lambda path: path.write_text(text))
     print(f"\n{text}\nsummary: {folder / 'summary.md'}")
+
+
+def check_one_budget(records, folder):
+    """Raise UserError if records of one number of images have different numbers of passes."""
+    budgets = {}
+    for record in records:
+        size, epochs = (record["group"][name] for name in ("images per class", "epochs"))
+        if budgets.setdefault(size, epochs) != epochs:
+            raise UserError(
+                f"{folder} has runs of {budgets[size]} and {epochs} epochs with {size} images per class; "
+                "remove those of one budget, or give another --results"
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from utils.data.datasets import DATASETS, DataOptions
 from utils.errors import DIVERGED, UserError
 from utils.figures import save
 from utils.flag_types import one_of, positive, positive_float, seed
-from utils.profiling import count_flops, count_parameters
+from utils.profiling import count_flops, count_parameters, count_training_flops
 from utils.recipes import training_images
 from utils.records.files import replace_file
 from utils.records.run_folder import is_finished, read_config
@@ -72,6 +72,7 @@ class Study(NamedTuple):
     recipe: dict = SCRATCH  # {flag of train.py: value} of all contenders
     labels: dict = {}  # what distinguishes this study's tables from others in the same folder, {"question": name}
     grid_flags: dict = {"val_split": GRID_VALIDATION}  # flags of train.py for the short runs alone
+    recorded: dict = {}  # {flag of train.py: what results say in place of its value, as of a path}
     seed_flags: tuple = ()  # further flags of train.py whose value is the seed of a run
     final_flags: dict = {}  # flags of train.py for the final runs alone, which their table is labelled with
     budget: dict = {}  # {flag of the study: value}, such as epochs, in place of those given
@@ -186,7 +187,8 @@ def text_of(number):
 
 def plan_grid(study, args, name, rate):
     """The Planned short run of a contender."""
-    return plan(study, args, GRID, name, grid_labels(study, args), rate, 0, args.grid_epochs, study.grid_flags)
+    division = {**study.grid_flags, "no_test": True}
+    return plan(study, args, GRID, name, grid_labels(study, args), rate, 0, args.grid_epochs, division)
 
 
 def plan_final(study, args, name, rate, number):
@@ -209,13 +211,15 @@ def plan(study, args, kind, name, labels, rate, number, epochs, division, furthe
     own = {key: portable(value, ROOT) for key, value in own.items()} | {
         key: derived[key] for key in DERIVED if "train_batch_size" in own
     }
+    recorded = {key: value for key, value in study.recorded.items() if key in own}
+    own |= recorded
     entry = {"study": study.name, "kind": kind, "contender": name, "contender_flags": own}
     entry |= {"reference": study.reference, "group": labels, "seed": number}
     entry |= {"data": args.data_note or data_name(args), "flags": {"learning_rate": rate}}
     file = file_name(entry)
     run_flags = {"name": file.removesuffix(".json"), "output_dir": args.output_dir, **derived, **flags, **dict(further)}
     run = plan_run(TRAIN, {key: value for key, value in run_flags.items() if value is not None})
-    entry["flags"] = portable_flags(run.flags, ROOT)
+    entry["flags"] = portable_flags(run.flags, ROOT) | recorded
     return Planned(args.results / file, entry, run)
 
 
@@ -258,16 +262,17 @@ def check_unchanged(planned, records):
 
 def write_results(planned, at_once, diverged=False):
     """Write the record of a run that has ended."""
-    record = complete_record(planned.entry, planned.run.folder, ROOT, at_once, diverged)
+    record = complete_record(planned.entry, planned.run.folder, at_once, diverged)
     model = costs_of(planned.run.flags, len(read_config(planned.run.folder)["classes"]))
     write_record(planned.path, {**planned.entry, "model": model, **record})
 
 
 def costs_of(flags, classes):
-    """{"parameters", "flops": of the forward pass for one image} of the model of a run's flags."""
+    """{"parameters", "flops", "training_flops"}, the FLOPs for one image, of the model of a run's flags."""
     with torch.device("meta"):
-        model = model_maker(flags)(classes).eval()
-    return {"parameters": count_parameters(model), "flops": count_flops(model, flags.img_size)}
+        model = model_maker(flags)(classes)
+    costs = {"parameters": count_parameters(model), "flops": count_flops(model.eval(), flags.img_size)}
+    return costs | {"training_flops": count_training_flops(model.train(), flags.img_size)}
 
 
 def draw(folder, order):

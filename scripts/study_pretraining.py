@@ -7,7 +7,9 @@ from study import SCRATCH, Study, plan_final, run_study
 
 from utils.errors import UserError
 from utils.flag_types import positive_float
+from utils.records.files import file_checksum
 from utils.records.weights import LAST
+from utils.study_records import read_record
 
 SOURCE = ("airplane", "bird", "cat", "horse", "truck")  # two kinds of vehicles and three of animals, as the others
 TARGET = ("automobile", "deer", "dog", "frog", "ship")
@@ -55,10 +57,20 @@ class Pretraining:
     def trained(self):
         """Train unless there is a result; the body uses the weights. Raises UserError."""
         run_study(self.study, self.args)
+        path, expected = self.planned.path, self.checksum()
+        if self.weights.exists() and expected and file_checksum(self.weights) != expected:
+            raise UserError(f"{self.weights} is not the file of {path}; remove one of them")
         try:
             yield
         except UserError as error:
-            path = self.planned.path
-            if self.weights.exists() or not path.exists():
+            if self.weights.exists() or str(self.weights) not in str(error) or not path.exists():
                 raise
             raise UserError(f"{self.weights} does not exist any more; remove {path} to pretrain again") from error
+
+    def checksum(self):
+        """That of the weights in the pretraining's result; None before there is one."""
+        return read_record(self.planned.path)["weights"] if self.planned.path.exists() else None
+
+    def recorded(self):
+        """The flags that results have in place of the path: the run and the checksum are the same everywhere."""
+        return {"pretrained_dir": f"{self.planned.run.folder.name}/{LAST}, XXH3 {self.checksum()}"}

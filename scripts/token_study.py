@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from study import ROOT, SCRATCH, Study, add_study_flags, plan_final, run_studies, text_of
+from study import SCRATCH, Study, add_study_flags, plan_final, run_studies, text_of
 
 from benchmarks.steps import EVERY_BLOCK, TimedStep, choice_of_tokens, machine, random_batch, reduction_grid
 from command_line import model_maker
@@ -33,8 +33,9 @@ from utils.flag_types import Parser, one_of
 from utils.parallel.processes import choose_device, one_process
 from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
 from utils.records.files import replace_file
+from utils.records.run_folder import commit_of_code
 from utils.records.weights import LAST
-from utils.study_records import FINAL, commit_of, read_records
+from utils.study_records import FINAL, read_records
 from utils.study_tables import accuracies_of, difference_text
 from utils.sweeps import mean_and_range
 
@@ -193,7 +194,7 @@ def time_passes(study, names, args):
 
 
 def origin():
-    return {"machine": machine(), "commit": commit_of(ROOT)}
+    return {"machine": machine(), "commit": commit_of_code()}
 
 
 def write_json(path, content):

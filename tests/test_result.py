@@ -20,6 +20,7 @@ from helpers import (
     train_run,
 )
 from utils import train_state
+from utils.data import datasets
 from utils.errors import RunStoppedError
 from utils.records.result import read_result, result_of_rows, summary
 from utils.records.run_folder import is_finished
@@ -105,6 +106,21 @@ def test_at_end_tests_once_and_keeps_no_best_weights(tiny_flags, run_main, monke
 def test_at_end_is_for_runs_without_validation_images(tiny_flags, monkeypatch, capsys):
     message = fails(train, tiny_flags("--val_split", 0.2, "--test_at_end"), monkeypatch, capsys)
     assert "--test_at_end is for runs without validation images; with them, the test is always at the end" in message
+
+
+def test_no_test_reads_no_test_images(tiny_flags, run_main, monkeypatch, capsys):
+    found = tiny_flags("--num_steps", 6, "--eval_every", 3, "--val_split", 0.2, "--no_test")
+    read = []
+    read_own = datasets.read_own_split
+    monkeypatch.setattr(
+        datasets, "read_own_split", lambda name, split, *rest: read.append(split) or read_own(name, split, *rest)
+    )
+    run_main(train, *found)
+    assert set(read) == {"train"}
+    result = read_result(run_dir(found))
+    assert [set(result[step]) for step in ("last", "best")] == [{"step", "val"}] * 2
+    message = fails(train, tiny_flags("--name", "without", "--no_test"), monkeypatch, capsys)
+    assert "--no_test is for runs with validation images; give --val_split 0.1, or omit it" in message
 
 
 def test_a_run_that_is_stopped_before_its_test_resumes_with_it(tiny_flags, run_main, monkeypatch):

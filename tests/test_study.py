@@ -43,7 +43,7 @@ def record(contender="vit", seed=0, accuracy=0.5, kind="final", hardware=XEON, *
         "seed": seed,
         "data": "digits",
         "flags": {**recipe, "fp16_opt_level": "O2", "seed": seed, **MODELS[contender], **flags},
-        "model": {"parameters": 2_000_000, "flops": 1e6},
+        "model": {"parameters": 2_000_000, "flops": 1e6, "training_flops": 3e6},
         "num_steps": 10,
         "images": {"train": 200, split: 50},
         "diverged": diverged,
@@ -80,7 +80,7 @@ def test_the_paired_interval_is_that_of_scipys_paired_t_test():
 
 def test_a_difference_is_shown_only_if_its_interval_is_without_zero():
     reference = {0: 0.50, 1: 0.52, 2: 0.51, 5: 0.9}
-    assert difference_text({0: 0.56, 1: 0.57, 2: 0.57}, reference) == "+5.67 (+4.23 to +7.10)"
+    assert difference_text({0: 0.56, 1: 0.57, 2: 0.57}, reference) == "+5.67 (+4.23 to +7.10, 3 common seeds)"
     assert difference_text({0: 0.56, 1: 0.47, 2: 0.57}, reference).endswith("; no difference shown")
     assert difference_text({0: 0.49, 7: 0.2}, reference) == "-1.00, one seed: no interval"
     assert difference_text({7: 0.2}, reference) == "no common seeds"

@@ -129,6 +129,11 @@ def add_training_data_flags(group):
         help="Evaluate the test images once, after the last step, and keep no best weights: for final runs.",
     )
     group.add_argument(
+        "--no_test",
+        action="store_true",
+        help="Read no test images: for runs from which the validation images choose one, such as its learning rate.",
+    )
+    group.add_argument(
         "--img_size", type=positive, default=224, metavar="PIXELS", help="Side of the square input images in pixels."
     )
     add_crop_flags(group)

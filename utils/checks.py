@@ -166,6 +166,8 @@ def check_files(args):
     splits = training_splits(args.dataset, options)
     if args.test_at_end and "val" in splits:
         raise UserError("--test_at_end is for runs without validation images; with them, the test is always at the end")
+    if args.no_test and "val" not in splits:
+        raise UserError("--no_test is for runs with validation images; give --val_split 0.1, or omit it")
     if args.mode == "train":
         check_best_metric(args, count_classes(args.dataset, options), args.dataset)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()

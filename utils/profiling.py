@@ -23,6 +23,17 @@ def count_flops(model, img_size):
     return counter.get_total_flops()
 
 
+def count_training_flops(model, img_size):
+    """FLOPs of the forward and backward pass for one image, 2 per multiply-add, of a model on the meta device.
+
+    Without the tokens that the last block of a ViT skips in training.
+    """
+    images = torch.zeros(2, 3, img_size, img_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() // len(images)
+
+
 def activation_bytes(model, step):
     """Bytes that a training step keeps between forward and backward, in addition to parameters and buffers.
 

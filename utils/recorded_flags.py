@@ -23,7 +23,8 @@ EXCLUDED_BY = {
     "crop_padding": {"resize_size"},
     "fp16": {"bf16"},
     "bf16": {"fp16"},
-    "test_at_end": {"val_split"},
+    "test_at_end": {"val_split", "no_test"},
+    "no_test": {"test_at_end"},
     "tome_r": EXCLUDED_BY_TOME_R,
     **dict.fromkeys(EXCLUDED_BY_TOME_R, {"tome_r"}),
 }

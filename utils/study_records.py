@@ -8,13 +8,13 @@ import json
 import math
 import os
 import re
-import subprocess
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.records.files import replace_file
+from utils.records.files import file_checksum, replace_file
 from utils.records.result import read_result
 from utils.records.run_folder import EARLIER_FLAGS, WITHOUT_EFFECT, read_config, read_metrics
+from utils.records.weights import LAST
 
 NOT_RECORDED = WITHOUT_EFFECT | {"name", "data_dir"}  # where a run was, not what it learned
 KEYS = ("study", "kind", "contender", "contender_flags", "reference", "group", "seed", "data", "flags", "model")
@@ -58,7 +58,7 @@ def plain(text):
     return re.sub(r"[^\w.+=-]", "_", text, flags=re.ASCII)
 
 
-def complete_record(entry, folder, root, at_once, diverged=False):
+def complete_record(entry, folder, at_once, diverged=False):
     """The record of the run in `folder`, whose `entry` was known before it; a run that `diverged` has no result."""
     config, result = read_config(folder), None if diverged else read_result(folder)
     columns = read_metrics(folder).items()
@@ -76,18 +76,10 @@ def complete_record(entry, folder, root, at_once, diverged=False):
             "runs_at_once": at_once,
         },
         "torch": versions["torch"],
-        "commit": commit_of(root),
+        "commit": versions.get("commit"),
+        "weights": file_checksum(folder / LAST) if (folder / LAST).exists() else None,
         "metrics": metrics,
     }
-
-
-def commit_of(root):
-    """The git commit of the code, with `-dirty` if tracked files differ from it; None outside of a repository."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def write_record(path, record):

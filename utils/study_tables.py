@@ -7,7 +7,6 @@ from utils.profiling import markdown_table
 from utils.study_records import FINAL, GRID, SPLIT, judged_accuracy
 
 CONFIDENCE = 0.95
-BACKWARD = 3  # FLOPs of a training step relative to the forward pass: the backward pass costs twice as many
 
 
 def paired_interval(differences):
@@ -32,7 +31,8 @@ def difference_text(ours, reference):
         return f"{mean:+.2f}, one seed: no interval"
     low, high = interval
     shown = "" if low > 0 or high < 0 else "; no difference shown"
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}){shown}"
+    missing = "" if ours.keys() == reference.keys() else f", {len(differences)} common seeds"
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}{missing}){shown}"
 
 
 def by_contender(records, order=()):
@@ -59,7 +59,7 @@ def epochs_of(record):
 
 def training_flops(record):
     """FLOPs of the whole training."""
-    return BACKWARD * record["model"]["flops"] * images_seen(record)
+    return record["model"]["training_flops"] * images_seen(record)
 
 
 def speed_of(records):
@@ -183,7 +183,8 @@ def conditions(records):
     if first["kind"] == FINAL:
         timed = common_hardware(by_contender(records))
         lines.append(
-            f"Training FLOPs: {BACKWARD} x forward pass x images. Times from median images/s on {timed}."
+            f"Training FLOPs: forward and backward pass. Times from median images/s on {timed}; other work at that "
+            "time is included."
             if timed
             else "Times are not given: the contenders ran on different hardware."
         )

@@ -61,7 +61,7 @@ def run_training(args, make_model):
         torch.manual_seed(args.seed)
         model = make_model(count_classes(args.dataset, options))
         saved = load_run(model, args, processes, run_dir)
-        train(model, load_splits(args.dataset, options, processes), args, processes, run_dir, saved)
+        train(model, load_splits(args.dataset, options, processes, args.no_test), args, processes, run_dir, saved)
 
 
 def agree(answer, run_dir):
@@ -197,7 +197,7 @@ def report_finished(run_dir):
 def check_resumption(saved, args, num_steps, run_dir, classes, counts):
     """Raise UserError if the saved state can't be continued with these flags, classes and {split: number of images}."""
     before = {**EARLIER_FLAGS, **(saved["flags"] or {}), "optimizer": saved["optimizer"]}
-    for flag in ("optimizer", "train", "best_metric", "test_at_end", *DIVISION):
+    for flag in ("optimizer", "train", "best_metric", "test_at_end", "no_test", *DIVISION):
         if before[flag] != getattr(args, flag):
             raise UserError(
                 f"the run was started with --{flag} {before[flag]}, so it can't be resumed with {getattr(args, flag)}"

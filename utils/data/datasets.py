@@ -137,9 +137,10 @@ class LoadedSplits(NamedTuple):
         return counts | ({"test": len(self.test)} if self.test else {})
 
 
-def load_splits(name, options, processes):
-    """The LoadedSplits of a data set. Raises UserError."""
-    splits = read_splits(name, training_splits(name, options), options, processes)
+def load_splits(name, options, processes, no_test=False):
+    """The LoadedSplits of a data set, with `no_test` without its test images. Raises UserError."""
+    wanted = [split for split in training_splits(name, options) if not (no_test and split == "test")]
+    splits = read_splits(name, wanted, options, processes)
     images = {split: found.images for split, found in splits.items()}
     copies = count_copies(images) if processes.is_first else {}  # the first process reports both
     shared = shared_subjects(images, options.group_by) if options.group_by and processes.is_first else {}

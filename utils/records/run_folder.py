@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ EARLIER_FLAGS = {
     "split_seed": 0,
     "group_by": None,
     "test_at_end": False,
+    "no_test": False,
     "gelu": None,
     "model_fields": None,
     "tome_r": None,
@@ -171,9 +173,22 @@ def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled):
             "cuda": torch.version.cuda if torch.cuda.is_available() else None,
             "device": device_name(),
             "platform": platform.platform(),
+            "commit": commit_of_code(),
         },
     }
     replace_file(run_dir / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def commit_of_code():
+    """The git commit of this code, with `-dirty` if it was changed since; None outside of a git repository."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = ["diff", "--quiet", "HEAD", "--", ".", ":!results", ":!docs"]
+        is_changed = subprocess.run([*git, *changes], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + ("-dirty" if is_changed else "")
 
 
 def check_shared(run_dir):
