@@ -17,7 +17,7 @@ import itertools
 import math
 from argparse import Namespace
 
-from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, plan_final, run_study
+from study import SCRATCH, Study, add_study_flags, chosen_contenders, draw, finish, plan_final, run_study, time_steps
 from study_pretraining import Pretraining, add_pretraining_flags, check_classes
 
 from models import NORM_TYPES
@@ -116,6 +116,9 @@ def run_batch_sizes(args):
         for number, (name, rate) in itertools.product(args.seeds, rates.items()):
             planned.append(plan_final(of_size, own, name, scaled(rate, size / args.train_batch_size), number))
     finish(planned, args)
+    of_first_seed = [each for each in planned if each.run.flags.seed == args.seeds[0]]
+    for size in sizes:
+        time_steps([each for each in of_first_seed if each.run.flags.train_batch_size == size], args)
 
 
 def scaled(value, ratio):

@@ -10,11 +10,13 @@ import math
 import shlex
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from experiment import TRAIN
+from study_speed import measured_times
 
 from command_line import model_maker
 from utils.data.datasets import DATASETS, DataOptions
@@ -41,7 +43,7 @@ from utils.study_records import (
     read_records,
     write_record,
 )
-from utils.study_tables import report_of
+from utils.study_tables import read_times, report_of
 from utils.sweeps import Run, check_plan, data_name, plan_run, raise_failures, run_unfinished
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +78,7 @@ class Study(NamedTuple):
     seed_flags: tuple = ()  # further flags of train.py whose value is the seed of a run
     final_flags: dict = {}  # flags of train.py for the final runs alone, which their table is labelled with
     budget: dict = {}  # {flag of the study: value}, such as epochs, in place of those given
+    timed: Callable | None = None  # (model, batch size) -> {what: function} to be timed besides the step
 
 
 class Planned(NamedTuple):
@@ -172,8 +175,16 @@ def run_study(study, args):
             del rates[name]
         else:
             rates[name] = best_rate(measured)
-    finish([plan_final(study, args, name, rates[name], number) for number in args.seeds for name in rates], args)
+    finals = [plan_final(study, args, name, rates[name], number) for number in args.seeds for name in rates]
+    finish(finals, args)
+    time_steps(finals[: len(rates)], args, study.timed)
     return rates
+
+
+def time_steps(planned, args, timed=None):
+    """Time the contenders of these Planned final runs, one of each, unless that is done; `timed` as in Study."""
+    if planned and not args.dry_run:
+        measured_times(planned, args.jobs, timed)
 
 
 def grid_labels(study, args):
@@ -280,12 +291,13 @@ def draw(folder, order):
     groups = grouped(read_records(folder))
     if not groups:
         raise UserError(f"{folder} has no results; run the study without --draw first")
-    report = report_of(groups, order)
+    times = {key: read_times(folder, next(iter(records.values()))) for key, records in groups.items()}
+    report = report_of(groups, order, times)
     replace_file(folder / "table.md", lambda path: path.write_text(report))
     print(f"\n{report}\ntable: {folder / 'table.md'}")
     for (kind, text), records in groups.items():
         finished = [record for record in records.values() if kind == FINAL and not record["diverged"]]
         if finished:
             path = folder / f"{group_name(finished[0])}.png"
-            save(plot_budgets(finished, f"{finished[0]['data']}, {text}", order), path)
+            save(plot_budgets(finished, f"{finished[0]['data']}, {text}", order, times[kind, text]), path)
             print(f"figure: {path}")

@@ -9,39 +9,36 @@ question ends in a table with paired differences over the seeds and a figure of 
     python scripts/token_study.py --keep_tokens 0.5 0.25 --question untrained
 """
 
-import json
 import statistics
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from study import SCRATCH, Study, add_study_flags, plan_final, run_studies, text_of
+from study_speed import FORWARD, completed, known_of, measured_times, read_json, write_json
 
-from benchmarks.steps import EVERY_BLOCK, TimedStep, choice_of_tokens, machine, random_batch, reduction_grid
-from command_line import model_maker
+from benchmarks.steps import EVERY_BLOCK, choice_of_tokens, machine, reduction_grid
 from inference import SavedModel
 from models.configs import VITS
 from models.token_reduction import REDUCTION_METHODS
-from utils.data.datasets import DATASETS, DataOptions, find_splits, load_dataset
+from utils.data.datasets import DataOptions, find_splits, load_dataset
 from utils.errors import UserError, run_script
 from utils.evaluation import evaluate_model
 from utils.figures import OKABE_ITO, save, style_axes, wrap_text
 from utils.flag_groups import add_token_reduction_grid_flags
 from utils.flag_types import Parser, one_of
 from utils.parallel.processes import choose_device, one_process
-from utils.profiling import markdown_table, time_interleaved, token_reduction_cells
+from utils.profiling import markdown_table, token_reduction_cells
 from utils.records.files import replace_file
 from utils.records.run_folder import commit_of_code
 from utils.records.weights import LAST
 from utils.study_records import FINAL, read_records
-from utils.study_tables import accuracies_of, difference_text
+from utils.study_tables import STEP, accuracies_of, difference_text, speed_file
 from utils.sweeps import mean_and_range
 
 WHOLE, NO_REDUCTION = "whole", ("none", "all")
-ROUNDS = 5
-PASSES = {"trained": "training step", "untrained": "forward pass"}  # {question: what its speed is measured by}
+PASSES = {"trained": STEP, "untrained": FORWARD}  # {question: what its speed is measured by}
 EXPLAINED = {"trained": "each trained with its reduction", "untrained": "trained whole, then reduced without training"}
 CHOICE = "choice"
 PAIRS = (("facility", "tome"), ("facility", "random"), ("tome", "random"))
@@ -58,7 +55,7 @@ def main():
     args = parse_flags()
     grid = reduction_grid(args.model_type, args.keep_tokens, args.reduction_layer, args.tome_r)
     models = {contender(name): {"model_type": model_type, **keywords} for name, (model_type, keywords) in grid.items()}
-    study = Study("token_study", models, WHOLE)
+    study = Study("token_study", models, WHOLE, timed=timed_choice)
     if args.question == "untrained":
         args.contenders = [WHOLE]
         grid = {
@@ -77,7 +74,8 @@ def main():
         raise UserError(
             f"{args.results} has no finished run of {WHOLE}, with which the others are compared; run it too"
         )
-    report(accuracies, measured_times(study, list(accuracies), args), next(iter(records.values()))["data"], args)
+    record = next(iter(records.values()))
+    report(accuracies, times_of(study, list(accuracies), record, args), record["data"], args)
 
 
 def parse_flags():
@@ -126,11 +124,16 @@ def untrained_accuracies(records, grid, args):
         if record["contender"] != WHOLE or record["diverged"]:
             continue
         file = args.results / "untrained" / path.name
-        known = json.loads(file.read_text())["accuracy"] if file.exists() else {}
-        missing = {contender(name): grid[name][1] for name in grid if contender(name) not in known}
+        wanted = {contender(name): grid[name][1] for name in grid}
+        content = read_json(file)
+        if content.get("weights") != record["weights"]:
+            content = {}
+        known = known_of(content, "accuracy", wanted)
+        missing = {name: keywords for name, keywords in wanted.items() if name not in known}
         if missing and not args.draw:
             known |= evaluate_reductions(path.stem, missing, args)
-            write_json(file, {"run": path.stem, **origin(), "accuracy": known})
+            what = {"run": path.stem, "weights": record["weights"], "machine": machine(), "commit": commit_of_code()}
+            write_json(file, {**what, **completed(content, "accuracy", known, wanted)})
         for name in grid:
             if contender(name) in known:
                 accuracies[name][record["seed"]] = known[contender(name)]
@@ -155,51 +158,23 @@ def evaluate_reductions(run, reductions, args):
     return found
 
 
-def measured_times(study, names, args):
-    """{"machine", "seconds": {contender: {what: [seconds per round]}}}; all are timed unless they were already.
-
-    None with --draw if they were not.
-    """
-    file = args.results / "speed" / f"batch{args.train_batch_size}.json"
-    known = json.loads(file.read_text()) if file.exists() else {"seconds": {}}
-    if {contender(name) for name in names} <= known["seconds"].keys():
-        return known
-    if args.draw:
+def times_of(study, names, record, args):
+    """The times of the contenders, as of `measured_times`; None with --draw if they were not measured."""
+    names = list(map(contender, names))
+    if not args.draw:
+        planned = [plan_final(study, args, name, args.learning_rates[0], args.seeds[0]) for name in names]
+        return measured_times(planned, args.jobs, study.timed)
+    file = speed_file(args.results, record)
+    content = read_json(file)
+    if len(known_of(content, "seconds", {name: study.contenders[name] for name in names})) < len(names):
         print(f"no figure: {file} does not have the times of all contenders; run the study without --draw")
         return None
-    known = {**origin(), "rounds": ROUNDS, "seconds": time_passes(study, names, args)}
-    write_json(file, known)
-    return known
+    return content
 
 
-def time_passes(study, names, args):
-    """{contender: {what: [seconds per round]}}: of the passes of PASSES, and of the choice of tokens alone."""
-    device, functions = choose_device(), {}
-    classes = DATASETS[args.dataset].count_classes(args.data_dir)
-    for name in map(contender, names):
-        flags = plan_final(study, args, name, args.learning_rates[0], args.seeds[0]).run.flags
-        torch.manual_seed(0)
-        model = model_maker(flags)(classes)
-        step = TimedStep(model, flags, classes, device)
-        batch = random_batch(flags.train_batch_size, flags.img_size, device)
-        functions[name, PASSES["trained"]] = lambda step=step, batch=batch: step.train(*batch)
-        functions[name, PASSES["untrained"]] = lambda step=step, batch=batch: step.forward(batch[0])
-        if model.reduction:
-            functions[name, CHOICE] = choice_of_tokens(model, flags.train_batch_size)
-    print(f"timing {len(names)} contenders in {ROUNDS} rounds", flush=True)
-    seconds = {}
-    for (name, what), rounds in time_interleaved(functions, ROUNDS, device).items():
-        seconds.setdefault(name, {})[what] = rounds
-    return seconds
-
-
-def origin():
-    return {"machine": machine(), "commit": commit_of_code()}
-
-
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+def timed_choice(model, batch_size):
+    """The choice of tokens alone, to be timed."""
+    return {CHOICE: choice_of_tokens(model, batch_size)} if model.reduction else {}
 
 
 def report(accuracies, times, data, args):

@@ -54,6 +54,7 @@ def test_every_script_is_tested():
     elsewhere |= {"few_shot", "fine_tuning_table", "hybrid_vs_cnn", "norm_findings", "norm_gradients"}
     elsewhere |= {"pretraining_study", "study", "sweep", "token_study"}  # test_<name>.py
     elsewhere.add("study_pretraining")  # test_pretraining_study.py, test_norm_findings.py
+    elsewhere.add("study_speed")  # test_study.py, test_token_study.py
     assert found == ours | elsewhere
 
 

@@ -15,6 +15,7 @@ LIBRARIES |= {
     "scripts.experiment",
     "scripts.study",
     "scripts.study_pretraining",
+    "scripts.study_speed",
     "scripts.fault_checks",
     "scripts.fault_runs",
     "scripts.faults",

@@ -175,6 +175,6 @@ def test_the_study_writes_results_and_tables_once(run_main, tmp_path):
     assert small["flags"]["learning_rate"] == pytest.approx(usual["flags"]["learning_rate"] / 2)
     shown = [f"{100 * each['result']['last']['test']['accuracy']:.2f} %, n = 1" for each in (small, usual)]
     assert re.search(rf"^\| BN \| {shown[0]} \| .*\| {shown[1]} \|", summary, re.MULTILINE)
-    before = {path: path.read_bytes() for path in results.iterdir() if path.suffix != ".png"}
+    before = {path: path.read_bytes() for path in results.iterdir() if path.is_file() and path.suffix != ".png"}
     assert "started" not in run_main(norm_findings, *flags)
     assert {path: path.read_bytes() for path in before} == before

@@ -109,7 +109,7 @@ def test_the_study_writes_results_tables_and_figures_once(run_main, main_fails, 
         assert 100 * record["result"]["last"]["test"]["accuracy"] == pytest.approx(float(accuracy), abs=0.005)
     with Image.open(results / "images-ViT-Mini_4.png") as figure:
         assert min(figure.size) > 300
-    before = {path: path.read_bytes() for path in results.iterdir() if path.suffix != ".png"}
+    before = {path: path.read_bytes() for path in results.iterdir() if path.is_file() and path.suffix != ".png"}
     assert "started" not in run_main(pretraining_study, *flags)
     for path in (tmp_path / "runs").rglob("*.safetensors"):
         path.unlink()

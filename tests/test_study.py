@@ -17,10 +17,20 @@ from utils.flag_types import Parser
 from utils.recipes import TrainingImages, scratch
 from utils.study_figures import plot_budgets
 from utils.study_records import best_rate, check_comparable, portable_flags, read_records, write_record
-from utils.study_tables import difference_text, final_table, grid_table, paired_interval, report_of
+from utils.study_tables import (
+    Times,
+    difference_text,
+    final_table,
+    grid_table,
+    paired_interval,
+    read_times,
+    report_of,
+    speed_file,
+)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import study
+from study_speed import write_json
 
 MODELS = {"vit": {"model_type": "ViT-Nano_4"}, "cnn": {"model_type": "ResNet-Mini_Flops"}}
 STUDY = study.Study("toy", MODELS, reference="vit")
@@ -87,10 +97,10 @@ def test_a_difference_is_shown_only_if_its_interval_is_without_zero():
 
 
 def test_the_table_has_accuracies_and_equal_budgets():
-    """10 steps of 100 images are 5 epochs, 3 x 1e6 x 1000 FLOPs, and at 200 images/s 5 seconds."""
+    """10 steps of 100 images are 5 epochs, 3 x 1e6 x 1000 FLOPs, and at half a second per step 5 seconds."""
     found = [record("cnn", seed, accuracy) for seed, accuracy in enumerate((0.6, 0.65, 0.7))]
     found += [record("vit", seed, accuracy) for seed, accuracy in enumerate((0.5, 0.55, math.nan))]
-    header, _, vit, cnn = final_table(found, ["vit", "cnn"]).splitlines()
+    header, _, vit, cnn = final_table(found, ["vit", "cnn"], Times({"vit": 0.5, "cnn": 1.0})).splitlines()
     assert "points from vit (95 % interval)" in header
     common = "2.000 M | 0.001"
     accuracy = "52.50 % (50.00 to 55.00), n = 2, 1 diverged"
@@ -99,18 +109,23 @@ def test_the_table_has_accuracies_and_equal_budgets():
     assert cnn.endswith("| 5 | 3e+09 | 1000 ms | 0.2 min |")
 
 
-def test_times_are_compared_on_the_same_hardware_only():
-    other = {"device": "H200", "threads": None, "runs_at_once": 1}
-    mixed = [record("vit"), record("cnn", hardware=other)]
-    assert all(line.endswith("| - | - |") for line in final_table(mixed).splitlines()[2:])
-    groups = {("final", "epochs 5"): dict(enumerate(mixed))}
-    assert "Times are not given: the contenders ran on different hardware." in report_of(groups)
-    assert len(plot_budgets(mixed, "title").axes) == 2  # epochs and FLOPs
-    common = [*mixed, record("cnn", 1)]
-    assert "1000 ms" in final_table(common)
-    assert plot_budgets(common, "title").axes[2].get_xlabel().replace("\n", " ") == (
-        "minutes on Xeon, 1 thread per run, 2 runs at a time"
+def test_times_are_those_of_interleaved_steps(tmp_path):
+    found = [record("vit"), record("cnn")]
+    assert all(line.endswith("| - | - |") for line in final_table(found).splitlines()[2:])
+    groups = {("final", "epochs 5"): dict(enumerate(found))}
+    assert "No step was timed." in report_of(groups)
+    file = speed_file(tmp_path, found[0])
+    seconds = {"vit": {"training step": [6, 6, 99]}, "cnn": {"training step": [12, 3, 24]}}
+    write_json(file, {"machine": "Xeon", "rounds": 3, "seconds": seconds, "flags": {"vit": {}, "cnn": {}}})
+    times = read_times(tmp_path, found[0])
+    assert final_table(found, times=times).count("| 6000 ms | 1.0 min |") == 1
+    assert final_table(found, times=times).count("| 12000 ms | 2.0 min |") == 1
+    assert "steps x time of a step, Xeon, median of 3 interleaved rounds." in report_of(
+        groups, (), {("final", "epochs 5"): times}
     )
+    figure = plot_budgets(found, "title", times=times)
+    assert figure.axes[2].get_xlabel().replace("\n", " ") == "minutes, Xeon, median of 3 interleaved rounds"
+    assert len(plot_budgets(found, "title", times=Times({"vit": 1.0})).axes) == 2  # epochs and FLOPs
 
 
 def test_the_choice_of_a_learning_rate_is_marked_at_the_edge_of_the_grid():
@@ -198,7 +213,7 @@ def test_a_study_resumes_from_its_results_alone(tmp_path, monkeypatch, capsys):
         assert found["flags"]["test_at_end"] == (found["kind"] == "final")
         assert ("val" in found["result"]["last"]) == (found["kind"] == "grid")
         assert found["images"]["train"] == (1437 if found["kind"] == "final" else 1293)
-    before = {path: path.read_bytes() for path in results.iterdir()}
+    before = {path: path.read_bytes() for path in results.rglob("*.*")}
     assert "digits at 8x8: 1,437 training images" in (results / "table.md").read_text()
     shutil.rmtree(tmp_path / "runs")
     for name in (grid[1], finals[2]):
@@ -208,7 +223,7 @@ def test_a_study_resumes_from_its_results_alone(tmp_path, monkeypatch, capsys):
     started.clear()
     run_toy(tmp_path)
     assert started == [grid[1], finals[2]]
-    assert before.keys() == set(results.iterdir())
+    assert before.keys() == set(results.rglob("*.*"))
     for name in set(grid + finals) - set(started):
         assert (results / f"{name}.json").read_bytes() == before[results / f"{name}.json"]
     started.clear()

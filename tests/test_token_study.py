@@ -1,5 +1,6 @@
 """scripts/token_study.py: its contenders, both questions at toy size, paired differences and the figure."""
 
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from utils.errors import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import study
+import study_speed
 import token_study
 
 METHODS = ("none", "facility", "tome", "random", "tome in every block", "Conformer-Mini_4")
@@ -49,7 +51,7 @@ def test_each_contender_is_trained_in_the_same_way_but_for_its_reduction(flags, 
 
 @pytest.mark.slow  # trains six models
 def test_both_questions_end_in_tables_and_figures_and_are_drawn_again(flags, run_main, monkeypatch, tmp_path):
-    monkeypatch.setattr(token_study, "ROUNDS", 1)
+    monkeypatch.setattr(study_speed, "ROUNDS", 1)
     flags += ["--seeds", 0]
     started, results = run_in_this_process(study, monkeypatch), tmp_path / "results"
     run_main(token_study, *flags)
@@ -65,11 +67,24 @@ def test_both_questions_end_in_tables_and_figures_and_are_drawn_again(flags, run
         assert (results / f"{question}-epochs=0.02.png").exists()
         (results / f"{question}-epochs=0.02.png").unlink()
     assert rows["untrained"][0] == rows["trained"][0]  # the whole model's own accuracy
-    monkeypatch.setattr(token_study, "time_passes", None)
+    monkeypatch.setattr(study_speed, "time_passes", None)
     shutil.move(tmp_path / "runs", tmp_path / "moved")
     again = run_main(token_study, *flags, "--question", "untrained", "--draw")
     assert again.partition("ViT-Mini_4 on")[2] == untrained.partition("ViT-Mini_4 on")[2]
     assert (results / "untrained-epochs=0.02.png").exists()
+
+
+def test_measurements_with_other_keywords_are_not_taken():
+    at_layer = {layer: {"token_reduction": "tome", "keep_tokens": 0.5, "reduction_layer": layer} for layer in (2, 3)}
+    content = study_speed.completed(
+        {}, "accuracy", {"tome 0.5": 0.7, "whole": 0.8}, {"tome 0.5": at_layer[2], "whole": {}}
+    )
+    content = json.loads(json.dumps(content))
+    for layer, expected in ((2, {"tome 0.5": 0.7, "whole": 0.8}), (3, {"whole": 0.8})):
+        assert study_speed.known_of(content, "accuracy", {"tome 0.5": at_layer[layer], "whole": {}}) == expected
+    assert study_speed.known_of({}, "accuracy", {"whole": {}}) == {}
+    further = study_speed.completed(content, "accuracy", {"tome 0.5": 0.6}, {"tome 0.5": at_layer[3]})
+    assert further["accuracy"] == {"tome 0.5": 0.6, "whole": 0.8}
 
 
 def test_the_weights_of_a_run_must_be_there(tmp_path):

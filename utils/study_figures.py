@@ -6,30 +6,27 @@ from matplotlib.lines import Line2D
 
 from utils.figures import OKABE_ITO, escape_math, style_axes, wrap_text
 from utils.study_tables import (
+    NO_TIMES,
     accuracies_of,
     by_contender,
-    common_hardware,
     epochs_of,
-    on_hardware,
-    speed_of,
     training_flops,
 )
 
 
-def plot_budgets(records, title, order=()):
+def plot_budgets(records, title, order=(), times=NO_TIMES):
     """Training accuracy of final runs of one group over three budgets, and the test accuracy as points at the end.
 
-    Lines are means over the seeds, shaded from lowest to highest. Runs that diverged are omitted. Without hardware on
-    which all contenders ran there is no panel of time.
+    Lines are means over the seeds, shaded from lowest to highest. Runs that diverged are omitted. Without the Times of
+    all contenders there is no panel of time.
     """
     contenders = by_contender([record for record in records if not record["diverged"]], order)
-    hardware = common_hardware(contenders)
     budgets = {
         "epochs": lambda of_name: epochs_of(of_name[0]),
         "training FLOPs": lambda of_name: training_flops(of_name[0]),
     }
-    if hardware:
-        budgets[f"minutes on {hardware}"] = lambda of_name: minutes_of(of_name, hardware)
+    if contenders.keys() <= times.seconds.keys():
+        budgets[f"minutes, {times.origin}"] = times.minutes
     figure = Figure(figsize=(4.2 * len(budgets), 4 + 0.2 * len(contenders)), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharey=True)
     for axes, (label, budget_of) in zip(panels, budgets.items(), strict=True):
@@ -45,12 +42,6 @@ def plot_budgets(records, title, order=()):
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
     figure.suptitle(wrap_text(title, 110), fontsize="medium")
     return figure
-
-
-def minutes_of(records, hardware):
-    """Minutes of training at the median speed on this hardware."""
-    images = records[0]["num_steps"] * records[0]["flags"]["train_batch_size"]
-    return images / speed_of(on_hardware(records, hardware)) / 60
 
 
 def draw_contender(axes, records, budget, colour):

@@ -1,12 +1,16 @@
 """What the records of a study say: one Markdown table per group, with paired comparisons and equal budgets."""
 
+import json
 import math
 import statistics
+from pathlib import Path
+from typing import NamedTuple
 
 from utils.profiling import markdown_table
-from utils.study_records import FINAL, GRID, SPLIT, judged_accuracy
+from utils.study_records import FINAL, GRID, SPLIT, group_name, judged_accuracy
 
 CONFIDENCE = 0.95
+STEP = "training step"  # what is timed of each contender
 
 
 def paired_interval(differences):
@@ -62,13 +66,6 @@ def training_flops(record):
     return record["model"]["training_flops"] * images_seen(record)
 
 
-def speed_of(records):
-    """Images/s of training: the median over all intervals of these runs; NaN if it was never measured."""
-    speeds = [value for record in records for value in record["metrics"].get("images_per_second", ())]
-    speeds = [value for value in speeds if not math.isnan(value)]
-    return statistics.median(speeds) if speeds else math.nan
-
-
 def hardware_text(record):
     """`AMD EPYC, 1 thread per run, 2 runs at a time`"""
     hardware = record["hardware"]
@@ -77,15 +74,33 @@ def hardware_text(record):
     return ", ".join(filter(None, [hardware["device"], threads, together]))
 
 
-def common_hardware(contenders):
-    """The hardware, as text, on which each of the contenders {name: [records]} was timed; None if there is none."""
-    timed = [records for records in contenders.values() if not math.isnan(speed_of(records))] or contenders.values()
-    used = [dict.fromkeys(map(hardware_text, records)) for records in timed]
-    return next((text for text in used[0] if all(text in each for each in used)), None)
+class Times(NamedTuple):
+    """How long the contenders of a group take, interleaved in one process."""
+
+    seconds: dict = {}  # {contender: median of a training step}
+    origin: str = ""  # machine and number of rounds
+
+    def minutes(self, records):
+        """Minutes of training of one of a contender's runs, NaN if its step was not timed."""
+        return records[0]["num_steps"] * self.seconds.get(records[0]["contender"], math.nan) / 60
 
 
-def on_hardware(records, hardware):
-    return [record for record in records if hardware_text(record) == hardware]
+NO_TIMES = Times()
+
+
+def speed_file(folder, entry):
+    """Where the times of an entry's group are."""
+    return Path(folder) / "speed" / f"{group_name(entry)}.json"
+
+
+def read_times(folder, entry):
+    """The Times of an entry's group."""
+    file = speed_file(folder, entry)
+    if not file.exists():
+        return NO_TIMES
+    content = json.loads(file.read_text())
+    seconds = {name: statistics.median(of_name[STEP]) for name, of_name in content["seconds"].items()}
+    return Times(seconds, f"{content['machine']}, median of {content['rounds']} interleaved rounds")
 
 
 def accuracy_text(records):
@@ -99,16 +114,14 @@ def accuracy_text(records):
     return f"{statistics.mean(accuracies):.2f} %{span}, n = {len(accuracies)}{note}"
 
 
-def final_table(records, order=()):
+def final_table(records, order=(), times=NO_TIMES):
     """Markdown of the final runs of one group: accuracy, difference from the reference, and budgets."""
     contenders = by_contender(records, order)
     reference = records[0]["reference"]
     to_compare = accuracies_of(contenders.get(reference, ()))
-    hardware = common_hardware(contenders)
     rows = []
     for name, of_name in contenders.items():
-        first, speed = of_name[0], speed_of(on_hardware(of_name, hardware))
-        minutes = images_seen(first) / speed / 60
+        first, seconds, minutes = of_name[0], times.seconds.get(name, math.nan), times.minutes(of_name)
         compared = "reference" if name == reference else difference_text(accuracies_of(of_name), to_compare)
         rows.append(
             [
@@ -119,8 +132,8 @@ def final_table(records, order=()):
                 compared,
                 f"{epochs_of(first):.3g}",
                 f"{training_flops(first):.3g}",
-                "-" if math.isnan(speed) else f"{1000 * first['flags']['train_batch_size'] / speed:.0f} ms",
-                "-" if math.isnan(speed) else f"{minutes:.1f} min",
+                "-" if math.isnan(seconds) else f"{1000 * seconds:.0f} ms",
+                "-" if math.isnan(minutes) else f"{minutes:.1f} min",
             ]
         )
     titles = ["contender", "parameters", "learning rate", "test accuracy: mean (range)"]
@@ -141,8 +154,11 @@ def summary_table(columns, reference, order):
     return markdown_table(titles, rows.values())
 
 
-def grid_table(records, order=()):
-    """Markdown of the short runs of one group: validation accuracy of each contender at each learning rate."""
+def grid_table(records, order=(), times=NO_TIMES):
+    """Markdown of the short runs of one group: validation accuracy of each contender at each learning rate.
+
+    They have no `times`.
+    """
     rates = sorted({record["flags"]["learning_rate"] for record in records})
     rows = []
     for name, of_name in by_contender(records, order).items():
@@ -165,7 +181,7 @@ def cell_of_grid(accuracy, is_best):
 TABLES = {FINAL: final_table, GRID: grid_table}
 
 
-def conditions(records):
+def conditions(records, times=NO_TIMES):
     """A paragraph: data, budget, flags that matter, hardware and versions of the runs in a table."""
     first = records[0]
     flags = first["flags"]
@@ -181,23 +197,23 @@ def conditions(records):
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
     ]
     if first["kind"] == FINAL:
-        timed = common_hardware(by_contender(records))
-        lines.append(
-            f"Training FLOPs: forward and backward pass. Times from median images/s on {timed}; other work at that "
-            "time is included."
-            if timed
-            else "Times are not given: the contenders ran on different hardware."
-        )
+        timed = f"Training time: steps x time of a step, {times.origin}." if times.origin else "No step was timed."
+        lines.append(f"Training FLOPs: forward and backward pass. {timed}")
     lines.append(f"Hardware: {'; '.join(where)}. torch {', '.join(sorted({record['torch'] for record in records}))}.")
     return "\n".join(lines)
 
 
-def report_of(groups, order=()):
-    """The Markdown of all groups, {(kind, group as text): {path: record}}, final runs first."""
+def report_of(groups, order=(), times_of=None):
+    """The Markdown of all groups, {(kind, group as text): {path: record}}, final runs first.
+
+    `times_of` are the Times of groups, {(kind, group as text): Times}.
+    """
     parts = []
     for kind, title in ((FINAL, "Final runs"), (GRID, "Choice of the learning rate")):
         for (found, text), records in groups.items():
             if found == kind:
                 records = list(records.values())
-                parts.append(f"## {title}: {text}\n\n{TABLES[kind](records, order)}\n\n{conditions(records)}\n")
+                times = (times_of or {}).get((kind, text), NO_TIMES)
+                table = TABLES[kind](records, order, times)
+                parts.append(f"## {title}: {text}\n\n{table}\n\n{conditions(records, times)}\n")
     return "\n".join(parts)
