@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from models.dropout import Dropout, random_order
+from models.dropout import Dropout, random_order, scramble
 
 
 class Clusters(NamedTuple):
@@ -258,7 +258,7 @@ def facility_clusters(keys, k):
 
 
 def random_clusters(keys, k, seeds=None):
-    """As `facility_clusters`, of random patches: by `seeds`, int32 (B, 2), or without them the same for all images."""
+    """As `facility_clusters`, of random patches by `seeds`, int32 (B, 2); without them the same for all images."""
     batch, n, _ = keys.shape
     seeds = torch.zeros(1, 2, dtype=torch.int32, device=keys.device) if seeds is None else seeds
     kept = random_order(seeds, n)[:, :k].sort(dim=1).values.expand(batch, -1)
@@ -319,18 +319,29 @@ def without_autocast(device):
 
 
 class RandomChoice(Dropout):
-    """Draws the random bits of `random_clusters`, with the keys of Dropout: in training only."""
+    """Draws the random bits of `random_clusters`: in training with the keys of Dropout, else from an image's pixels."""
+
+    stays_random = True  # in training, also where everything around it is frozen
 
     def __init__(self):
         super().__init__(rate=1.0)
 
     def forward(self, x):
-        """`seeds` of `cluster_tokens` for a batch x (B, ...); None in evaluation."""
+        """`seeds` of `cluster_tokens` for images x (B, ...)."""
         if not self.training or self.rate == 0.0:
-            return None
+            return keys_of_images(x)
         if self.keys is not None:
             return self.keys
         return torch.randint(-(2**31), 2**31, (len(x), 2), device=x.device).int()
+
+
+def keys_of_images(images):
+    """Random bits, int32 (B, 2), from the pixels in steps of 1/64: other ones for each image, in any batch the same."""
+    pixels = scramble((images.float() * 64).round().flatten(1).int())
+    places = scramble(torch.arange(1, pixels.shape[1] + 1, dtype=torch.int32, device=images.device))
+    # Sums of int64 do not overflow, which an exported model would compute differently.
+    sums = torch.stack([(pixels * places).long().sum(dim=1), (pixels ^ places).long().sum(dim=1)], dim=1)
+    return scramble((sums % (2**31 - 1)).int())
 
 
 REDUCTION_METHODS = {"facility": facility_clusters, "tome": tome_clusters, "random": random_clusters}

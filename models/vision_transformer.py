@@ -73,7 +73,7 @@ class VisionTransformer(nn.Module):
         self.random_choice = RandomChoice() if getattr(reduction, "method", None) == "random" else None
 
     def forward(self, images):
-        return self.classify(*self.encode(self.embed(images)))
+        return self.classify(*self.encode(images))
 
     def forward_with_attention(self, images):
         """Logits, and a list with one tensor of attention weights (B, heads, N, N) per block; rows sum to 1.
@@ -89,15 +89,16 @@ class VisionTransformer(nn.Module):
         The Clusters are of the model's own tokens, also after several merges.
         """
         attention = []
-        x, clusters = self.encode(self.embed(images), attention)
+        x, clusters = self.encode(images, attention)
         return self.classify(x, clusters), attention, clusters
 
-    def encode(self, x, attention=None):
-        """Tokens (B, N, hidden) through all blocks -> (tokens, Clusters after each merge).
+    def encode(self, images, attention=None):
+        """Images (B, 3, H, W) through all blocks -> (tokens (B, N, hidden), Clusters after each merge).
 
         Each block's attention weights are appended to the list `attention`, if given. Otherwise, in training, the last
         block computes the class token only, if nothing reads the other tokens; the gradients are the same.
         """
+        x = self.embed(images)
         skips_patches = self.training and torch.is_grad_enabled() and self.reads_class_token and self.has_token_norms()
         if isinstance(self.reduction, EveryBlock):
             return self.encode_merging(x, attention, skips_patches)
@@ -112,7 +113,7 @@ class VisionTransformer(nn.Module):
             else:
                 x = block(x, sizes, class_token_only=skips_patches and layer == len(self.blocks))
             if reduces:
-                seeds = self.random_choice(x) if self.random_choice is not None else None
+                seeds = self.random_choice(images) if self.random_choice is not None else None
                 merges.append(cluster_tokens(keys, self.reduction, seeds))
                 x, sizes = merge_tokens(x, merges[-1])  # (B, 1 + keep, hidden)
         return x, merges

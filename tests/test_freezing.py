@@ -204,6 +204,15 @@ def test_frozen_parts_drop_nothing_out_and_keep_their_running_statistics(choice,
     assert {name for name in changed if "mean" in name} == {name for name in blocks if "mean" in name} | final
 
 
+def test_a_random_choice_of_tokens_remains_random_when_all_around_it_is_frozen():
+    model = random_network(token_reduction="random", keep_tokens=4, reduction_layer=1)
+    freeze(model, "head")
+    model.train()
+    images = torch.randn(2, 3, 16, 16)
+    kept = [model.forward_with_clusters(images)[2][0].kept for _ in range(5)]
+    assert any(not torch.equal(each, kept[0]) for each in kept)
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize(
     "model_type, last",

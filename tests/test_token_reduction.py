@@ -31,6 +31,7 @@ from models.token_reduction import (
     coverage,
     facility_clusters,
     facility_location,
+    keys_of_images,
     merge_tokens,
     random_clusters,
     similarity,
@@ -159,7 +160,7 @@ def test_random_patches_are_a_uniform_choice():
         assert (found - p).abs().max() < 5 * (p * (1 - p) / draws) ** 0.5
 
 
-def test_a_random_choice_depends_on_the_key_of_the_image_and_in_evaluation_on_the_position_only():
+def test_a_random_choice_depends_on_the_key_of_the_image_and_in_evaluation_on_its_pixels():
     """In training also without dropout; the batch and the number of processes or micro-batches do not matter."""
     model = randomised(reduced("random")).train()
     images = torch.from_numpy(make_images(32, batch=4))
@@ -178,8 +179,23 @@ def test_a_random_choice_depends_on_the_key_of_the_image_and_in_evaluation_on_th
         assert len({tuple(kept) for kept in together.kept.tolist()}) == 4
         model.eval()
         kept = model.forward_with_clusters(images)[2][0].kept
-        assert torch.equal(kept, kept[:1].expand(4, -1))
-        assert torch.equal(model.forward_with_clusters(images[2:3])[2][0].kept, kept[:1])
+        assert len({tuple(patches) for patches in kept.tolist()}) == 4
+        assert torch.equal(model.forward_with_clusters(images[2:3])[2][0].kept, kept[2:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_random_bits_of_similar_images_are_independent(dtype):
+    """One pixel changes them; each bit is set in half of the images, and the patches are kept equally often."""
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(1000, 1, 1, 1).to(dtype)
+    images[:, 0, 0, 0] = torch.linspace(-1000, 1000, 1000).to(dtype)
+    images = images.unique(dim=0)
+    keys = keys_of_images(images)
+    assert len(keys.unique(dim=0)) == len(images) > 300
+    bits = (keys[:, :, None] >> torch.arange(32)) & 1
+    assert (bits.double().mean(dim=0) - 0.5).abs().max() < 5 * 0.5 / len(images) ** 0.5
+    kept = random_clusters(torch.randn(len(images), 16, 4), 4, keys)[0]
+    often = kept.flatten().bincount(minlength=16) / len(images)
+    assert (often - 0.25).abs().max() < 5 * (0.25 * 0.75 / len(images)) ** 0.5
 
 
 def test_patches_that_a_random_choice_drops_are_merged_into_the_most_similar():
@@ -518,7 +534,7 @@ def test_figures_of_a_reduced_model(tmp_path):
     assert drawn >= {f"images-00{i}-{kind}" for i in range(2) for kind in kinds} | {"clusters", "distance"}
     done = script(*command, "--clusters")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "merges no tokens; give --token_reduction" in done.stderr
+    assert "merges no tokens; give for example --token_reduction" in done.stderr
 
 
 @pytest.mark.parametrize(

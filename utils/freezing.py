@@ -16,7 +16,7 @@ def freeze(model, choice):
     """Leave only the weights of --train `choice` trainable. Raises ValueError for a choice that the model lacks.
 
     Frozen weights do not require gradients. A part without a trained weight stays in evaluation mode: it drops nothing
-    out, and its BN uses and keeps the running statistics.
+    out, and its BN uses and keeps the running statistics. A random choice of tokens remains random.
     """
     if choice == "all":
         return
@@ -25,8 +25,9 @@ def freeze(model, choice):
         weight.requires_grad_(name in trained)
     trained_parts = {part_of(name, parts) for name in trained}
     for name, part in parts.items():
-        if part not in trained_parts:
-            keep_in_evaluation_mode(model.get_submodule(name))
+        module = model.get_submodule(name)
+        if part not in trained_parts and not getattr(module, "stays_random", False):
+            keep_in_evaluation_mode(module)
 
 
 def trained_weights(model, choice):
