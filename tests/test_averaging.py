@@ -1,12 +1,17 @@
 """The moving average of the weights: its closed form, and that it is evaluated and saved as the best weights."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import assert_same_bits, initial_weights, make_shallow, stop_after, train_run
+import evaluate
+import train
+from helpers import assert_same_bits, initial_weights, make_shallow, run_dir, stop_after, train_run
 from models import build_model
 from utils.parallel.averaging import WeightAverage
+from utils.records.result import read_result
 
 
 def test_the_average_is_a_weighted_sum_of_the_weights():
@@ -71,3 +76,18 @@ def test_averaged_running_statistics_are_saved_and_resumed(tiny_flags, monkeypat
     resumed = tiny_flags(*flags, "--eval_every", 12, "--name", "stopped", "--resume")
     train_run(resumed, monkeypatch, "stopped")
     assert_same_bits(load_file(tmp_path / "output" / "stopped" / "best.safetensors"), best)
+
+
+def test_what_is_reported_of_the_last_step_is_the_average_in_a_file_of_its_own(tiny_flags, run_main, monkeypatch):
+    """Also with --test_at_end, which keeps no best weights; the summary names the file."""
+    make_shallow(monkeypatch)
+    flags = tiny_flags("--ema_decay", 0.5, "--num_steps", 6, "--test_at_end")
+    printed = run_main(train, *flags)
+    path = run_dir(flags) / "averaged.safetensors"
+    assert f"weights      {path}\n" in printed
+    assert not torch.equal(load_file(path)["head.weight"], load_file(path.with_name("last.safetensors"))["head.weight"])
+    reported = read_result(run_dir(flags))["last"]["test"]["loss"]
+    measured = json.loads(run_main(evaluate, "--checkpoint", path, "--json"))["loss"]
+    assert measured == pytest.approx(reported, rel=1e-5)
+    run_main(train, *flags, "--resume", "--num_steps", 7, "--ema_decay", 0.9)
+    assert read_result(run_dir(flags))["last"]["step"] == 7

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train
@@ -26,6 +28,8 @@ from helpers import (
     truncate,
 )
 from utils.records import weights
+from utils.records.weights import save_weights
+from utils.train_state import Progress, TrainState
 from utils.training import train_step
 
 
@@ -84,13 +88,34 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint(name, damage, tiny_flags
 @pytest.mark.parametrize("keep, names", [(1, ["state-8"]), (3, ["last-4.safetensors", "last-6.safetensors"])])
 def test_as_many_checkpoints_are_kept_as_asked_for(keep, names, tiny_flags, monkeypatch):
     flags = tiny_flags("--num_steps", 8, "--eval_every", 2, "--keep_checkpoints", keep)
+    mine = run_dir(flags) / "state-of-mine" / "notes.txt"  # no state of a run
+    mine.parent.mkdir(parents=True)
+    mine.touch()
     last, _ = train_run(flags, monkeypatch)
+    assert mine.exists()
     names += [f"state-{step}" for step in (4, 6, 8)] if keep == 3 else []
     assert sorted(path.name for path in run_dir(flags).glob("*-[0-9]*")) == sorted(names)
     monkeypatch.setattr(os, "link", unsupported)  # by the file system
     train_run([*flags, "--resume", "--num_steps", 9], monkeypatch)
     if keep == 3:
         assert_same_bits(load_file(run_dir(flags) / "last-8.safetensors"), last)
+
+
+def test_the_best_weights_of_a_step_that_is_lost_are_forgotten(tmp_path):
+    """Their step was evaluated as the best one, then its checkpoint was damaged; the run resumes before it."""
+
+    def best_step_after(resumed):
+        state = SimpleNamespace(run_dir=tmp_path, progress=Progress(best_value=0.5, best_step=2, best_result={}))
+        TrainState.forget_later_best(state)
+        assert (state.progress.best_value, state.progress.best_result) == ((0.5, {}) if resumed == 2 else (None, None))
+        return state.progress.best_step
+
+    assert best_step_after(resumed=2) == 2  # the end of the run reports that there is no file
+    for step, expected in ((2, 2), (6, 0)):
+        save_weights(tmp_path / "best.safetensors", {"weight": torch.ones(1)}, step)
+        assert best_step_after(resumed=step) == expected
+    truncate(tmp_path / "best.safetensors")
+    assert best_step_after(resumed=2) == 2
 
 
 def unsupported(*arguments):

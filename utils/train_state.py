@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.data.augmentation import denormalise
 from utils.data.mixing import make_mixing, mix_pairs
 from utils.data.stream import dropout_keys
-from utils.errors import DIVERGED, RunStoppedError
+from utils.errors import DIVERGED, RunStoppedError, UserError
 from utils.evaluation import evaluate
 from utils.freezing import freeze
 from utils.metrics import BEST_METRICS, Best
@@ -24,7 +24,7 @@ from utils.parallel.processes import load_whole_weights, local_parts, shard_weig
 from utils.records.checkpoint import load_tensors, save_best, save_checkpoint, update_state
 from utils.records.meter import Meter
 from utils.records.result import write_result
-from utils.records.weights import BEST, LAST, load_weights
+from utils.records.weights import AVERAGED, BEST, LAST, load_weights, saved_step
 from utils.scheduler import Schedule, learning_rate
 
 AVERAGE = "average"  # the name of a weight's moving average in a checkpoint
@@ -147,9 +147,7 @@ class TrainState:
         if not self.args.test_at_end and self.best.is_improved_by(result[self.args.best_metric]):
             self.progress.best_result = result
             self.progress.best_value, self.progress.best_step = result[self.args.best_metric], self.step
-            averaged = self.average.weights if self.average else {}
-            weights, owner = {**self.precision.weights(), **averaged}, (self.processes.is_first, self.args.model_type)
-            save_best(self.run_dir, self.step, weights, *owner)
+            self.save_evaluated(BEST)
         row = self.metrics_row(result, tracker.seconds())
         tracker.log_evaluation(row, self.best)
         self.meter.reset()
@@ -157,6 +155,12 @@ class TrainState:
         if self.processes.is_first:
             update_state(self.run_dir, self.step, self.state_dict())
         self.meter.start_clock()
+
+    def save_evaluated(self, name):
+        """Write the weights that are evaluated, the moving average if there is one, to a file of the run's folder."""
+        averaged = self.average.weights if self.average else {}
+        weights, owner = {**self.precision.weights(), **averaged}, (self.processes.is_first, self.args.model_type)
+        save_best(self.run_dir, self.step, weights, *owner, name)
 
     def measure(self, images, stop):
         """{metric: number} of the model's weights on a split, with the number of its images."""
@@ -174,12 +178,15 @@ class TrainState:
     def finish(self, test_set, stop):
         """Measure the last and the best weights on the test set if there is one apart; write RESULT and return it.
 
+        With a moving average "last" is the average, which is written to AVERAGED.
         {"last": {"step", split: {metric: number}}, "best": the same}, and how the run came about.
         """
         progress, num_steps = self.progress, self.schedule.num_steps
         entries = {"last": {"step": num_steps, self.evaluated_on: progress.last_result}}
         if not self.args.test_at_end:
             entries["best"] = {"step": progress.best_step, self.evaluated_on: progress.best_result}
+        if self.average:
+            self.save_evaluated(AVERAGED)
         if test_set:
             with self.average.in_place(self.model) if self.average else contextlib.nullcontext():
                 entries["last"]["test"] = self.measure(test_set, stop)
@@ -271,6 +278,7 @@ class TrainState:
         if "best_accuracy" in progress:  # of earlier versions, which had no other metric
             progress["best_value"] = progress.pop("best_accuracy")
         self.progress = Progress(**progress)
+        self.forget_later_best()
         places = {**self.precision.weights(), **self.precision.named}
         tensors = load_tensors(self.run_dir, self.step, empty_state(places))
         averages = {name: tensors.pop(f"{name}/{AVERAGE}") for name in places if f"{name}/{AVERAGE}" in tensors}
@@ -278,6 +286,12 @@ class TrainState:
             self.average.weights.update(averages)
         restore_state(self.optimizer, tensors)
         self.precision.load_state_dict(saved["precision"])
+
+    def forget_later_best(self):
+        """Forget the best evaluation if BEST is of another step: written after the checkpoint that the run resumes."""
+        with contextlib.suppress(UserError):  # it is missing or damaged, which matters at the end of the run only
+            if saved_step(self.run_dir / BEST) != self.progress.best_step:
+                self.progress.best_value, self.progress.best_step, self.progress.best_result = None, 0, None
 
     def stopped_by(self, signal_number, where=""):
         """The RunStoppedError of a run that a signal stops."""

@@ -63,10 +63,10 @@ def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1, mo
         barrier()  # a launcher ends all processes when one has ended, so none may go before the first one has written
 
 
-def save_best(run_dir, step, weights, is_first, model_type=""):
-    """Write `best.safetensors`. All processes call it. Raises RunStoppedError."""
-    with errors_stop_the_run(run_dir, f"{BEST} of step {step}"):
-        save_weights(Path(run_dir) / BEST, weights, step, is_first, model_type)
+def save_best(run_dir, step, weights, is_first, model_type="", name=BEST):
+    """Write `best.safetensors`, or AVERAGED by that `name`. All processes call it. Raises RunStoppedError."""
+    with errors_stop_the_run(run_dir, f"{name} of step {step}"):
+        save_weights(Path(run_dir) / name, weights, step, is_first, model_type)
 
 
 def update_state(run_dir, step, state):
@@ -123,8 +123,8 @@ def delete_oldest(run_dir, step, keep):
     kept = {step, *sorted((each for each in older if each < step), reverse=True)[: keep - 1]}
     for each in older.keys() - kept:
         older[each].unlink()
-    for path in run_dir.glob("state-*"):
-        if path not in {state_folder(run_dir, each) for each in kept}:
+    for path, each in state_folders(run_dir).items():
+        if each not in kept:
             shutil.rmtree(path, ignore_errors=True)  # a remaining file does no harm and is deleted next time
 
 
@@ -193,6 +193,12 @@ def load_tensors(run_dir, step, like):
 
 def state_folder(run_dir, step):
     return Path(run_dir) / f"state-{step}"
+
+
+def state_folders(run_dir):
+    """{path: step} of the `state_folder`s, and of the files of an early version; a user's own state-... is none."""
+    steps = {path: path.name.removeprefix("state-").removesuffix(".pt") for path in Path(run_dir).glob("state-*")}
+    return {path: int(step) for path, step in steps.items() if step.isdecimal()}
 
 
 @contextlib.contextmanager

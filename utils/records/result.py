@@ -9,7 +9,7 @@ from utils.errors import UserError
 from utils.metrics import best_of, criterion_text, percent
 from utils.records.files import replace_file
 from utils.records.run_folder import CURVES, EVENTS, METRICS, RESULT
-from utils.records.weights import BEST, LAST
+from utils.records.weights import AVERAGED, BEST, LAST
 
 COLUMNS = ("loss", "accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1")  # of an evaluation in metrics.csv
 FEW_CLASSES = 10  # up to this number of classes the terminal omits the top-5 accuracy
@@ -45,7 +45,8 @@ def result_of_rows(rows, metric):
 def summary(run_dir, result, num_classes, incomplete=()):
     """The results of a run and the paths of its files as text; `incomplete` names records that could not be written."""
     lines = ["", *accuracy_lines(result, num_classes)]
-    weights = [name for name in (BEST, LAST) if name == LAST or "best" in result]
+    last = AVERAGED if result.get("flags", {}).get("ema_decay") else LAST
+    weights = [name for name in (BEST, last) if name == last or "best" in result]
     titles = [("weights", weights[0]), *(("", name) for name in weights[1:])]
     titles += [("result", RESULT), ("metrics", METRICS), ("curves", CURVES), ("TensorBoard", EVENTS)]
     for title, name in titles:

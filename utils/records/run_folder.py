@@ -18,16 +18,16 @@ from utils.data.splits import evaluated_split
 from utils.errors import UserError
 from utils.locks import LockedError, exclusive_lock
 from utils.parallel.processes import device_name, launcher, restarted, union_over_processes
-from utils.records.checkpoint import CONFIG, has_checkpoint, older_weights
+from utils.records.checkpoint import CONFIG, has_checkpoint, older_weights, state_folders
 from utils.records.files import replace_file
 from utils.records.metrics_file import as_columns, damaged_metrics, read_rows, required_columns
-from utils.records.weights import BEST, LAST, saved_step
+from utils.records.weights import AVERAGED, BEST, LAST, saved_step
 from utils.records.weights_and_biases import RECORDS, RUN_ID
 
 METRICS, CURVES, LOCK = "metrics.csv", "curves.png", ".lock"
 RESULT = "result.json"
 EVENTS = "events.out.tfevents.*"
-RESULTS = (BEST, METRICS, CURVES, RESULT)
+RESULTS = (BEST, AVERAGED, METRICS, CURVES, RESULT)
 # Flags that do not change the results of a run: its folder may be moved, its weights downloaded before a resumption.
 WITHOUT_EFFECT = {
     *("config", "output_dir", "resume", "overwrite", "mode", "wandb", "wandb_project", "download"),
@@ -108,9 +108,9 @@ def check_earlier_results(run_dir, args):
 def files_of_run(run_dir):
     """The paths of all files and folders that a new run in this folder would delete."""
     # What --resume needs comes first, so that it never continues from what is left of an interrupted deletion.
-    patterns = (LAST, "state-*", *RESULTS, CONFIG, EVENTS, ".*.tmp", RUN_ID, RECORDS)
+    patterns = (LAST, *RESULTS, CONFIG, EVENTS, ".*.tmp", RUN_ID, RECORDS)
     paths = [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]
-    return [*older_weights(run_dir).values(), *paths]
+    return [*older_weights(run_dir).values(), *paths, *state_folders(run_dir)]
 
 
 def is_restart(args):
@@ -156,7 +156,8 @@ def prepare_run_folder(run_dir, args, classes, num_steps, images, compiled):
         for path in files_of_run(run_dir):
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()  # an early version's state was a file
-    (run_dir / RESULT).unlink(missing_ok=True)  # of fewer steps, after which the run goes on
+    for name in (RESULT, AVERAGED):
+        (run_dir / name).unlink(missing_ok=True)  # of fewer steps, after which the run goes on
     config = {
         "flags": vars(args),
         "classes": classes,

@@ -14,6 +14,7 @@ from utils.records.files import replace_file
 
 FORMAT = "vision-transformers"  # in the metadata, by which models/formats recognises these files
 LAST, BEST = "last.safetensors", "best.safetensors"  # in the folder of a run
+AVERAGED = "averaged.safetensors"  # the moving average after the last step, with --ema_decay
 
 
 def save_weights(path, weights, step, is_first=True, model_type=""):
@@ -84,7 +85,9 @@ def opened_weights(path):
         with safe_open(path, framework="pt") as file:
             yield file, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file: {error}") from error
+        raise UserError(
+            f"{path} has no readable weights ({error}); give a .safetensors, .pth, .bin or .npz file"
+        ) from error
 
 
 def load_into(model, weights, path):
