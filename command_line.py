@@ -60,9 +60,9 @@ def complete_flags(args, given):
 
     They are those that the run has recorded, if it exists already, else those of --pretrained_dir. Raises UserError.
     """
-    if not args.pretrained_dir or not is_readable(args):
-        return ""
     text, decided = "", recorded_flags(args)
+    if decided is None and not (args.pretrained_dir and is_readable(args)):
+        return ""
     if decided is not None:
         fields = parse_fields(decided.get("model_fields") or ()) | parse_fields(given.get("model_fields") or ())
         decided = {**decided, "model_fields": format_fields(fields) or None}
@@ -80,7 +80,7 @@ def is_readable(args):
     """Whether --pretrained_dir is there; a name at Hugging Face is downloaded if the flags say so."""
     if args.download and is_hub_name(args.pretrained_dir):
         download_missing(args.pretrained_dir)
-    return is_hub_name(args.pretrained_dir) or os.path.exists(args.pretrained_dir) or recorded_flags(args) is not None
+    return is_hub_name(args.pretrained_dir) or os.path.exists(args.pretrained_dir)
 
 
 def recorded_flags(args):
@@ -94,8 +94,8 @@ def recorded_flags(args):
 def model_maker(args):
     """A function of the number of classes that makes the model of the flags; it raises ValueError."""
     flags = vars(args)
-    overrides = {name: flags[name] for name in ("dropout_rate", "drop_path_rate") if flags.get(name) is not None}
-    overrides |= token_reduction_of(flags) | fields_of(flags)
+    rates = {name: flags[name] for name in ("dropout_rate", "drop_path_rate") if flags.get(name) is not None}
+    overrides = token_reduction_of(flags) | fields_of(flags) | rates
     if "norm_type" in flags:
         overrides["norm_type"] = args.norm_type
     return functools.partial(build_model, args.model_type, args.img_size, **overrides)

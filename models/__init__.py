@@ -61,13 +61,15 @@ def build_model(
     other two values from its config; "none" keeps all patches. `overrides` replace fields of the model's config
     (models/configs.py), e.g. `num_layers=2` or `dropout_rate=0.1`.
     Raises ValueError for an unknown model type, field, norm type or token reduction, for a field's value of another
-    type, and for an image size that is not a multiple of the patch size.
+    type or out of range, and for an image size that is not a multiple of the patch size.
     """
     model_type = canonical_model_type(model_type)
     config = config_of(model_type).copy_and_resolve_references()
     if unknown := sorted(set(overrides) - set(config)):
         raise ValueError(f"{model_type} has no field {unknown[0]!r}; it has {', '.join(config)}")
     set_fields(config, overrides)
+    if model_type not in RESNETS and config.hidden_size % config.num_heads:
+        raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}")
     reduction = {"token_reduction": token_reduction, "keep_tokens": keep_tokens, "reduction_layer": reduction_layer}
     reduction = {name: value for name, value in {**reduction, "tome_r": tome_r}.items() if value is not None}
     if model_type not in RESNETS:
@@ -81,8 +83,12 @@ def build_model(
 
 
 def set_fields(config, overrides):
-    """Replace fields of a config, {name: value}. Raises ValueError for a value of another type."""
+    """Replace fields of a config, {name: value}. Raises ValueError for a value of another type or out of range."""
     for name, value in overrides.items():
+        if name.endswith("_rate") and isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name} is at least 0 and less than 1, not {value}")
+        if any(isinstance(number, int) and number < 1 for number in (value if isinstance(value, tuple) else [value])):
+            raise ValueError(f"{name} is greater than 0, not {value}")
         if value not in CHOICES.get(name, (value,)):
             raise ValueError(f"{name} is {' or '.join(CHOICES[name])}, not {value!r}")
         try:

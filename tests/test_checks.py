@@ -16,6 +16,7 @@ WRONG = [
     (["--img_size", 225, "--model_type", "ViT-B_16"], "image size 225 is not a multiple of the model's patch size 16"),
     (["--model_type", "BiT-M-R50x1", "--norm_type", "BN"], "BiT-M-R50x1 always has GroupNorm"),
     (["--model_type", "BiT-M-R50x1", "--dropout_rate", 0.1], "BiT-M-R50x1 has no field 'dropout_rate'"),
+    (["--model_fields", "num_heads=3"], "hidden_size 128 is not a multiple of num_heads 3"),
     (["--mixup", 0.2, "--train_batch_size", 15], "--train_batch_size 15 must be even; 16 would"),
     (["--train_batch_size", 16, "--gradient_accumulation_steps", 3], "not divisible by 1 processes x 3 accumulation"),
     (["--name", "a/b"], "--name 'a/b' is not a plain folder name"),

@@ -96,6 +96,10 @@ def test_the_dropout_rates_are_those_of_the_published_configs():
         (lambda: build_model("ViT-B_16", depth=3), "ViT-B_16 has no field 'depth'; it has .*num_layers"),
         (lambda: build_model("ViT-B_16", num_layers="3"), "num_layers has values of the type int like 12, not '3'"),
         (lambda: build_model("ViT-B_16", gelu="quick"), "gelu is tanh or exact, not 'quick'"),
+        (lambda: build_model("ViT-B_16", num_heads=5), "hidden_size 768 is not a multiple of num_heads 5"),
+        (lambda: build_model("ViT-B_16", num_layers=0), "num_layers is greater than 0, not 0"),
+        (lambda: build_model("R50-ViT-B_16", resnet_layers=(3, -1)), r"resnet_layers is greater than 0, not \(3, -1\)"),
+        (lambda: build_model("ViT-B_16", dropout_rate=1.0), "dropout_rate is at least 0 and less than 1, not 1.0"),
     ],
 )
 def test_wrong_arguments_are_named_in_the_error(call, message):

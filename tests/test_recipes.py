@@ -24,8 +24,7 @@ from models import MODEL_TYPES, RESNETS, build_model, pixels_per_patch
 from scripts.experiment import TRAIN
 from utils.data.datasets import DataOptions
 from utils.errors import UserError
-from utils.locks import LockedError, exclusive_lock
-from utils.recipes import LOCK, RECIPES, TrainingImages, choose, one_at_a_time, parse_with_recipe, training_images
+from utils.recipes import RECIPES, TrainingImages, choose, parse_with_recipe, training_images
 from utils.records.run_folder import is_finished
 from utils.sweeps import check_earlier_run, plan_run
 
@@ -293,16 +292,6 @@ def test_processes_choose_the_same(tmp_path, monkeypatch):
     expected, text = parse_with_recipe(train_parser(), patch_of, flags)
     assert read_config(run_dir(flags))["flags"] == vars(expected)
     assert "  chosen: " in text
-    assert (tmp_path / "data" / LOCK).exists()
-
-
-def test_the_processes_of_a_run_download_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with one_at_a_time(tmp_path / "data"), pytest.raises(LockedError), exclusive_lock(tmp_path / "data" / LOCK):
-        pass
-    (tmp_path / "file").touch()
-    with one_at_a_time(tmp_path / "file"):  # no lock can be made there: reading the data reports what is wrong
-        pass
 
 
 @pytest.mark.parametrize("name", RECIPES)

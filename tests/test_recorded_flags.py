@@ -159,6 +159,16 @@ def test_a_given_flag_replaces_recorded_ones_that_it_excludes(recorded, given, n
     assert getattr(parse(["--config", path, "--name", "b", *given.split()]), name) == expected
 
 
+def test_without_a_division_nothing_is_grouped(tmp_path):
+    """As the final run, --test_at_end, of a run with --val_split and --group_by and its own test images."""
+    recorded = ["--name", "first", "--val_split", "0.2", "--group_by", "(.)"]
+    parse = PARSERS[train].parse_args
+    for further, expected in ([], None), (["--test_split", "0.2"], "(.)"):
+        path = write_config(tmp_path / "config.json", vars(parse([*recorded, *further])))
+        args = parse(["--config", str(path), "--name", "b", "--test_at_end"])
+        assert (args.val_split, args.group_by) == (None, expected)
+
+
 def test_flags_that_an_earlier_version_did_not_have_mean_what_it_did():
     args = PARSERS[train].parse_args(["--config", str(EARLIER_RUN), "--name", "b"])
     assert (args.model_type, args.learning_rate, args.dropout_rate, args.horizontal_flip) == (

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,14 @@ def test_each_data_set_is_downloaded_once_with_its_official_splits(name, publish
         assert all(type(label) is str for label in found.classes)
     read_all(name, tmp_path)
     assert len(requested) == len(source.files)
+
+
+def test_two_runs_that_start_together_download_once(publish, tmp_path):
+    _, requested = publish("svhn")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_data("svhn", "train", tmp_path), range(4)))
+    assert len(requested) == len(set(requested))
+    assert [len(images) for images in found] == [20] * 4
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS.keys() - set(ARRAYS)))

@@ -38,7 +38,8 @@ def run_evaluation(args, make_model):
         else:
             load_pretrained_flag(model, args, processes, head="keep")
             origin = args.pretrained_dir
-        split = find_splits(args.dataset, options)[-1]  # the test images, or the validation images without any
+        splits = find_splits(args.dataset, options)  # the last one: the test images, or the validation images
+        split = splits[-1] if not args.no_test else "val"
         eval_set = load_dataset(args.dataset, split, options, processes)
         if classes:
             check_classes(path, classes, args.dataset, eval_set.classes)

@@ -4,20 +4,16 @@ A recipe fills the flags that are not given. Those that are given win, and the r
 from the batch size, warm-up and decay steps from the number of steps.
 """
 
-import contextlib
 import functools
 import math
-import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-from utils.data.datasets import DATASETS, DataOptions, read_split
+from utils.data.datasets import DataOptions, read_split
 from utils.data.images import header_size
 from utils.data.loading import spread_indices
 from utils.errors import UserError
-from utils.locks import exclusive_lock
 from utils.parallel.processes import one_process
 
 MAX_PASSES = 200  # over the training images
@@ -27,7 +23,6 @@ SCRATCH_PASSES = 100
 SCRATCH_GRID = (4, 16)  # the least and most patches per side
 SCRATCH_PIXELS = 224  # the largest side
 SCRATCH_BORDER = 1 / 8  # of the image size on each side, of which a crop is taken
-LOCK = ".download.lock"
 
 
 class TrainingImages(NamedTuple):
@@ -72,22 +67,10 @@ def parse_with_recipe(parser, pixels_per_patch, arguments=None):
 def training_images(dataset, options):
     """The TrainingImages of a data set, whose pixels are not read if they are in files. Raises UserError."""
     quiet = one_process()._replace(rank=1)  # the first process prints a note, as the training will
-    with contextlib.nullcontext() if DATASETS[dataset].in_folders else one_at_a_time(options.data_dir):
-        images = read_split(dataset, "train", options, quiet).images
+    images = read_split(dataset, "train", options, quiet).images
     if not isinstance(images, list):
         return TrainingImages(len(images), *images.shape[2:])
     return TrainingImages(len(images), *median_size([images[row] for row in spread_indices(len(images), SAMPLE)]))
-
-
-@contextlib.contextmanager
-def one_at_a_time(data_dir):
-    """The body runs in one process of a run after the other: they would download to the same place."""
-    with contextlib.ExitStack() as stack:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            with contextlib.suppress(OSError):  # a folder that can't be written must hold the files already
-                os.makedirs(data_dir, exist_ok=True)
-                stack.enter_context(exclusive_lock(Path(data_dir) / LOCK, wait=True))
-        yield
 
 
 def median_size(paths):

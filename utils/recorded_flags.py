@@ -63,6 +63,8 @@ class RepeatingParser(Parser):
             )
         replaced = NOT_REPEATED.union(names, *(EXCLUDED_BY.get(name, ()) for name in names))
         flags = {**EARLIER_FLAGS, **flags}
+        if "val_split" in replaced - names and flags["test_split"] is None:
+            replaced |= {"group_by"}  # there is nothing left to divide by groups
         try:
             arguments = [text for name in flags if name not in replaced for text in self.recorded_flag(name, flags)]
             super().parse_args([*arguments, "--name=unused"])

@@ -1,5 +1,6 @@
 """The data sets that torchvision downloads: where they are published, and their images, labels and class names."""
 
+import contextlib
 import functools
 import http.client
 import os
@@ -10,6 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
+from utils.locks import exclusive_lock
+
+LOCK = ".download.lock"
 
 
 class Published(NamedTuple):
@@ -34,14 +38,28 @@ def read_published(source, data_dir, split):
     """
     from torchvision import datasets  # a slow import that other data sets do not need
 
-    make = functools.partial(getattr(datasets, source.name), data_dir, download=True, **source.splits[split])
+    make = functools.partial(getattr(datasets, source.name), data_dir, **source.splits[split])
     try:
-        images, labels, classes = source.read(make)
+        try:
+            images, labels, classes = source.read(functools.partial(make, download=False))
+        except (OSError, RuntimeError):  # some files are missing
+            with one_at_a_time(data_dir):
+                images, labels, classes = source.read(functools.partial(make, download=True))
         if source.num_images not in (None, len(images)):
             raise FileNotFoundError(f"it has {len(images)} images of {source.num_images}")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise failure(source, data_dir, error) from error
     return images, labels, classes or [str(number) for number in range(source.num_classes)]
+
+
+@contextlib.contextmanager
+def one_at_a_time(data_dir):
+    """The body runs in one process after the other, on all machines: they would download to the same files."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a folder that can't be written: the download reports what is wrong
+            os.makedirs(data_dir, exist_ok=True)
+            stack.enter_context(exclusive_lock(Path(data_dir) / LOCK, wait=True))
+        yield
 
 
 def failure(source, data_dir, error):

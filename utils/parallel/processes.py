@@ -51,12 +51,20 @@ def one_process(device=None):
 
 
 def choose_device(local_rank=0):
-    """The GPU of this rank, or Apple's, or the CPU without one; also sets how this process computes on it."""
+    """The GPU of this rank, or Apple's, or the CPU without one; also sets how this process computes on it.
+
+    Raises UserError for more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         if has_apple_gpu():
             return torch.device("mps")
         keep_freed_memory()
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; start as many "
+            "processes as GPUs (--nproc_per_node)"
+        )
     torch.cuda.set_device(local_rank)
     # By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32); matrix products are exact.
     torch.backends.cudnn.allow_tf32 = False
