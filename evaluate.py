@@ -236,7 +236,9 @@ def load_split(saved, args, processes):
     options = DataOptions(data_dir, args.num_workers, saved.mean_std, args.skip_broken, **divided)
     count = count_classes(dataset, options)
     if count != len(saved.classes) and not args.features:
-        raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes, {dataset} has {count}")
+        names = ", ".join(saved.classes[:10]) + (", ..." if len(saved.classes) > 10 else "")
+        known = f" ({names})" if saved.knows_classes else ""
+        raise UserError(f"{args.checkpoint} has {len(saved.classes)} classes{known}, {dataset} has {count}")
     if data_dir != saved.flags.get("data_dir"):
         options = shares_that_apply(DATASETS[dataset].splits(data_dir), options)
     found = find_splits(dataset, options)
@@ -244,7 +246,7 @@ def load_split(saved, args, processes):
         raise UserError(f"--split {args.split}: {dataset} has {', '.join(found)} only")
     split = args.split or found[-1]
     images = load_dataset(dataset, split, options, processes)
-    if saved.flags and not args.features:  # an .npz file has no names of its own classes
+    if saved.knows_classes and not args.features:
         check_classes(args.checkpoint, saved.classes, dataset, readable_names(images.classes))
     return dataset, split, images
 

@@ -57,6 +57,7 @@ class SavedModel:
     mean_std: str = "half"  # Google's models have it, and runs older than the flag
     crops: bool = False
     has_head: bool = True
+    knows_classes: bool = False  # whether `classes` are those it was trained on, not only numbers or a library's names
 
     @classmethod
     def load(
@@ -192,6 +193,7 @@ def load_run(path, given, img_size, token_reduction):
         "flags": flags,
         "mean_std": flags.get("mean_std", "half"),
         "crops": DATASETS[flags["dataset"]].prepare is centre_crop,
+        "knows_classes": True,
     }
 
 
@@ -221,6 +223,7 @@ def load_npz(path, given, img_size, token_reduction):
         "flags": {},
         "mean_std": described.flags.get("mean_std", "half"),
         "crops": described.crops,
+        "knows_classes": bool(described.classes),
     }
 
 

@@ -65,12 +65,8 @@ def main():
         write(plot_runs(read_runs(args.curves)), args, "curves")
     if args.checkpoint:
         reduction = token_reduction_of({}, vars(args))
-        models = [
-            SavedModel.load(path, args.model_type, args.img_size, args.download, reduction, vars(args)).to(
-                choose_device()
-            )
-            for path in args.checkpoint
-        ]
+        options = (args.model_type, args.img_size, args.download, reduction, vars(args))
+        models = [SavedModel.load(path, *options).to(choose_device()) for path in args.checkpoint]
         if len(models) > 1:
             compare_models(models, args)
             return
@@ -90,9 +86,10 @@ def parse_flags():
     args.output_dir = Path(args.output_dir or folder / "pictures")
     kinds = given_kinds(args)
     if len(args.checkpoint or ()) > 1:
-        for kind in kinds:
-            if kind not in KINDS_OF_SEVERAL:
-                raise UserError(f"--{kind} is for one --checkpoint; only --blocks and --matrix compare several")
+        for kind in set(kinds).difference(KINDS_OF_SEVERAL):
+            raise UserError(
+                f"--{kind} is for one --checkpoint; --blocks, with the rollout, and --matrix compare several"
+            )
         if not args.image:
             raise UserError("several --checkpoint files need --image: their attention to it is compared")
         if not kinds:
@@ -126,7 +123,7 @@ def check_kinds(saved, path, kinds):
 def make_parser():
     parser = Parser(__doc__)
     group = parser.add_argument_group("model")
-    add_checkpoint_flags(group, canonical_model_type, several="Several are compared by --matrix.")
+    add_checkpoint_flags(group, canonical_model_type, several="Several are compared by --blocks and --matrix.")
     add_token_reduction_flags(group, TOKEN_REDUCTIONS, default="that of the run")
     group = parser.add_argument_group("figures")
     group.add_argument(
@@ -204,7 +201,8 @@ def kinds_to_draw(model, args, has_head=True):
     if model.reduction:
         return kinds
     if args.clusters and args.token_reduction in (None, "none"):
-        raise UserError(f"--clusters: {args.checkpoint[0]} merges no tokens; give --token_reduction")
+        example = "--token_reduction facility --keep_tokens 0.25 --reduction_layer 2"
+        raise UserError(f"--clusters: {args.checkpoint[0]} merges no tokens; give for example {example}")
     if args.clusters and args.tome_r == 0:
         raise UserError("--clusters: --tome_r 0 merges no tokens; give a larger number")
     if args.clusters:

@@ -88,7 +88,7 @@ def test_a_run_records_its_classes_and_is_evaluated_on_them(run_of_three, run_ma
     assert f"{report['images']} test images" in run_main(train, *run_of_three, "--mode", "eval")
     message = main_fails(evaluate, "--checkpoint", path, "--classes", "1", "4", "8")
     assert "was trained on other classes: it has '9' where digits has '8'" in message
-    assert "has 3 classes, digits has 2" in main_fails(evaluate, "--checkpoint", path, "--classes", "1", "4")
+    assert "has 3 classes (1, 4, 9), digits has 2" in main_fails(evaluate, "--checkpoint", path, "--classes", "1", "4")
 
 
 def test_a_run_is_resumed_with_the_same_classes_only(run_of_three, run_main, monkeypatch, capsys):

@@ -241,7 +241,7 @@ def test_wrong_flags_and_data_are_errors(weights, tmp_path, monkeypatch, capsys)
     _, cats = write_run(tmp_path / "cats")
     _, numbers = write_run(tmp_path / "numbers", classes=[*map(str, range(3)), "drei", *map(str, range(4, 10))])
     for flags, message in (
-        (["--checkpoint", cats, "--dataset", "digits"], "best.safetensors has 2 classes, digits has 10"),
+        (["--checkpoint", cats, "--dataset", "digits"], "best.safetensors has 2 classes (cat, dog), digits has 10"),
         (["--checkpoint", numbers, "--dataset", "digits"], "it has 'drei' where digits has '3'"),
         (
             ["--checkpoint", weights, "--dataset", "digits", "--confusion_matrix", "no/x.png"],

@@ -173,7 +173,10 @@ TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
         ((), "there is nothing to draw"),
         ((*VIT, "--rollout"), "--rollout needs --image"),
         ((*VIT, "--image", "000.png", "--blocks", 6), "--blocks 6: the model has the blocks 0 to 5"),
-        ((*VIT, "--image", "000.png", "--clusters"), "ViT-Mini_4.npz merges no tokens; give --token_reduction"),
+        (
+            (*VIT, "--image", "000.png", "--clusters"),
+            "ViT-Mini_4.npz merges no tokens; give for example --token_reduction",
+        ),
         ((*VIT, "--image", "000.png", "--clusters", *REDUCTION, 16), "--keep_tokens 16 keeps all patches"),
         (
             (*VIT, "--image", "000.png", "--clusters", "--token_reduction", "tome", "--tome_r", 0),
@@ -187,7 +190,7 @@ TWO_GRIDS = ("--image", "000.png", *VIT, "finer/best.safetensors")
             (*VIT, CNN[1], "--image", "000.png"),
             "ResNet-Mini_Flops.npz is a CNN without attention; give several --checkpoint files of ViTs alone",
         ),
-        ((*VIT, VIT[1], "--image", "000.png", "--class"), "--class is for one --checkpoint; only --blocks and"),
+        ((*VIT, VIT[1], "--image", "000.png", "--class"), "--class is for one --checkpoint; --blocks, with"),
         ((*VIT, VIT[1]), "several --checkpoint files need --image"),
         ((*VIT, "--class"), "--class needs --image"),
         ((*VIT, "--image", "000.png", "--class", "clas 3"), "unknown class 'clas 3'; did you mean class 3"),

@@ -79,7 +79,7 @@ def files_in(folder):
             return [folder / name for name in sorted(names)]
     if (folder / BEST).is_file():
         raise UserError(f"{folder} is a folder; give its {BEST}")
-    raise UserError(f"{folder} has neither {' nor '.join(WHOLE)}")
+    raise UserError(f"{folder} has neither {' nor '.join(WHOLE)}; give a file of weights in it")
 
 
 def read_file(path, shapes_only):

@@ -83,7 +83,8 @@ def open_npz(path):
     Raises UserError for a file that is missing, truncated or of another format.
     """
     check_exists(path)
-    again = f"delete it and {download_command(path)}"
+    published, advice = published_url(path), download_command(path)
+    again = f"delete it and {advice}" if published else advice
     with open(path, "rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
