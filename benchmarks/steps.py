@@ -166,7 +166,8 @@ def compile_for_fixed_shapes():
 
 def machine():
     """The device, the CPU threads and the version of torch, for a title."""
-    return f"{device_name()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{device_name()}, {threads} CPU thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def setting(args):

@@ -13,19 +13,22 @@ from utils.study_tables import (
     training_flops,
 )
 
+LEGEND_CHARACTERS = 11  # per inch
+
 
 def plot_budgets(records, title, order=(), times=NO_TIMES):
     """Training accuracy of final runs of one group over three budgets, and the test accuracy as points at the end.
 
     Lines are means over the seeds, shaded from lowest to highest. Runs that diverged are omitted. Without the Times of
-    all contenders there is no panel of time.
+    all contenders that are trained there is no panel of time.
     """
     contenders = by_contender([record for record in records if not record["diverged"]], order)
     budgets = {
         "epochs": lambda of_name: epochs_of(of_name[0]),
         "training FLOPs": lambda of_name: training_flops(of_name[0]),
     }
-    if contenders.keys() <= times.seconds.keys():
+    trained = {name for name, of_name in contenders.items() if of_name[0]["num_steps"]}
+    if trained <= times.seconds.keys():
         budgets[f"minutes, {times.origin}"] = times.minutes
     figure = Figure(figsize=(4.2 * len(budgets), 4 + 0.2 * len(contenders)), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharey=True)
@@ -39,7 +42,9 @@ def plot_budgets(records, title, order=(), times=NO_TIMES):
     handles = [Line2D([], [], color=OKABE_ITO[i % len(OKABE_ITO)], linewidth=1.8) for i in range(len(contenders))]
     handles += [Line2D([], [], color="grey"), Line2D([], [], color="grey", marker="o", linestyle="none")]
     labels = [*map(escape_math, contenders), "training", "test (each seed)"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    columns = int(LEGEND_CHARACTERS * figure.get_figwidth() / (6 + max(map(len, labels))))  # 6 for line and space
+    columns = max(1, min(len(labels), columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(wrap_text(title, 110), fontsize="medium")
     return figure
 

@@ -81,8 +81,9 @@ class Times(NamedTuple):
     origin: str = ""  # machine and number of rounds
 
     def minutes(self, records):
-        """Minutes of training of one of a contender's runs, NaN if its step was not timed."""
-        return records[0]["num_steps"] * self.seconds.get(records[0]["contender"], math.nan) / 60
+        """Minutes of training of one of a contender's runs, 0 without steps, NaN if its step was not timed."""
+        steps = records[0]["num_steps"]
+        return steps and steps * self.seconds.get(records[0]["contender"], math.nan) / 60
 
 
 NO_TIMES = Times()
@@ -133,7 +134,7 @@ def final_table(records, order=(), times=NO_TIMES):
                 f"{epochs_of(first):.3g}",
                 f"{training_flops(first):.3g}",
                 "-" if math.isnan(seconds) else f"{1000 * seconds:.0f} ms",
-                "-" if math.isnan(minutes) else f"{minutes:.1f} min",
+                "-" if math.isnan(minutes) or not minutes else f"{minutes:.1f} min",
             ]
         )
     titles = ["contender", "parameters", "learning rate", "test accuracy: mean (range)"]
