@@ -58,14 +58,18 @@ def train_parser(description="", model_type=None):
 def complete_flags(args, given):
     """Fill the DECIDED flags that are not in `given`, {name: value}; returns a line on them, or an empty text.
 
-    They are those that the run has recorded, if it exists already, else those of --pretrained_dir. Raises UserError.
+    With --mode eval, or if --pretrained_dir chose them at its start, they are those that the run has recorded; without
+    a run those of --pretrained_dir. Raises UserError.
     """
+    if args.mode == "train" and not args.pretrained_dir:
+        return ""  # flags that a resumed run has recorded, and that are not repeated, are reported as changed
     text, decided = "", recorded_flags(args)
     if decided is None and not (args.pretrained_dir and is_readable(args)):
         return ""
     if decided is not None:
         fields = parse_fields(decided.get("model_fields") or ()) | parse_fields(given.get("model_fields") or ())
-        decided = {**decided, "model_fields": format_fields(fields) or None}
+        reduction = dict.fromkeys(TOKEN_REDUCTION_FLAGS) | token_reduction_of(decided, given)
+        decided = {**decided, **reduction, "model_fields": format_fields(fields) or None}
     elif holds_npz(args.pretrained_dir):
         return ""
     else:

@@ -85,9 +85,11 @@ def build_model(
 def set_fields(config, overrides):
     """Replace fields of a config, {name: value}. Raises ValueError for a value of another type or out of range."""
     for name, value in overrides.items():
-        if name.endswith("_rate") and isinstance(value, int | float) and not 0 <= value < 1:
-            raise ValueError(f"{name} is at least 0 and less than 1, not {value}")
-        if any(isinstance(number, int) and number < 1 for number in (value if isinstance(value, tuple) else [value])):
+        numbers = [number for number in (value if isinstance(value, tuple) else [value]) if isinstance(number, int)]
+        if name.endswith("_rate"):
+            if isinstance(value, int | float) and not 0 <= value < 1:
+                raise ValueError(f"{name} is at least 0 and less than 1, not {value}")
+        elif min(numbers, default=1) < 1:
             raise ValueError(f"{name} is greater than 0, not {value}")
         if value not in CHOICES.get(name, (value,)):
             raise ValueError(f"{name} is {' or '.join(CHOICES[name])}, not {value!r}")

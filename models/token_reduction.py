@@ -6,9 +6,9 @@ ToMe               bipartite soft matching (Bolya et al., 2023): every second to
                    the other tokens, and the best matches are merged. This is repeated with the means of the merged
                    tokens' keys until k tokens remain. Each round merges at most a quarter of the tokens: more would
                    merge nearly every second token, independent of the image.
-random             k patches at random, the baseline: in training others for each image in each step, in evaluation the
-                   same positions in all images. The other patches are merged as by facility location, so that only
-                   the choice differs.
+random             k patches at random, the baseline: in training others for each image in each step, in evaluation
+                   those that the image's pixels decide. The other patches are merged as by facility location, so that
+                   only the choice differs.
 
 ToMe also merges as published, r tokens in every block between its attention and its MLP (`EveryBlock`).
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils.errors import UserError
 from utils.records.metrics_file import read_rows
 from utils.records.run_folder import METRICS
-from utils.records.weights import BEST, LAST
+from utils.records.weights import AVERAGED, BEST, LAST
 
 DISK = "64m"
 MEASURED = ("seconds", "images_per_second")  # they differ between two runs of the same command
@@ -125,8 +125,7 @@ def compare_scalars(run_dir, reference):
 
 def compare(run_dir, reference):
     """The differences between the results of two runs of one kind, as lines; none if they are the same."""
-    weights = [line for name in (LAST, BEST) for line in compare_weights(run_dir / name, reference / name)]
-    return weights + compare_metrics(run_dir, reference) + compare_scalars(run_dir, reference)
+    return same_weights(run_dir, reference) + compare_metrics(run_dir, reference) + compare_scalars(run_dir, reference)
 
 
 # Outcomes
@@ -172,7 +171,8 @@ def ends_with(run, *expected):
 
 
 def same_weights(run_dir, reference):
-    return [line for name in (LAST, BEST) for line in compare_weights(run_dir / name, reference / name)]
+    names = [LAST, BEST] + [AVERAGED] * (reference / AVERAGED).exists()
+    return [line for name in names for line in compare_weights(run_dir / name, reference / name)]
 
 
 def same_weights_and_metrics(run_dir, reference):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from study import SCRATCH, Study, add_study_flags, costs_of, draw, plan_final, run_study
+from study import SCRATCH, Study, add_study_flags, costs_of, draw, plan_final, run_study, text_of
 from study_pretraining import Pretraining, add_pretraining_flags, check_classes
 
 from inference import SavedModel
@@ -60,6 +60,7 @@ MODELS = {"ViT-Mini_4": tuple(SIZES), "R26-ViT-Mini_4": (100,), "ResNet-Mini_Par
 def main():
     args = parse_flags()
     if not args.draw:
+        check_earlier_budgets(args)
         for model in args.models:
             run_model(model, args)
     if not args.dry_run:
@@ -194,10 +195,9 @@ def probe_record(planned, train, test):
 
 def summarise(folder):
     """Write summary.md and a figure per model: accuracy over the number of training images, from the results."""
-    finals = [record for record in read_records(folder).values() if record["kind"] == FINAL]
-    parts = []
+    records, parts = read_records(folder).values(), []
     for model in MODELS:
-        of_model = [each for each in finals if each["group"].get("model") == model and each["contender"] in ORDER]
+        of_model = finals_of(records, model)
         check_one_budget(of_model, folder)
         if not of_model:
             continue
@@ -220,6 +220,22 @@ def summarise(folder):
     text = "\n".join(parts)
     replace_file(folder / "summary.md", lambda path: path.write_text(text))
     print(f"\n{text}\nsummary: {folder / 'summary.md'}")
+
+
+def finals_of(records, model):
+    """The records of final runs and probes of a model."""
+    finals = [record for record in records if record["kind"] == FINAL and record["contender"] in ORDER]
+    return [record for record in finals if record["group"].get("model") == model]
+
+
+def check_earlier_budgets(args):
+    """`check_one_budget` of the results that are there and those to come."""
+    planned = []
+    for model in args.models:
+        for size in args.sizes or MODELS[model]:
+            epochs = text_of(with_budget(args, SIZES[size].epochs).epochs)
+            planned.append({"group": {"model": model, "images per class": size, "epochs": epochs}})
+        check_one_budget([*planned, *finals_of(read_records(args.results).values(), model)], args.results)
 
 
 def check_one_budget(records, folder):

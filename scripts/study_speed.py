@@ -11,10 +11,13 @@ from utils.parallel.processes import choose_device
 from utils.profiling import time_interleaved
 from utils.records.files import replace_file
 from utils.records.run_folder import commit_of_code
+from utils.study_records import SEEDS
 from utils.study_tables import STEP, speed_file
 
 FORWARD = "forward pass"
 ROUNDS = 5
+NOT_OF_STEP = {*SEEDS, "learning_rate", "num_steps", "epochs", "warmup_steps", "eval_every", "save_every"}
+NOT_OF_STEP |= {"pretrained_dir"}
 
 
 def measured_times(planned, jobs=1, further=None):
@@ -25,7 +28,7 @@ def measured_times(planned, jobs=1, further=None):
     `jobs`. `further(model, batch size)` gives more to be timed, {what: function}.
     """
     file = speed_file(planned[0].path.parent, planned[0].entry)
-    wanted = {each.entry["contender"]: each.entry["contender_flags"] for each in planned}
+    wanted = {each.entry["contender"]: flags_of_step(each.entry) for each in planned}
     content = read_json(file)
     if known_of(content, "seconds", wanted).keys() == wanted.keys():
         return content
@@ -39,6 +42,19 @@ def measured_times(planned, jobs=1, further=None):
     content = {**origin, **completed({}, "seconds", seconds, wanted)}
     write_json(file, content)
     return content
+
+
+def flags_of_step(entry):
+    """The flags of a record or entry that a step may depend on."""
+    return {name: value for name, value in entry["flags"].items() if name not in NOT_OF_STEP}
+
+
+def were_timed(content, record, contenders):
+    """Whether the content has times of all contenders, {name: their own flags}, as in the runs of a record's group."""
+    varied = set().union(*contenders.values())
+    shared = {flag: value for flag, value in flags_of_step(record).items() if flag not in varied}
+    timed = content.get("flags", {})
+    return all(name in timed and {**shared, **own}.items() <= timed[name].items() for name, own in contenders.items())
 
 
 def time_passes(flags_of, further=None):

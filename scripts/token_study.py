@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from study import SCRATCH, Study, add_study_flags, plan_final, run_studies, text_of
-from study_speed import FORWARD, completed, known_of, measured_times, read_json, write_json
+from study_speed import FORWARD, completed, known_of, measured_times, read_json, were_timed, write_json
 
 from benchmarks.steps import EVERY_BLOCK, choice_of_tokens, machine, reduction_grid
 from inference import SavedModel
@@ -166,7 +166,7 @@ def times_of(study, names, record, args):
         return measured_times(planned, args.jobs, study.timed)
     file = speed_file(args.results, record)
     content = read_json(file)
-    if len(known_of(content, "seconds", {name: study.contenders[name] for name in names})) < len(names):
+    if not were_timed(content, record, {name: study.contenders[name] for name in names}):
         print(f"no figure: {file} does not have the times of all contenders; run the study without --draw")
         return None
     return content

@@ -12,6 +12,7 @@ from helpers import assert_same_bits, initial_weights, make_shallow, run_dir, st
 from models import build_model
 from utils.parallel.averaging import WeightAverage
 from utils.records.result import read_result
+from utils.records.weights import saved_step
 
 
 def test_the_average_is_a_weighted_sum_of_the_weights():
@@ -90,4 +91,4 @@ def test_what_is_reported_of_the_last_step_is_the_average_in_a_file_of_its_own(t
     measured = json.loads(run_main(evaluate, "--checkpoint", path, "--json"))["loss"]
     assert measured == pytest.approx(reported, rel=1e-5)
     run_main(train, *flags, "--resume", "--num_steps", 7, "--ema_decay", 0.9)
-    assert read_result(run_dir(flags))["last"]["step"] == 7
+    assert read_result(run_dir(flags))["last"]["step"] == saved_step(path) == 7

@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from helpers import load_data, make_shallow, random_model, train_run
 from models import build_model
 from utils import errors
+from utils.errors import run_script
 from utils.evaluation import evaluate
 from utils.optimizers import OPTIMIZERS
 from utils.parallel.cpu import is_compiled
 from utils.parallel.devices import device_of_sums, has_apple_gpu, to_device, widest_float
 from utils.parallel.precision import OPT_LEVELS, make_precision
-from utils.parallel.processes import choose_device, device_name, one_process
+from utils.parallel.processes import choose_device, device_name, join_processes, one_process
 from utils.profiling import synchronise
 from utils.records.meter import Meter
 from utils.training import why_eager
@@ -95,7 +96,23 @@ def test_a_gpu_of_nvidia_comes_first(mac, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
     for setting in ("allow_tf32", "benchmark"):  # which choose_device changes
         monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(1) == torch.device("cuda", 1)
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch, capsys):
+    """Also if it is not the first one, which prints what all of them would."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", "1")
+
+    def main():
+        with join_processes(1):
+            pass
+
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main)
+    assert "process 1: error: process 1 has no GPU of its own: this machine has 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("level", OPT_LEVELS)

@@ -190,3 +190,16 @@ def test_mode_eval_names_what_is_missing_or_does_not_fit(tiny_flags, monkeypatch
     path.write_text(path.read_text().replace('"3",', '"drei",'))
     message = fails(train, flags, monkeypatch, capsys)
     assert "best.safetensors was trained on other classes: it has 'drei' where digits has '3'" in message
+
+
+def test_mode_eval_takes_the_model_and_the_normalisation_that_the_run_has_recorded(tiny_flags, run_main):
+    flags = tiny_flags("--num_steps", 2)
+    own = ("--mean_std", "imagenet", "--model_fields", "num_layers=2", "--token_reduction", "tome", "--tome_r", 1)
+    run_main(train, *flags, *own)
+
+    def measured(*further):
+        return re.search(r"loss .*", run_main(train, *flags, "--mode", "eval", *further))[0]
+
+    assert measured() == measured(*own)
+    assert measured("--mean_std", "half") != measured()
+    assert measured("--token_reduction", "none") != ""  # the recorded --tome_r does not count then

@@ -107,6 +107,10 @@ def test_wrong_arguments_are_named_in_the_error(call, message):
         call()
 
 
+def test_a_rate_may_be_an_integer():
+    assert build_model("ViT-L_16", 16, num_layers=1, dropout_rate=0).pos_drop.rate == 0
+
+
 def test_the_fields_that_libraries_set_differently_reach_the_layers():
     """Against the formulas of PyTorch: GELU, and the epsilons of LayerNorm, GroupNorm and weight standardisation."""
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))

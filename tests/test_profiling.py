@@ -3,10 +3,12 @@
 import torch
 from torch import nn
 
+from models import build_model
 from utils.profiling import (
     activation_bytes,
     count_flops,
     count_parameters,
+    count_training_flops,
     markdown_table,
     speed_cells,
     speedup,
@@ -22,6 +24,18 @@ def test_flops_and_parameters_of_a_convolution():
         model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5))
     assert count_parameters(model) == 8 * 3 * 9 + 8 + 5 * 128 + 5
     assert count_flops(model, 8) == 2 * (16 * 8 * 3 * 9 + 5 * 128)
+
+
+def test_a_training_step_has_three_times_the_flops_of_a_forward_pass_but_for_what_is_skipped():
+    """The backward pass of a layer costs twice its forward pass, without the gradient of the images."""
+    with torch.device("meta"):
+        layers = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Linear(32, 10))
+        cnn = build_model("ResNet-Mini_Params", 32)
+        whole, skipping = (build_model("ViT-Mini_4", 32, norm_type=norm) for norm in ("GN", "LN"))
+    assert count_training_flops(layers, 8) == 3 * count_flops(layers, 8) - 2 * 192 * 32
+    for model, least, most in ((cnn, 2.9, 3), (whole, 2.9, 3), (skipping, 2.5, 2.7)):
+        ratio = count_training_flops(model.train(), 32) / count_flops(model.eval(), 32)
+        assert least < ratio <= most
 
 
 def test_activations_are_what_the_backward_pass_needs():

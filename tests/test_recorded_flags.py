@@ -163,9 +163,10 @@ def test_without_a_division_nothing_is_grouped(tmp_path):
     """As the final run, --test_at_end, of a run with --val_split and --group_by and its own test images."""
     recorded = ["--name", "first", "--val_split", "0.2", "--group_by", "(.)"]
     parse = PARSERS[train].parse_args
-    for further, expected in ([], None), (["--test_split", "0.2"], "(.)"):
-        path = write_config(tmp_path / "config.json", vars(parse([*recorded, *further])))
-        args = parse(["--config", str(path), "--name", "b", "--test_at_end"])
+    test_split = ["--test_split", "0.2"]
+    for before, now, expected in ([], [], None), (test_split, [], "(.)"), ([], test_split, "(.)"):
+        path = write_config(tmp_path / "config.json", vars(parse([*recorded, *before])))
+        args = parse(["--config", str(path), "--name", "b", "--test_at_end", *now])
         assert (args.val_split, args.group_by) == (None, expected)
 
 

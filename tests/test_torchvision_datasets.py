@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import urllib.error
@@ -30,7 +32,7 @@ from helpers import ROOT, call_main, load_data, run_dir
 from utils.data.datasets import DATASETS, DataOptions, downloaded, read_split, training_splits
 from utils.data.loading import FolderImages, TensorImages
 from utils.data.splits import SPLITS
-from utils.data.torchvision_datasets import PUBLISHED
+from utils.data.torchvision_datasets import LOCK, PUBLISHED
 from utils.errors import UserError
 from utils.parallel.processes import one_process
 from utils.records.result import read_result
@@ -295,12 +297,25 @@ def test_each_data_set_is_downloaded_once_with_its_official_splits(name, publish
     assert len(requested) == len(source.files)
 
 
-def test_two_runs_that_start_together_download_once(publish, tmp_path):
-    _, requested = publish("svhn")
+@pytest.mark.parametrize("name", ["svhn", "eurosat"])
+def test_two_runs_that_start_together_download_once(name, publish, tmp_path):
+    _, requested = publish(name)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: load_data("svhn", "train", tmp_path), range(4)))
+        found = list(pool.map(lambda _: load_data(name, "train", tmp_path), range(4)))
     assert len(requested) == len(set(requested))
-    assert [len(images) for images in found] == [20] * 4
+    assert [len(images) for images in found] == [EXPECTED[name][0]["train"]] * 4
+
+
+def test_files_that_another_process_unpacks_are_waited_for(publish, tmp_path):
+    publish("eurosat")
+    load_data("eurosat", "train", tmp_path)
+    first = next((tmp_path / "eurosat" / "2750").glob("*/*.jpg"))
+    moved = first.rename(tmp_path / "moved.jpg")  # not unpacked yet
+    code = f"import time; from utils.locks import exclusive_lock\nwith exclusive_lock({str(tmp_path / LOCK)!r}):"
+    code += f" print(1, flush=True); time.sleep(2); import os; os.rename({str(moved)!r}, {str(first)!r})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert len(load_data("eurosat", "train", tmp_path)) == 100
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS.keys() - set(ARRAYS)))

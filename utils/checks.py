@@ -15,8 +15,8 @@ from utils.metrics import BEST_METRICS
 from utils.optimizers import make_optimizer
 from utils.parallel.precision import import_apex_amp, trained_parameters
 from utils.pretrained import check_exists, published_url
+from utils.records.result import last_measured
 from utils.records.run_folder import best_weights, folder_of, resumes
-from utils.records.weights import LAST
 from utils.records.weights_and_biases import check_project, import_wandb
 
 MAX_STEPS = 10**9
@@ -172,7 +172,7 @@ def check_files(args):
         check_best_metric(args, count_classes(args.dataset, options), args.dataset)
     has_weights = resumes(args) if args.mode == "train" else best_weights(args).exists()
     if args.mode == "eval" and not has_weights and not args.pretrained_dir:
-        last = folder_of(args) / LAST
+        last = folder_of(args) / last_measured(folder_of(args))
         way_out = "train first, or check --output_dir and --name"
         if last.exists():  # of a run with --test_at_end
             way_out = f"give its last weights to evaluate.py --checkpoint {last}"

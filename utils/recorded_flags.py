@@ -63,7 +63,7 @@ class RepeatingParser(Parser):
             )
         replaced = NOT_REPEATED.union(names, *(EXCLUDED_BY.get(name, ()) for name in names))
         flags = {**EARLIER_FLAGS, **flags}
-        if "val_split" in replaced - names and flags["test_split"] is None:
+        if "val_split" in replaced - names and flags["test_split"] is None and "test_split" not in names:
             replaced |= {"group_by"}  # there is nothing left to divide by groups
         try:
             arguments = [text for name in flags if name not in replaced for text in self.recorded_flag(name, flags)]

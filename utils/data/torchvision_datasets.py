@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.locks import exclusive_lock
+from utils.locks import exclusive_lock, holder_of
 
 LOCK = ".download.lock"
 
@@ -40,16 +40,21 @@ def read_published(source, data_dir, split):
 
     make = functools.partial(getattr(datasets, source.name), data_dir, **source.splits[split])
     try:
-        try:
-            images, labels, classes = source.read(functools.partial(make, download=False))
-        except (OSError, RuntimeError):  # some files are missing
-            with one_at_a_time(data_dir):
-                images, labels, classes = source.read(functools.partial(make, download=True))
+        images, labels, classes = read_or_download(source, make, data_dir)
         if source.num_images not in (None, len(images)):
             raise FileNotFoundError(f"it has {len(images)} images of {source.num_images}")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise failure(source, data_dir, error) from error
     return images, labels, classes or [str(number) for number in range(source.num_classes)]
+
+
+def read_or_download(source, make, data_dir):
+    """What the source reads; without all files, or while another process downloads them, after a download."""
+    if not holder_of(Path(data_dir) / LOCK):  # else files may be there that are not whole
+        with contextlib.suppress(OSError, RuntimeError):
+            return source.read(functools.partial(make, download=False))
+    with one_at_a_time(data_dir):
+        return source.read(functools.partial(make, download=True))
 
 
 @contextlib.contextmanager

@@ -104,7 +104,11 @@ def join_processes(local_rank=None):
     `local_rank` is the flag of an old launcher; the environment variable takes precedence.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-    device = choose_device(local_rank)
+    try:
+        device = choose_device(local_rank)
+    except UserError as error:
+        error.only_this_process = True
+        raise
     if "RANK" not in os.environ:
         yield one_process(device)
         return

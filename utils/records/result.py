@@ -45,7 +45,7 @@ def result_of_rows(rows, metric):
 def summary(run_dir, result, num_classes, incomplete=()):
     """The results of a run and the paths of its files as text; `incomplete` names records that could not be written."""
     lines = ["", *accuracy_lines(result, num_classes)]
-    last = AVERAGED if result.get("flags", {}).get("ema_decay") else LAST
+    last = last_measured(run_dir)
     weights = [name for name in (BEST, last) if name == last or "best" in result]
     titles = [("weights", weights[0]), *(("", name) for name in weights[1:])]
     titles += [("result", RESULT), ("metrics", METRICS), ("curves", CURVES), ("TensorBoard", EVENTS)]
@@ -55,6 +55,11 @@ def summary(run_dir, result, num_classes, incomplete=()):
         note = "" if exists and name not in incomplete else "  (incomplete)" if exists else "  (missing)"
         lines.append(f"  {title:<11}  {path}{note}")
     return "\n".join(lines)
+
+
+def last_measured(run_dir):
+    """The name of the weights that "last" in a result describes."""
+    return AVERAGED if (run_dir / AVERAGED).exists() else LAST
 
 
 def accuracy_lines(result, num_classes):
