@@ -24,11 +24,12 @@ from utils.few_shot_figure import plot_over_images
 from utils.figures import save
 from utils.flag_types import Parser, one_of, positive, share
 from utils.parallel.processes import choose_device, device_name, one_process
+from utils.profiling import markdown_table
 from utils.recipes import training_images
 from utils.records.files import replace_file
 from utils.records.run_folder import commit_of_code
 from utils.study_records import FINAL, read_records, write_record
-from utils.study_tables import accuracies_of, by_contender, summary_table
+from utils.study_tables import accuracies_of, by_contender, difference_text, summary_table
 
 NAME = "pretraining_study"
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -214,12 +215,23 @@ def summarise(folder):
             for name, records in found.items():
                 if of_seeds := accuracies_of(records):
                     accuracies[name][size] = of_seeds
+        parts.append(f"{over_frozen(accuracies, sizes)}\n")
         path = folder / f"images-{model}.png"
         save(plot_over_images(accuracies, f"{title}: classes that the pretraining did not see", "test"), path)
         print(f"figure: {path}")
     text = "\n".join(parts)
     replace_file(folder / "summary.md", lambda path: path.write_text(text))
     print(f"\n{text}\nsummary: {folder / 'summary.md'}")
+
+
+def over_frozen(accuracies, sizes):
+    """Markdown: paired differences of fine-tuning from each classifier of {contender: {size: {seed: accuracy}}}."""
+    rows = []
+    for name in PROBES:
+        pairs = [(accuracies[FINE_TUNED].get(size, {}), accuracies[name].get(size, {})) for size in sizes]
+        rows.append([name, *(difference_text(*pair) for pair in pairs)])
+    columns = [f"{size:,} images per class" for size in sizes]
+    return markdown_table([f"points of {FINE_TUNED} over (95 % interval)", *columns], rows)
 
 
 def finals_of(records, model):

@@ -148,3 +148,11 @@ def test_the_summary_has_paired_differences_from_scratch():
     assert "| scratch | 45.00 % (40.00 to 50.00), n = 3 |  |" in table
     # differences 5, 6 and 4: mean 5, and 4.303 standard errors of 1 / sqrt(3)
     assert "| fine-tuned | 50.00 % (45.00 to 56.00), n = 3 | +5.00 (+2.52 to +7.48) |" in table
+
+
+def test_fine_tuning_is_compared_with_each_classifier():
+    tuned = {10: {0: 0.5, 1: 0.6, 2: 0.55}, 100: {0: 0.7}}
+    accuracies = {"fine-tuned": tuned} | {name: {10: {0: 0.4, 1: 0.48, 2: 0.47}} for name in pretraining_study.PROBES}
+    table = pretraining_study.over_frozen(accuracies, [10, 100])
+    # differences 10, 12 and 8
+    assert table.count("| +10.00 (+5.03 to +14.97) | no common seeds |") == 4
