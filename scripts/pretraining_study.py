@@ -32,7 +32,7 @@ from utils.study_records import FINAL, read_records, write_record
 from utils.study_tables import accuracies_of, by_contender, difference_text, summary_table
 
 NAME = "pretraining_study"
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 GRID_SHARE = 0.5  # passes of a short run, relative to a final one
 SCRATCH_RUN, FINE_TUNED = "scratch", "fine-tuned"
 PROBES = {f"frozen, {name}": name for name in CLASSIFIERS}
