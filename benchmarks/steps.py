@@ -125,7 +125,7 @@ class TimedStep:
     def __init__(self, model, args, num_classes, device):
         """`args` are the flags of a training script; `model` is moved and cast in place."""
         for layer in model.modules():
-            if hasattr(layer, "seed_samples"):
+            if hasattr(layer, "seed_samples") and not getattr(layer, "stays_random", False):
                 layer.rate = 0.0
         self.run = TrainState(model, args, one_process(device), num_steps=10**9, classes=range(num_classes))
         self.model, self.optimizer = model, self.run.optimizer

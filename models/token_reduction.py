@@ -328,7 +328,7 @@ class RandomChoice(Dropout):
 
     def forward(self, x):
         """`seeds` of `cluster_tokens` for images x (B, ...)."""
-        if not self.training or self.rate == 0.0:
+        if not self.training:
             return keys_of_images(x)
         if self.keys is not None:
             return self.keys
