@@ -83,7 +83,7 @@ class Times(NamedTuple):
     def minutes(self, records):
         """Minutes of training of one of a contender's runs, 0 without steps, NaN if its step was not timed."""
         steps = records[0]["num_steps"]
-        return steps and steps * self.seconds.get(records[0]["contender"], math.nan) / 60
+        return steps * self.seconds.get(records[0]["contender"], math.nan) / 60 if steps else 0.0
 
 
 NO_TIMES = Times()
@@ -155,11 +155,8 @@ def summary_table(columns, reference, order):
     return markdown_table(titles, rows.values())
 
 
-def grid_table(records, order=(), times=NO_TIMES):
-    """Markdown of the short runs of one group: validation accuracy of each contender at each learning rate.
-
-    They have no `times`.
-    """
+def grid_table(records, order=()):
+    """Markdown of the short runs of one group: validation accuracy of each contender at each learning rate."""
     rates = sorted({record["flags"]["learning_rate"] for record in records})
     rows = []
     for name, of_name in by_contender(records, order).items():
@@ -177,9 +174,6 @@ def cell_of_grid(accuracy, is_best):
         return ""
     text = "diverged" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
     return f"**{text}**" if is_best else text
-
-
-TABLES = {FINAL: final_table, GRID: grid_table}
 
 
 def conditions(records, times=NO_TIMES):
@@ -215,6 +209,6 @@ def report_of(groups, order=(), times_of=None):
             if found == kind:
                 records = list(records.values())
                 times = (times_of or {}).get((kind, text), NO_TIMES)
-                table = TABLES[kind](records, order, times)
+                table = final_table(records, order, times) if kind == FINAL else grid_table(records, order)
                 parts.append(f"## {title}: {text}\n\n{table}\n\n{conditions(records, times)}\n")
     return "\n".join(parts)
