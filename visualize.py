@@ -86,10 +86,9 @@ def parse_flags():
     args.output_dir = Path(args.output_dir or folder / "pictures")
     kinds = given_kinds(args)
     if len(args.checkpoint or ()) > 1:
-        for kind in set(kinds).difference(KINDS_OF_SEVERAL):
-            raise UserError(
-                f"--{kind} is for one --checkpoint; --blocks, with the rollout, and --matrix compare several"
-            )
+        if alone := [kind for kind in kinds if kind not in KINDS_OF_SEVERAL]:
+            reason = "--blocks, with the rollout, and --matrix compare several"
+            raise UserError(f"--{alone[0]} is for one --checkpoint; {reason}")
         if not args.image:
             raise UserError("several --checkpoint files need --image: their attention to it is compared")
         if not kinds:

@@ -237,7 +237,7 @@ def test_an_interrupted_evaluation_costs_no_step(number, how, tiny_flags, monkey
         assert [row[key] for key in row if key not in TIMING] == [other[key] for key in row if key not in TIMING]
 
 
-@pytest.mark.parametrize("failing", ["save_best", "log_evaluation", "update_state"])
+@pytest.mark.parametrize("failing", ["save_measured", "log_evaluation", "update_state"])
 def test_a_crash_after_an_evaluation_repeats_it(failing, tiny_flags, monkeypatch):
     """Whatever of its three results was written: the best weights, the row, the progress."""
     flags = ["--num_steps", 6, "--eval_every", 3]

@@ -21,7 +21,7 @@ from utils.parallel.cpu import compile_in_place, is_compiled
 from utils.parallel.memory import recompute_activations
 from utils.parallel.precision import make_precision
 from utils.parallel.processes import load_whole_weights, local_parts, shard_weights, sum_over_processes
-from utils.records.checkpoint import load_tensors, save_best, save_checkpoint, update_state
+from utils.records.checkpoint import load_tensors, save_checkpoint, save_measured, update_state
 from utils.records.meter import Meter
 from utils.records.result import write_result
 from utils.records.weights import AVERAGED, BEST, LAST, load_weights, saved_step
@@ -160,7 +160,7 @@ class TrainState:
         """Write the weights that are evaluated, the moving average if there is one, to a file of the run's folder."""
         averaged = self.average.weights if self.average else {}
         weights, owner = {**self.precision.weights(), **averaged}, (self.processes.is_first, self.args.model_type)
-        save_best(self.run_dir, self.step, weights, *owner, name)
+        save_measured(self.run_dir, name, self.step, weights, *owner)
 
     def measure(self, images, stop):
         """{metric: number} of the model's weights on a split, with the number of its images."""
@@ -178,8 +178,8 @@ class TrainState:
     def finish(self, test_set, stop):
         """Measure the last and the best weights on the test set if there is one apart; write RESULT and return it.
 
-        With a moving average "last" is the average, which is written to AVERAGED.
-        {"last": {"step", split: {metric: number}}, "best": the same}, and how the run came about.
+        {"last": {"step", split: {metric: number}}, "best": the same}, and how the run came about. With a moving
+        average, "last" is of the average, which is written to AVERAGED.
         """
         progress, num_steps = self.progress, self.schedule.num_steps
         entries = {"last": {"step": num_steps, self.evaluated_on: progress.last_result}}

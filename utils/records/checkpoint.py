@@ -24,7 +24,7 @@ from torch.torch_version import TorchVersion
 from utils.errors import RunStoppedError, UserError
 from utils.parallel.processes import barrier, from_first_process, union_over_processes
 from utils.records.files import file_checksum, replace_file, text_checksum
-from utils.records.weights import BEST, LAST, load_weights, save_weights, saved_step
+from utils.records.weights import LAST, load_weights, save_weights, saved_step
 
 CONFIG = "config.json"  # of the run
 STATE = "state.json"
@@ -63,8 +63,11 @@ def save_checkpoint(run_dir, step, weights, tensors, state, is_first, keep=1, mo
         barrier()  # a launcher ends all processes when one has ended, so none may go before the first one has written
 
 
-def save_best(run_dir, step, weights, is_first, model_type="", name=BEST):
-    """Write `best.safetensors`, or AVERAGED by that `name`. All processes call it. Raises RunStoppedError."""
+def save_measured(run_dir, name, step, weights, is_first, model_type=""):
+    """Write weights that were measured to the file `name`, BEST or AVERAGED. All processes call it.
+
+    Raises RunStoppedError.
+    """
     with errors_stop_the_run(run_dir, f"{name} of step {step}"):
         save_weights(Path(run_dir) / name, weights, step, is_first, model_type)
 
