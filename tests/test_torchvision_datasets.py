@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,9 @@ from helpers import ROOT, call_main, load_data, run_dir
 from utils.data.datasets import DATASETS, DataOptions, downloaded, read_split, training_splits
 from utils.data.loading import FolderImages, TensorImages
 from utils.data.splits import SPLITS
-from utils.data.torchvision_datasets import LOCK, PUBLISHED
+from utils.data.torchvision_datasets import LOCK, PUBLISHED, read_published
 from utils.errors import UserError
+from utils.locks import exclusive_lock
 from utils.parallel.processes import one_process
 from utils.records.result import read_result
 from utils.sweeps import download_shared_files
@@ -306,16 +307,51 @@ def test_two_runs_that_start_together_download_once(name, publish, tmp_path):
     assert [len(images) for images in found] == [EXPECTED[name][0]["train"]] * 4
 
 
+def hold_download_lock(data_dir, then="pass"):
+    """Another process that holds the lock for two seconds and executes `then` before it releases it."""
+    code = f"import os, time; from utils.locks import exclusive_lock\nwith exclusive_lock({str(data_dir / LOCK)!r}):"
+    code += f" print(1, flush=True); time.sleep(2); {then}"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    return other
+
+
 def test_files_that_another_process_unpacks_are_waited_for(publish, tmp_path):
     publish("eurosat")
     load_data("eurosat", "train", tmp_path)
     first = next((tmp_path / "eurosat" / "2750").glob("*/*.jpg"))
     moved = first.rename(tmp_path / "moved.jpg")  # not unpacked yet
-    code = f"import time; from utils.locks import exclusive_lock\nwith exclusive_lock({str(tmp_path / LOCK)!r}):"
-    code += f" print(1, flush=True); time.sleep(2); import os; os.rename({str(moved)!r}, {str(first)!r})"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with hold_download_lock(tmp_path, then=f"os.rename({str(moved)!r}, {str(first)!r})"):
         assert len(load_data("eurosat", "train", tmp_path)) == 100
+
+
+def test_a_download_that_starts_during_the_reading_is_waited_for(tmp_path):
+    others = []
+
+    def read(make):
+        if others:
+            return ["first.jpg", "second.jpg"], [0, 1], None
+        others.append(hold_download_lock(tmp_path))
+        return ["first.jpg"], [0], None  # all that is unpacked yet
+
+    images, *_ = read_published(PUBLISHED["dtd"]._replace(read=read), tmp_path, "train")
+    assert images == ["first.jpg", "second.jpg"]
+    assert others[0].wait(timeout=0.5) == 0
+
+
+def test_files_that_this_process_unpacks_meanwhile_are_waited_for(publish, tmp_path):
+    """The first reading sees no lock, because the same process holds it, and finds too few images."""
+    publish("eurosat")
+    load_data("eurosat", "train", tmp_path)
+    first = next((tmp_path / "eurosat" / "2750").glob("*/*.jpg"))
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive_lock(tmp_path / LOCK):
+            moved = first.rename(tmp_path / "moved.jpg")  # not unpacked yet
+            found = pool.submit(load_data, "eurosat", "train", tmp_path)
+            with pytest.raises(TimeoutError):
+                found.result(timeout=1)
+            moved.rename(first)
+        assert len(found.result()) == 100
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS.keys() - set(ARRAYS)))

@@ -41,8 +41,6 @@ def read_published(source, data_dir, split):
     make = functools.partial(getattr(datasets, source.name), data_dir, **source.splits[split])
     try:
         images, labels, classes = read_or_download(source, make, data_dir)
-        if source.num_images not in (None, len(images)):
-            raise FileNotFoundError(f"it has {len(images)} images of {source.num_images}")
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise failure(source, data_dir, error) from error
     return images, labels, classes or [str(number) for number in range(source.num_classes)]
@@ -50,11 +48,22 @@ def read_published(source, data_dir, split):
 
 def read_or_download(source, make, data_dir):
     """What the source reads; without all files, or while another process downloads them, after a download."""
-    if not holder_of(Path(data_dir) / LOCK):  # else files may be there that are not whole
+    lock = Path(data_dir) / LOCK
+    if not holder_of(lock):  # else files may be there that are not whole
         with contextlib.suppress(OSError, RuntimeError):
-            return source.read(functools.partial(make, download=False))
+            found = read_all_of(source, functools.partial(make, download=False))
+            if not holder_of(lock):  # a download may have started since
+                return found
     with one_at_a_time(data_dir):
-        return source.read(functools.partial(make, download=True))
+        return read_all_of(source, functools.partial(make, download=True))
+
+
+def read_all_of(source, make):
+    """What the source reads. Raises FileNotFoundError if images are missing."""
+    found = source.read(make)
+    if source.num_images not in (None, len(found[0])):
+        raise FileNotFoundError(f"it has {len(found[0])} images of {source.num_images}")
+    return found
 
 
 @contextlib.contextmanager
