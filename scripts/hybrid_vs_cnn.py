@@ -6,10 +6,17 @@ training images and the same number of steps. Each run leaves one file in result
 figures are drawn. The same command resumes; what has a file is not run again.
 
     python scripts/hybrid_vs_cnn.py --shares 0.1 0.3 1
+
+--full, as the first flag, fine-tunes the three full-size models instead: with their rows of
+scripts/fine_tuning_table.py, whose flags follow.
+
+    python scripts/hybrid_vs_cnn.py --full --dry_run --dataset cifar10
 """
 
 import math
+import sys
 
+import fine_tuning_table
 from study import GRID_VALIDATION, Study, add_study_flags, run_studies
 
 from utils.data.datasets import DataOptions, count_classes
@@ -23,10 +30,16 @@ MODELS = {
     "ResNet-Mini_Flops": "CNN with as many FLOPs",
 }
 REFERENCE = "R26-ViT-Mini_4"
+FULL_SIZE = ("--model_type", "R50-ViT-B_16", "ResNet50x3_Params", "ResNet50x3_Flops")
+FULL_SIZE += ("--img_size", "224", "--num_steps", "10000")
 LEAST_IMAGES = 10  # training images per class, of which one in ten is to judge the short runs
 
 
 def main():
+    if sys.argv[1:2] == ["--full"]:
+        sys.argv[1:2] = FULL_SIZE
+        fine_tuning_table.main()
+        return
     args = parse_flags()
     shares = [1] if args.draw else args.shares  # tables and figures need no training images
     run_studies([study_of(each, args) for each in shares], args)
@@ -45,7 +58,15 @@ def parse_flags():
         metavar="SHARE",
         help="Shares of the training images; each has tables of its own.",
     )
-    return parser.parse_args()
+    group.add_argument(
+        "--full",
+        action="store_true",
+        help="As the first flag: fine-tune the full-size models; --full --help lists the flags that follow.",
+    )
+    args = parser.parse_args()
+    if args.full:
+        raise UserError("--full has other flags, which follow it: give it first")
+    return args
 
 
 def study_of(part, args):

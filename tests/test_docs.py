@@ -235,6 +235,8 @@ def parse(script, arguments, monkeypatch):
     """The arguments that the script's parser does not know; raises UserError or SystemExit for wrong values."""
     if script in TRAINING:
         return train_parser("", TRAINING[script]).parse_known_args(arguments)[1]
+    if arguments[:1] == ["--full"]:
+        return parse("scripts/fine_tuning_table.py", arguments[1:], monkeypatch)
     parse_known_args = argparse.ArgumentParser.parse_known_args
 
     def parse_and_stop(parser, *given):

@@ -78,12 +78,28 @@ def test_a_share_has_as_many_steps_as_all_images(share, batch_size):
         (["--dataset", "digit"], "unknown dataset 'digit'; did you mean digits"),
         (["--img_size", 9], "image size 9 is not a multiple"),
         (["--contenders", "ResNet-Mini"], "--contenders: there is no ResNet-Mini; there are R26-ViT-Mini_4, "),
+        (["--full"], "--full has other flags, which follow it: give it first"),
         (["--draw"], "results has no results; run the study without --draw first"),
     ],
 )
 def test_wrong_flags_are_errors_before_any_run(flags, message, main_fails, tmp_path):
     assert message in main_fails(hybrid_vs_cnn, *toy(tmp_path, *flags))
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_full_size_models_are_rows_of_the_fine_tuning_table(run_main, tmp_path):
+    """With BiT's and Google's files, the same recipe for all, and the flags of that script."""
+    flags = ["--dataset", "cifar100", "--weights", tmp_path, "--results", tmp_path / "results", "--dry_run"]
+    lines = run_main(hybrid_vs_cnn, "--full", *flags, "--", "--bf16").splitlines()
+    runs = [train_parser().parse_args(shlex.split(line)[2:]) for line in lines if not line.startswith("#")]
+    assert [(run.model_type, run.pretrained_dir) for run in runs] == [
+        ("R50-ViT-B_16", f"{tmp_path}/R50+ViT-B_16.npz"),
+        ("ResNet50x3_Params", f"{tmp_path}/BiT-M-R50x3.npz"),
+        ("ResNet50x3_Flops", f"{tmp_path}/BiT-M-R50x3.npz"),
+    ]
+    assert {(run.dataset, run.img_size, run.num_steps, run.train_batch_size, run.bf16) for run in runs} == {
+        ("cifar100", 224, 10_000, 512, True)
+    }
 
 
 @pytest.mark.slow  # three runs of train.py, each in a process of its own
