@@ -14,9 +14,10 @@ scripts/fine_tuning_table.py, whose flags follow.
 """
 
 import math
+import runpy
 import sys
+from pathlib import Path
 
-import fine_tuning_table
 from study import GRID_VALIDATION, Study, add_study_flags, run_studies
 
 from utils.data.datasets import DataOptions, count_classes
@@ -37,8 +38,8 @@ LEAST_IMAGES = 10  # training images per class, of which one in ten is to judge 
 
 def main():
     if sys.argv[1:2] == ["--full"]:
-        sys.argv[1:2] = FULL_SIZE
-        fine_tuning_table.main()
+        sys.argv[:2] = [str(Path(__file__).with_name("fine_tuning_table.py")), *FULL_SIZE]
+        runpy.run_path(sys.argv[0], run_name="__main__")
         return
     args = parse_flags()
     shares = [1] if args.draw else args.shares  # tables and figures need no training images
