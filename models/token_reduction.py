@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from models.dropout import Dropout, random_order, scramble
+from models.facility_location import facility_location
 
 
 class Clusters(NamedTuple):
@@ -211,28 +212,6 @@ def coverage(s, kept):
     return gather_rows(s, kept).amax(dim=1).sum(dim=-1)
 
 
-@torch.library.custom_op("token_reduction::facility_location", mutates_args=())
-def facility_location(s: torch.Tensor, k: int) -> torch.Tensor:
-    """The k greedy picks (B, k) that maximise f, in order; s (B, N, N) >= 0 has one row per candidate.
-
-    A custom operator, because torch.compile would unroll the k rounds, which takes minutes.
-    """
-    best = s.new_zeros(len(s), 1, s.shape[-1])  # how well the picks so far represent each token
-    extended = torch.empty_like(s)
-    picks = torch.empty(len(s), k, dtype=torch.long, device=s.device)
-    for n in range(k):
-        values = torch.maximum(s, best, out=extended).sum(dim=-1)  # (B, N): f of the picks so far and one more
-        pick = values.scatter_(1, picks[:, :n], -torch.inf).argmax(dim=1, keepdim=True)
-        picks[:, n : n + 1] = pick
-        best = torch.maximum(best, gather_rows(s, pick))
-    return picks
-
-
-@facility_location.register_fake
-def _(s, k):
-    return s.new_empty(s.shape[0], k, dtype=torch.long)
-
-
 def upper_bound(s, k):
     """An upper bound (B,) of f(S) for k candidates: the minimum over t of f(S_t) + the k largest gains, S_t greedy.
 
@@ -252,7 +231,8 @@ def facility_clusters(keys, k):
     s = similarity(keys)
     # Two tokens that are nearest to each other gain the same. In float64, sums of float32 values do not depend on their
     # order, so the index decides; in float32, rounding would decide, and it differs with the size of the batch.
-    exact = (s.cpu() if s.device.type == "mps" else s).double()  # Apple's GPUs have no float64
+    exact = s.cpu() if s.device.type == "mps" else s  # Apple's GPUs have no float64
+    exact = exact if s.is_cuda else exact.double()  # the kernel of a GPU adds in float64 anyway
     kept = facility_location(exact, k).to(s.device).sort(dim=1).values
     return kept, assign(s, kept)
 

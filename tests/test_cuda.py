@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from helpers import ROOT, load_data, stop_after, train_run
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
+from models.facility_location import greedy_picks, triton_kernel
 from models.norms import TokenGroupNorm
-from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens
+from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens, similarity
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from utils.data.augmentation import Augmentation
@@ -180,6 +181,14 @@ def test_tokens_are_chosen_as_on_the_cpu(method, device):
     on_cpu, on_gpu = (cluster_tokens(keys.to(place), Reduction(method, 49, 4)) for place in ("cpu", device))
     assert torch.equal(on_gpu.kept.cpu(), on_cpu.kept)
     assert torch.equal(on_gpu.assignment.cpu(), on_cpu.assignment)
+
+
+@pytest.mark.parametrize("tokens, k", [(196, 147), (577, 9), (3, 1)])
+def test_one_kernel_chooses_as_pytorchs_operators(tokens, k, device):
+    kernel = triton_kernel(device)
+    assert kernel, "Triton does not work here"
+    s = similarity(torch.randn(5, tokens, 64, device=device))
+    assert torch.equal(kernel(s, k), greedy_picks(s.double(), k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,8 +12,8 @@ from PIL import Image
 from helpers import ROOT, write_images
 from inference import SavedModel
 from models import CONFORMERS, MODEL_TYPES, NORM_TYPES, REDUCTION_METHODS, RESNETS, TOKEN_REDUCTIONS
+from models.facility_location import facility_location
 from models.formats import onnx as onnx_format
-from models.token_reduction import facility_location
 from test_export import CLASSES, REDUCED, logits_of, relative_difference, write_checkpoint
 
 ONNX_BOUND = 1e-4

@@ -24,13 +24,13 @@ from helpers import (
 from inference import SavedModel
 from models import REDUCTION_METHODS, build_model
 from models.dropout import random_order
+from models.facility_location import facility_location
 from models.token_reduction import (
     Clusters,
     Reduction,
     cluster_tokens,
     coverage,
     facility_clusters,
-    facility_location,
     keys_of_images,
     merge_tokens,
     random_clusters,

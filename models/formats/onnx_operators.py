@@ -12,7 +12,7 @@ from onnxscript import opset18 as op
 
 @onnxscript.script(onnxscript.values.Opset("token_reduction", 1))
 def facility_location(s: DOUBLE[...], k: int) -> INT64[...]:
-    """As models.token_reduction.facility_location: the k greedy picks (B, k) for similarities s (B, N, N) >= 0."""
+    """As models.facility_location.facility_location: the k greedy picks (B, k) for similarities s (B, N, N) >= 0."""
     zero = op.CastLike(0.0, s)
     lowest = op.CastLike(-1.0, s)  # below any sum of similarities
     best = op.ReduceMax(op.Mul(s, zero), [1], keepdims=1)  # (B, 1, N)
