@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from helpers import ROOT, call_main, succeed
 from models import NORM_TYPES, build_model
 from models.configs import VITS
 from models.token_reduction import REDUCTION_METHODS
+from test_docs import parse
 from utils.errors import UserError
 from utils.profiling import activation_bytes
 
@@ -342,15 +344,52 @@ def test_the_ratios_of_end_to_end_are_those_of_the_same_round():
     assert lines[-2] == "| train.py | 19.0 | 9.0 to 42.0 | 95.0% (90.0% to 105.0%) | 1.90 (1.50 to 2.00) |"
 
 
-@pytest.mark.slow
-def test_every_part_of_gpu_sh_starts():
-    """Only whether each part starts: its flags are known and its files exist."""
-    import subprocess
+def gpu_sh(*flags, **environment):
+    """What benchmarks/gpu.sh prints, without a GPU."""
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = ["bash", "benchmarks/gpu.sh", *flags]
+    return subprocess.run(command, cwd=ROOT, env={"HOME": "/tmp", **environment}, capture_output=True, text=True)
 
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HOME": "/tmp"}
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--dry"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
+
+@pytest.mark.slow  # each part is a process
+def test_every_part_of_gpu_sh_starts_and_is_done_once(tmp_path):
+    """Only whether each part starts: its flags are known and its files exist. What is done is not repeated."""
+    flags = ("--dry", "--train", "--minutes", "60")
+    done = gpu_sh(*flags, OUT=str(tmp_path))
     parts = re.findall(r"^(\S+) +\d+ s  (.*)$", done.stdout, re.MULTILINE)
-    assert len(parts) >= 9
+    assert len(parts) >= 16
     assert {end for _, end in parts} == {"done"}, done.stdout
+    summary = tmp_path / "summary.txt"
+    lines = summary.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [name for name, _ in parts]
+    lines[-1] = lines[-1].replace("done", "stopped at its limit of 2 s")
+    summary.write_text("\n".join([*lines, ""]))
+    again = gpu_sh(*flags, OUT=str(tmp_path))
+    assert re.findall(r"^(\S+) +\d+ s  (.*)$", again.stdout, re.MULTILINE) == parts[-1:]
+    assert len(summary.read_text().splitlines()) == len(parts)
+
+
+def test_the_commands_of_gpu_sh_parse(tmp_path, monkeypatch):
+    """Those for a GPU, with a Python that only writes down its arguments."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo GPU || echo "$@" >>{tmp_path}/commands\n')
+    fake.chmod(0o755)
+    done = gpu_sh("--train", PYTHON=str(fake), OUT=str(tmp_path / "out"), PRETRAINED="weights.npz")
+    commands = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
+    assert len(commands) == done.stdout.count(" done\n") > 25
+    assert commands[0] == ["-m", "pytest", "-q", "tests/test_cuda.py"]
+    for script, *arguments in commands[1:]:
+        assert parse(script, arguments, monkeypatch) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--fast"], "unknown flag --fast; the flags are --minutes N, --train and --dry"),
+        (["--minutes", "x"], "--minutes needs a whole number above 0"),
+        ([], "no GPU that PyTorch can use; --dry tests the script on a CPU"),
+    ],
+)
+def test_gpu_sh_without_a_gpu_or_with_wrong_flags_is_one_line(flags, message):
+    done = gpu_sh(*flags)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"gpu.sh: {message}\n")
