@@ -51,7 +51,7 @@ WARMUP = 0.05  # share of the steps
 INTERVALS = 20  # training metrics per final run
 SAVES = 4  # checkpoints per short run
 GRID_VALIDATION = 0.1  # share of the training images that judge the short runs
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 DERIVED = ("num_steps", "warmup_steps", "eval_every", "save_every")  # flags that follow from the batch size
 SCRATCH = {  # the recipe of small models from scratch at 32x32: as --recipe scratch, but with a rate per contender
     "horizontal_flip": True,
