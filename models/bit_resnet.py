@@ -47,7 +47,7 @@ class BiTResNet(nn.Module):
         x = to_fast_layout(self.stem(to_channels_last(images)))  # the stem has no GroupNorm
         for stage in self.stages:
             x = stage.blocks(x)
-        return self.head(F.relu(self.norm(x), inplace=True))
+        return self.head(self.norm(x, relu=True))
 
     def load_from(self, arrays, head="zero"):
         """Load Google's checkpoint, a mapping from key to array, e.g. `np.load("BiT-M-R50x1.npz")`.
@@ -117,11 +117,11 @@ class PreActBottleneck(nn.Module):
         self.conv3 = StdConv2d(config, width, out_channels, 1)
 
     def forward(self, x):
-        activated = F.relu(self.norm1(x), inplace=True)
+        activated = self.norm1(x, relu=True)
         residual = self.downsample(activated) if self.downsample else x
         x = self.conv1(activated)
-        x = self.conv2(F.relu(self.norm2(x), inplace=True))
-        return residual + self.conv3(F.relu(self.norm3(x), inplace=True))
+        x = self.conv2(self.norm2(x, relu=True))
+        return residual + self.conv3(self.norm3(x, relu=True))
 
 
 class Head(nn.Module):

@@ -18,7 +18,6 @@ the positions, but the tokens still contain their position embeddings.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models import npz
@@ -77,7 +76,7 @@ class Conformer(VisionTransformer):
 
     def classify(self, x, clusters=()):
         x = self.to_grid(x[:, 1:], clusters)  # (B, hidden, g, g)
-        return self.head(F.relu(self.cnn_norm(self.cnn(x)), inplace=True))
+        return self.head(self.cnn_norm(self.cnn(x), relu=True))
 
     def compile(self, **options):
         """As VisionTransformer.compile; the CNN is compiled as a whole."""

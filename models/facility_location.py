@@ -1,9 +1,8 @@
 """The greedy choice of facility location (models/token_reduction.py) as one operator, on a GPU as one kernel."""
 
-import functools
-import warnings
-
 import torch
+
+from models.triton_kernels import load_kernel
 
 
 @torch.library.custom_op("token_reduction::facility_location", mutates_args=())
@@ -24,7 +23,7 @@ def _(s, k):
 @facility_location.register_kernel("cuda")
 def picks_on_gpu(s, k):
     """As `facility_location`, in float64; by PyTorch's operators where Triton does not work."""
-    kernel = triton_kernel(s.device)
+    kernel = load_kernel("facility_location_kernel", s.device)
     return kernel(s, k) if kernel else greedy_picks(s.double(), k)
 
 
@@ -39,17 +38,3 @@ def greedy_picks(s, k):
         picks[:, n : n + 1] = pick
         best = torch.maximum(best, s.gather(1, pick[..., None].expand(-1, -1, s.shape[-1])))
     return picks
-
-
-@functools.cache
-def triton_kernel(device):
-    """A function as `facility_location` that is one kernel; None, with a warning, if it does not run on the device."""
-    try:
-        from models.facility_location_kernel import launch
-
-        launch(torch.ones(1, 4, 4, device=device), 2)
-    except Exception as error:  # Triton may be missing, or the C compiler that it needs
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"facility location runs without its Triton kernel, which is slower: {reason}", stacklevel=2)
-        return None
-    return launch

@@ -36,7 +36,7 @@ class ResNetStem(nn.Module):
 
     def forward(self, x):
         x = to_fast_layout(x)
-        x = F.relu(self.gn_root(self.conv_root(x)), inplace=True)
+        x = self.gn_root(self.conv_root(x), relu=True)
         if self.has_max_pool:
             # Activations are >= 0, so padding with zeros gives the same maxima as TensorFlow's -inf.
             x = max_pool(pad_same(x, kernel_size=3, stride=2))
@@ -68,6 +68,6 @@ class PostActBottleneck(nn.Module):
 
     def forward(self, x):
         residual = self.gn_proj(self.conv_proj(x)) if self.has_projection else x
-        x = F.relu(self.gn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.gn2(self.conv2(x)), inplace=True)
+        x = self.gn1(self.conv1(x), relu=True)
+        x = self.gn2(self.conv2(x), relu=True)
         return F.relu(residual + self.gn3(self.conv3(x)), inplace=True)

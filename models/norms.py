@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from models.triton_kernels import load_kernel
+
 
 class TokenNorm:
     """What the class of a norm type declares; `__init__` takes the hidden size, `forward` tokens (B, N, C)."""
@@ -98,10 +100,24 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, num_channels, eps, num_groups):
         super().__init__(num_groups, num_channels, eps=eps)
 
-    def forward(self, x):
+    def forward(self, x, relu=False):
+        """The normalised map, with `relu` the ReLU of it."""
+        if (kernel := group_norm_kernel(x)) and x.is_contiguous(memory_format=torch.channels_last):
+            rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+            y = kernel(rows, self.weight, self.bias, self.num_groups, self.eps, relu)
+            return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         if x.dtype == self.weight.dtype or x.device.type == "cpu":
-            return super().forward(x)
-        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+            y = super().forward(x)
+        else:
+            y = F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        return F.relu(y, inplace=True) if relu else y
+
+
+def group_norm_kernel(x):
+    """The function `apply` of models/group_norm_kernel.py if it is to normalise x, else None."""
+    if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        return load_kernel("group_norm_kernel", x.device)
+    return None
 
 
 class TokenBatchNorm(TokenNorm, nn.BatchNorm1d):
@@ -175,10 +191,12 @@ class TokenGroupNorm(TokenNorm, nn.GroupNorm):
         if x.device.type == "cpu":
             channels_last = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, N) without a copy
             return super().forward(channels_last).squeeze(2).transpose(1, 2)
+        if (kernel := group_norm_kernel(x)) and x.is_contiguous():
+            return kernel(x, self.weight, self.bias, self.num_groups, self.eps, False)
         return self.over_groups(x)
 
     def over_groups(self, x):
-        """For GPUs, where PyTorch's kernel would move the channels first in memory."""
+        """By operators of which none moves the channels first in memory, and which torch.compile fuses."""
         groups = x.unflatten(-1, (self.num_groups, -1))  # (B, N, groups, C / groups)
         variance, mean = torch.var_mean(groups.float(), dim=(1, 3), correction=0, keepdim=True)
         scale = self.weight.float().view(self.num_groups, -1) * (variance + self.eps).rsqrt()  # (B, 1, groups, ...)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from helpers import ROOT, load_data, stop_after, train_run
 from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
-from models.facility_location import greedy_picks, triton_kernel
-from models.norms import TokenGroupNorm
+from models.facility_location import greedy_picks
+from models.norms import GroupNorm, TokenGroupNorm
 from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens, similarity
+from models.triton_kernels import load_kernel
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from utils.data.augmentation import Augmentation
@@ -94,6 +95,29 @@ def test_group_norm_of_tokens_in_16_bits_is_near_float64(dtype, device):
     expected = F.group_norm(x.double().transpose(1, 2), 4, norm.weight.double(), norm.bias.double(), 1e-6)
     assert out.dtype == x.dtype
     assert relative_error(out.detach().cpu().double(), expected.transpose(1, 2).detach().cpu()) < 0.01
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape, groups", [((3, 64, 57, 57), 32), ((2, 768, 14, 14), 32), ((2, 12, 1, 5), 4)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_group_norm_of_maps_is_near_float64(dtype, bound, shape, groups, relu, device):
+    """By the kernel: values and the gradients of the map, weight and bias."""
+    assert load_kernel("group_norm_kernel", device), "Triton does not work here"
+    norm = GroupNorm(shape[1], 1e-5, groups).to(device)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = (3 + torch.randn(shape, device=device)).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(shape, device=device)
+    y = norm(x, relu)
+    ours = [y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), gradient.to(dtype))]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    doubles = [value.detach().double().requires_grad_() for value in (x, norm.weight, norm.bias)]
+    expected = F.group_norm(doubles[0], groups, *doubles[1:], 1e-5)
+    expected = F.relu(expected) if relu else expected
+    theirs = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
+    for value, wanted in zip(ours, theirs, strict=True):
+        assert relative_error(value.detach().double().cpu(), wanted.detach().cpu()) < bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,7 +209,7 @@ def test_tokens_are_chosen_as_on_the_cpu(method, device):
 
 @pytest.mark.parametrize("tokens, k", [(196, 147), (577, 9), (3, 1)])
 def test_one_kernel_chooses_as_pytorchs_operators(tokens, k, device):
-    kernel = triton_kernel(device)
+    kernel = load_kernel("facility_location_kernel", device)
     assert kernel, "Triton does not work here"
     s = similarity(torch.randn(5, tokens, 64, device=device))
     assert torch.equal(kernel(s, k), greedy_picks(s.double(), k))
