@@ -2,7 +2,7 @@
 
 import torch
 
-from models.triton_kernels import load_kernel
+from models.probing import load_kernel
 
 
 @torch.library.custom_op("token_reduction::facility_location", mutates_args=())

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from models.triton_kernels import load_kernel
+from models.probing import load_kernel
 
 
 class TokenNorm:

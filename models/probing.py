@@ -1,5 +1,7 @@
-"""Probing of PyTorch's private operators, which may change or vanish in any release."""
+"""Probing of what may not work: PyTorch's private operators, which any release may change, and Triton kernels."""
 
+import functools
+import importlib
 import logging
 import textwrap
 import threading
@@ -16,7 +18,7 @@ def probe(name, check, fallback):
     def run():
         try:
             results.append(check())
-        except Exception as error:  # any change in PyTorch may raise any error
+        except Exception as error:  # whatever has changed or is missing may raise any error
             errors.append(textwrap.shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200))
 
     thread = threading.Thread(target=run)
@@ -26,6 +28,22 @@ def probe(name, check, fallback):
         return results[0]
     logging.getLogger(__name__).warning("%s: %s; ordinary, slower operators are used instead", name, errors[0])
     return fallback
+
+
+@functools.cache
+def load_kernel(name, device):
+    """The function `apply` of models/`name`.py, a module of Triton kernels, if its `trial(device)` does not raise.
+
+    Else None: Triton may be missing, or the C compiler that it needs. So a kernel is used only after it has computed
+    the right results on this GPU.
+    """
+
+    def load():
+        module = importlib.import_module(f"models.{name}")
+        module.trial(device)
+        return module.apply
+
+    return probe(f"models/{name}.py", load, None)
 
 
 def require_same(found, expected, bound):

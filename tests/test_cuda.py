@@ -14,8 +14,8 @@ from models import NORM_TYPES, build_model
 from models.attention import attend, attention_weights
 from models.facility_location import greedy_picks
 from models.norms import GroupNorm, TokenGroupNorm
+from models.probing import load_kernel
 from models.token_reduction import REDUCTION_METHODS, Reduction, cluster_tokens, similarity
-from models.triton_kernels import load_kernel
 from synthetic import load_fixture, make_checkpoint, make_images
 from test_reference_logits import relative_error
 from utils.data.augmentation import Augmentation

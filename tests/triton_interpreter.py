@@ -6,7 +6,7 @@ Triton decides once, when it is imported, if kernels are interpreted: by TRITON_
 import pytest
 import torch
 
-from models import facility_location_kernel, group_norm_kernel
+from models import facility_location_kernel, group_norm_kernel, norms
 from models.facility_location import facility_location
 from models.group_norm_kernel import torch_group_norm
 from models.token_reduction import similarity
@@ -25,7 +25,7 @@ def test_the_trial_succeeds_and_finds_wrong_results(kernel, monkeypatch):
     kernel.trial("cpu")
     right = kernel.apply
     monkeypatch.setattr(kernel, "apply", lambda *given: right(*given) + 1)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ArithmeticError):
         kernel.trial("cpu")
 
 
@@ -72,3 +72,25 @@ def test_group_norm_is_that_of_float64(dtype, shape, groups, sizes, relu, monkey
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound * theirs.abs().max().item())
     assert y.dtype == inputs[0].grad.dtype == dtype
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_group_norm_of_channels_last_maps_uses_the_kernel(relu, monkeypatch):
+    used = []
+
+    def apply(*given):
+        used.append(given[0].shape)
+        return group_norm_kernel.apply(*given)
+
+    torch.manual_seed(0)
+    norm = norms.GroupNorm(8, 1e-5, 4)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    expected = norm(x, relu)
+    monkeypatch.setattr(norms, "group_norm_kernel", lambda x: apply)
+    y = norm(x, relu)
+    assert used == [(2, 15, 8)] and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(norm(x.contiguous(), relu), expected)
+    assert len(used) == 1
