@@ -52,7 +52,6 @@ temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 runs=output/gpu
 if $dry; then
-    name=dry
     runs=$temporary/runs
     out=${OUT:-$temporary/results}
 else
@@ -70,7 +69,6 @@ part() {
     if grep -q "^$name .* done$" "$out/summary.txt"; then
         return
     fi
-    $dry && limit=900  # other work may slow a CPU down
     [ "$limit" -gt $((deadline - SECONDS)) ] && limit=$((deadline - SECONDS))
     if [ "$limit" -lt 15 ]; then
         printf '%-28s          skipped: no time is left\n' "$name"
@@ -111,18 +109,18 @@ study() { # NAME SECONDS FLAGS...
     part "$name" "$limit" "$python" "scripts/$name.py" --output_dir "$runs/$name" --results "$out/$name" "$@"
 }
 
-if $dry; then
+if $dry; then  # with long limits, because other work may slow a CPU down
     small=(--img_size 32 --batch_size 2 --rounds 1)
-    part tests 120 "$python" -m pytest -q tests/test_cuda.py
-    benchmark end_to_end 120 end_to_end "${small[@]}" --num_steps 2 --first_steps 2 --images 20
-    throughput throughput-bf16 120 --model_type ViT-Ti_16 ResNet-Mini_Flops "${small[@]}"
-    benchmark kernels 120 kernels --model_type ViT-Mini_4 "${small[@]}"
-    benchmark growth 120 growth --model_type ViT-Mini_4 --model_types ViT-Nano_4 ViT-Mini_4 --batch_sizes 1 2 \
+    part tests 900 "$python" -m pytest -q tests/test_cuda.py
+    benchmark end_to_end 900 end_to_end "${small[@]}" --num_steps 2 --first_steps 2 --images 20
+    throughput throughput-bf16 900 --model_type ViT-Ti_16 ResNet-Mini_Flops "${small[@]}"
+    benchmark kernels 900 kernels --model_type ViT-Mini_4 "${small[@]}"
+    benchmark growth 900 growth --model_type ViT-Mini_4 --model_types ViT-Nano_4 ViT-Mini_4 --batch_sizes 1 2 \
         --img_sizes 16 32 "${small[@]}" --figure "$out/growth.png"
-    throughput norms 120 --compare norms --model_type ViT-Mini_4 "${small[@]}"
-    benchmark token_reduction 120 token_reduction_speed --model_type ViT-Mini_4 "${small[@]}"
-    benchmark models 120 throughput --compare models --model_type ViT-Mini_4 ResNet-Mini_Flops "${small[@]}"
-    benchmark data_loading 120 data_loading --images 8 --batch_size 4 --img_size 32 --rounds 1 --num_workers 1
+    throughput norms 900 --compare norms --model_type ViT-Mini_4 "${small[@]}"
+    benchmark token_reduction 900 token_reduction_speed --model_type ViT-Mini_4 "${small[@]}"
+    benchmark models 900 throughput --compare models --model_type ViT-Mini_4 ResNet-Mini_Flops "${small[@]}"
+    benchmark data_loading 900 data_loading --images 8 --batch_size 4 --img_size 32 --rounds 1 --num_workers 1
 else
     cnns=(ResNet50x3_Params ResNet50x3_Flops)
     part tests 180 "$python" -m pytest -q tests/test_cuda.py
@@ -153,14 +151,14 @@ fi
 
 if $train && $dry; then
     tiny=(--dataset digits --img_size 8 --train_batch_size 8)
-    train scratch-ViT-Mini_4 120 "${tiny[@]}" --model_type ViT-Mini_4 --recipe scratch --num_steps 2 --test_at_end
-    part norms-ViT-B_32 120 "$python" scripts/norm_study.py --dry_run --output_dir "$runs/norms" --model_types ViT-Mini_4 \
+    train scratch-ViT-Mini_4 900 "${tiny[@]}" --model_type ViT-Mini_4 --recipe scratch --num_steps 2 --test_at_end
+    part norms-ViT-B_32 900 "$python" scripts/norm_study.py --dry_run --output_dir "$runs/norms" --model_types ViT-Mini_4 \
         --starts scratch "${tiny[@]}"
-    train fine_tune 120 "${tiny[@]}" --model_type ViT-Mini_4 --num_steps 2 --eval_every 2
+    train fine_tune 900 "${tiny[@]}" --model_type ViT-Mini_4 --num_steps 2 --eval_every 2
     for name in hybrid_vs_cnn norm_findings token_study; do
-        study "$name" 120 --dataset digits --img_size 8 --epochs 0.1 --grid_epochs 0.1 --jobs 4 --dry_run
+        study "$name" 900 --dataset digits --img_size 8 --epochs 0.1 --grid_epochs 0.1 --jobs 4 --dry_run
     done
-    study pretraining_study 120 --dataset digits --img_size 8 --source 0 1 2 3 4 --target 5 6 7 8 9 --sizes 10 --dry_run
+    study pretraining_study 900 --dataset digits --img_size 8 --source 0 1 2 3 4 --target 5 6 7 8 9 --sizes 10 --dry_run
 elif $train; then
     for model in ViT-Mini_4 R26-ViT-Mini_4 ResNet-Mini_Params; do
         train "scratch-$model" 900 "${data[@]}" --model_type "$model" --recipe scratch --epochs 100 --test_at_end --bf16 \
