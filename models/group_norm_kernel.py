@@ -30,7 +30,8 @@ class GroupNormOfRows(torch.autograd.Function):
         y = torch.empty_like(x)
         with torch.cuda.device_of(x):
             channel_moments[passes.grid](x, of_parts, *x.shape[1:], **passes.sizes)
-            group_statistics[merges.grid](of_parts, statistics, *x.shape[1:], eps, **merges.sizes)
+            rows_of_part = passes.sizes["tiles"] * passes.sizes["rows"]
+            group_statistics[merges.grid](of_parts, statistics, *x.shape[1:], eps, rows_of_part, **merges.sizes)
             normalise[passes.grid](x, statistics, weight, bias, y, *x.shape[1:], groups, relu, **passes.sizes)
         context.save_for_backward(x, statistics, weight, bias)
         context.groups, context.relu = groups, relu
@@ -92,7 +93,7 @@ def launches(batch, count, channels, groups):
     tiles = triton.cdiv(triton.cdiv(count, rows), parts)  # of a part
     parts = triton.cdiv(count, tiles * rows)
     passes = Launch((batch, parts, blocks), {"tiles": tiles, "rows": rows, "columns": columns})
-    sizes = {"num_parts": parts, "rows_of_part": tiles * rows, "parts": triton.next_power_of_2(parts)}
+    sizes = {"num_parts": parts, "parts": triton.next_power_of_2(parts)}
     return passes, Launch((batch, groups), {**sizes, "columns": triton.next_power_of_2(channels // groups)})
 
 
@@ -169,6 +170,15 @@ def load_normalised(x, inside, mean, scale):
 
 
 @triton.jit
+def load_gradient(gradient, inside, values, factor, shift, relu: tl.constexpr):
+    """The gradient of a tile before the ReLU, whose normalised values are `values`."""
+    slopes = tl.load(gradient, mask=inside, other=0.0).to(tl.float32)
+    if relu:
+        slopes = tl.where(values * factor[None, :] + shift[None, :] > 0, slopes, 0.0)
+    return slopes
+
+
+@triton.jit
 def channel_moments(x, of_parts, count, channels, tiles, rows: tl.constexpr, columns: tl.constexpr):
     """Of a part: each channel's mean, and its sum of squared differences from it, merged tile by tile (Chan et al.)."""
     mean, squares = tl.zeros([columns], tl.float32), tl.zeros([columns], tl.float32)
@@ -189,7 +199,7 @@ def channel_moments(x, of_parts, count, channels, tiles, rows: tl.constexpr, col
 
 @triton.jit
 def group_statistics(
-    of_parts, statistics, count, channels, eps, num_parts, rows_of_part, parts: tl.constexpr, columns: tl.constexpr
+    of_parts, statistics, count, channels, eps, rows_of_part, num_parts, parts: tl.constexpr, columns: tl.constexpr
 ):
     """Merge the moments of a group's channels in all parts: to its mean, and 1 / sqrt(variance + eps)."""
     means, squares, inside = load_of_group(of_parts, channels, num_parts, parts, columns)
@@ -252,18 +262,14 @@ def channel_sums(
     for tile in range(tiles):
         place, inside = place_of_tile(tile, count, channels, tiles, rows, columns)
         values = load_normalised(x + place, inside, mean, scale)
-        slopes = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-        if relu:
-            slopes = tl.where(values * factor[None, :] + shift[None, :] > 0, slopes, 0.0)
+        slopes = load_gradient(gradient + place, inside, values, factor, shift, relu)
         plain += tl.sum(slopes, axis=0)
         weighted += tl.sum(slopes * values, axis=0)
     store_of_part(of_parts, channels, plain, weighted, columns)
 
 
 @triton.jit
-def group_means(
-    of_parts, weight, means, count, channels, num_parts, rows_of_part, parts: tl.constexpr, columns: tl.constexpr
-):
+def group_means(of_parts, weight, means, count, channels, num_parts, parts: tl.constexpr, columns: tl.constexpr):
     """Of a group: the means of weight * gradient, and of weight * gradient * normalised value."""
     plain, weighted, _ = load_of_group(of_parts, channels, num_parts, parts, columns)
     size = channels // tl.num_programs(1)
@@ -297,8 +303,6 @@ def input_gradient(
     for tile in range(tiles):
         place, inside = place_of_tile(tile, count, channels, tiles, rows, columns)
         values = load_normalised(x + place, inside, mean, scale)
-        slopes = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-        if relu:
-            slopes = tl.where(values * factor[None, :] + shift[None, :] > 0, slopes, 0.0)
+        slopes = load_gradient(gradient + place, inside, values, factor, shift, relu)
         slopes = slopes * factor[None, :] - plain[None, :] - values * weighted[None, :]
         tl.store(of_x + place, (slopes * scale[None, :]).to(of_x.dtype.element_ty), mask=inside)

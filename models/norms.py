@@ -102,7 +102,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x, relu=False):
         """The normalised map, with `relu` the ReLU of it."""
-        if (kernel := group_norm_kernel(x)) and x.is_contiguous(memory_format=torch.channels_last):
+        if (kernel := kernel_for(x)) and x.is_contiguous(memory_format=torch.channels_last):
             rows = x.permute(0, 2, 3, 1).flatten(1, 2)
             y = kernel(rows, self.weight, self.bias, self.num_groups, self.eps, relu)
             return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
@@ -113,7 +113,7 @@ class GroupNorm(nn.GroupNorm):
         return F.relu(y, inplace=True) if relu else y
 
 
-def group_norm_kernel(x):
+def kernel_for(x):
     """The function `apply` of models/group_norm_kernel.py if it is to normalise x, else None."""
     if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling():
         return load_kernel("group_norm_kernel", x.device)
@@ -191,7 +191,7 @@ class TokenGroupNorm(TokenNorm, nn.GroupNorm):
         if x.device.type == "cpu":
             channels_last = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, N) without a copy
             return super().forward(channels_last).squeeze(2).transpose(1, 2)
-        if (kernel := group_norm_kernel(x)) and x.is_contiguous():
+        if (kernel := kernel_for(x)) and x.is_contiguous():
             return kernel(x, self.weight, self.bias, self.num_groups, self.eps, False)
         return self.over_groups(x)
 

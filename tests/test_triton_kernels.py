@@ -1,5 +1,6 @@
 """Triton kernels without a GPU: what they compute, that they compile, and what replaces them."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from models.facility_location import facility_location, picks_on_gpu
 from models.probing import load_kernel
 
 triton = pytest.importorskip("triton")
-CONSTANTS = {"relu": True, "rows": 8, "columns": 256, "parts": 8, "ranks": 64}
+KERNELS = ("pick_greedily", "channel_moments", "group_statistics", "normalise", "channel_sums", "group_means")
+KERNELS += ("input_gradient",)
+TYPES = {"picks": "*i64", "eps": "fp32", "x": "*bf16", "y": "*bf16", "gradient": "*bf16", "of_x": "*bf16"}
+TYPES |= dict.fromkeys(("s", "weight", "bias", "of_parts", "statistics", "means"), "*fp32")
 
 
 def test_they_compute_what_pytorchs_operators_compute():
@@ -22,29 +26,35 @@ def test_they_compute_what_pytorchs_operators_compute():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
-def entry_points():
-    """(module, name) of the kernels that are launched: those with a pointer, which end without a value."""
+def launched(name):
+    """(the kernel, the constants of its launches at sizes of large models)."""
     from models import facility_location_kernel, group_norm_kernel
 
-    names = ("channel_moments", "group_statistics", "normalise", "channel_sums", "group_means", "input_gradient")
-    return [(facility_location_kernel, "pick_greedily"), *((group_norm_kernel, name) for name in names)]
+    if name == "pick_greedily":
+        sizes = [facility_location_kernel.tile_sizes(tokens, k) for tokens, k in ((196, 147), (1024, 256))]
+        return facility_location_kernel.pick_greedily, sizes
+    rows = [(128, 112 * 112, 64, 32), (128, 14 * 14, 3072, 32), (128, 197, 768, 4)]  # a stem, a ResNet, tokens
+    number = int(name.startswith("group"))
+    sizes = [group_norm_kernel.launches(*shape)[number].sizes for shape in rows]
+    return getattr(group_norm_kernel, name), [{"relu": True, **each} for each in sizes]
 
 
-@pytest.mark.parametrize("number", range(7))
-def test_they_compile_for_nvidias_gpus(number, monkeypatch, tmp_path):
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_they_compile_for_nvidias_gpus(name, capability, monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    module, name = entry_points()[number]
-    kernel = getattr(module, name)
-    constants = {name: CONSTANTS[name] for name in kernel.arg_names if name in CONSTANTS}
-    types = {"picks": "*i64", "eps": "fp32", "x": "*bf16", "y": "*bf16", "gradient": "*bf16", "of_x": "*bf16"}
-    types |= dict.fromkeys(("s", "weight", "bias", "of_parts", "statistics", "means"), "*fp32")
-    types |= dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32), {"num_warps": 8})
-    assert compiled.asm["cubin"]
+    kernel, launches = launched(name)
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    ones = {"k", "count", "tiles", "num_parts"} & set(kernel.arg_names)  # Triton makes a number that is 1 a constant
+    for sizes, also in itertools.product(launches, (set(), ones)):
+        constants = {name: sizes[name] for name in constant} | dict.fromkeys(also, 1)
+        types = {name: TYPES.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, types, constants)
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 8})
+        assert compiled.asm["cubin"]
 
 
 def test_where_they_do_not_run_pytorchs_operators_do(caplog):

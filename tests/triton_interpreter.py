@@ -1,4 +1,4 @@
-"""Triton kernels in Triton's interpreter, on the CPU: for a process of its own (test_facility_location_kernel.py).
+"""Triton kernels in Triton's interpreter, on the CPU: for a process of its own (test_triton_kernels.py).
 
 Triton decides once, when it is imported, if kernels are interpreted: by TRITON_INTERPRET.
 """
@@ -88,7 +88,7 @@ def test_group_norm_of_channels_last_maps_uses_the_kernel(relu, monkeypatch):
     torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
     expected = norm(x, relu)
-    monkeypatch.setattr(norms, "group_norm_kernel", lambda x: apply)
+    monkeypatch.setattr(norms, "kernel_for", lambda x: apply)
     y = norm(x, relu)
     assert used == [(2, 15, 8)] and y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected)
